@@ -1,0 +1,54 @@
+"""Rewrite a MoE checkpoint so that an engine's linear expert placement becomes zigzag placement, answers unchanged.
+
+    from reshard import zigzag, verify, restore, inspect
+
+    zigzag("DeepSeek-R1", 8, "R1-zz")
+    assert not verify("R1-zz", "DeepSeek-R1").problems
+
+The modules, in the order that data flows: `checkpoint` and `header` (what lies on disk), `moe` with `families` (which
+tensor is which expert's), `placement` (permutations) and `contract` (what an engine must know of them), `plan` (what to
+write), `copy` with `journal` (writing it), `manifest` (the record). `zigzag`, `restore`, `verify` with `compare`, and
+`inspect` are the four things one can do; `cli` parses and prints.
+"""
+
+from ._version import __version__
+from .checkpoint import Checkpoint, read_checkpoint
+from .compare import RouterComparison
+from .contract import Contract
+from .copy import Outcome
+from .errors import CheckpointError, IntegrityError, OutputError, ReshardError, UnsupportedError
+from .inspect import Inspection, inspect
+from .manifest import Manifest, read_manifest
+from .moe import MoeLayer, MoeModel, Routing, read_model
+from .restore import restore
+from .verify import Verification, verify
+from .zigzag import Resharding, plan_zigzag, write_resharding, zigzag
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Contract",
+    "Inspection",
+    "IntegrityError",
+    "Manifest",
+    "MoeLayer",
+    "MoeModel",
+    "Outcome",
+    "OutputError",
+    "ReshardError",
+    "Resharding",
+    "RouterComparison",
+    "Routing",
+    "UnsupportedError",
+    "Verification",
+    "__version__",
+    "inspect",
+    "plan_zigzag",
+    "read_checkpoint",
+    "read_manifest",
+    "read_model",
+    "restore",
+    "verify",
+    "write_resharding",
+    "zigzag",
+]

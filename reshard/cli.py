@@ -1,0 +1,323 @@
+"""The command line: parses, calls, prints. What is done is decided elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from . import __version__
+from .copy import Outcome, Progress
+from .errors import ReshardError
+from .inspect import Inspection, inspect
+from .manifest import read_manifest
+from .moe import why_plugin
+from .restore import restore
+from .verify import Verification, verify
+from .zigzag import DEFAULT_MAX_SHARD_SIZE, Resharding, plan_zigzag, write_resharding
+
+EXIT_INTERRUPTED = 130
+SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class _Commands(click.Group):
+    """Turns what a command raises into one line and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ReshardError as error:
+            _fail(str(error), 1)
+        except OSError as error:
+            _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command takes up where this one stopped", EXIT_INTERRUPTED)
+
+
+class _Size(click.ParamType[int]):
+    """A number of bytes such as 5GB (10^9) or 4GiB (2^30)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([0-9]+)\s*([A-Za-z]*)", value.strip())
+        if not match or match[2].upper() not in SIZE_UNITS or int(match[1]) == 0:
+            self.fail(f"{value!r} is not a size; write it like 5GB, 500MB or 4GiB", param, ctx)
+        return int(match[1]) * SIZE_UNITS[match[2].upper()]
+
+
+_quiet = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+_restart = click.option("--restart", is_flag=True, help="Discard what an interrupted run left and begin afresh.")
+_out = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Directory to write; absent or empty."
+)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="reshard")
+def main() -> None:
+    """Rewrite a MoE checkpoint so that linear expert placement becomes zigzag placement, answers unchanged."""
+
+
+@main.command("zigzag")
+@click.option("--src", required=True, help="Checkpoint directory, or a repository id in the Hugging Face cache.")
+@click.option("--ep", required=True, type=int, help="Number of EP ranks it will be served on.")
+@_out
+@click.option(
+    "--max-shard-size", default=DEFAULT_MAX_SHARD_SIZE, show_default="5GB", type=_Size(), help="Of a file's tensors."
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@_restart
+@_quiet
+@_json
+def zigzag_command(
+    src: str, ep: int, out: Path, max_shard_size: int, dry_run: bool, restart: bool, quiet: bool, as_json: bool
+) -> None:
+    """Write OUT: the checkpoint SRC with its experts dealt round-robin to EP ranks.
+
+    Interrupted, the same command takes up where it stopped. The source is never written to.
+    """
+    resharding = plan_zigzag(src, ep, max_shard_size=max_shard_size)
+    if dry_run:
+        _print(_planned(resharding, out), _describe_plan(resharding, out), quiet, as_json)
+        return
+    with _bar("zigzag", resharding.plan.size, quiet or as_json) as progress:
+        outcome = write_resharding(resharding, out, restart=restart, progress=progress)
+    report = {**_planned(resharding, out), **_written(outcome), "serve": _serve(resharding, out)}
+    _print(report, _describe_outcome(resharding, outcome), quiet, as_json)
+
+
+@main.command("inspect")
+@click.argument("directory")
+@click.option("--ep", type=int, help="Also show what zigzag would place on each of this many EP ranks.")
+@_json
+def inspect_command(directory: str, ep: int | None, as_json: bool) -> None:
+    """Describe the checkpoint in DIRECTORY: its experts, groups and sizes. Of an output, what was done."""
+    inspection = inspect(directory, ep)
+    _print(asdict(inspection), _describe_inspection(inspection), quiet=False, as_json=as_json)
+
+
+@main.command("verify")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--src", help="Also compare every tensor and router with this checkpoint, which it was made from.")
+@_quiet
+@_json
+def verify_command(out: Path, src: str | None, quiet: bool, as_json: bool) -> None:
+    """Check every file and tensor of the output OUT against its manifest."""
+    manifest = read_manifest(out)
+    total = sum(record.size for record in manifest.files)
+    if src is not None:
+        total += sum(file.size for file in manifest.source.files if file.header is not None)
+    with _bar("verify", total, quiet or as_json) as progress:
+        verification = verify(out, src, progress=progress)
+    report = {**asdict(verification), "out": str(out), "sound": not verification.problems}
+    _print(report, _describe_verification(verification, src), quiet, as_json)
+    if verification.problems:
+        first, others = verification.problems[0], len(verification.problems) - 1
+        _fail(f"{first}" + (f" (and {others} more)" if others else ""), 1)
+
+
+@main.command("restore")
+@click.argument("resharded", metavar="OUT", type=click.Path(path_type=Path))
+@_out
+@_restart
+@_quiet
+@_json
+def restore_command(resharded: Path, out: Path, restart: bool, quiet: bool, as_json: bool) -> None:
+    """Rebuild the source of the output OUT, every file byte-identical.
+
+    Interrupted, the same command takes up where it stopped.
+    """
+    total = sum(file.size for file in read_manifest(resharded).source.files)
+    with _bar("restore", total, quiet or as_json) as progress:
+        outcome = restore(resharded, out, restart=restart, progress=progress)
+    lines = [
+        *_resumed(outcome),
+        f"restored {outcome.files} files, {_bytes(outcome.size)}, to {out} in {_time(outcome.seconds)}",
+    ]
+    _print(_written(outcome), lines, quiet, as_json)
+
+
+@contextmanager
+def _bar(what: str, total: int, silent: bool) -> Iterator[Progress]:
+    """A progress bar in bytes on a terminal, nothing elsewhere."""
+    from tqdm import tqdm
+
+    with tqdm(
+        desc=what, total=total, unit="B", unit_scale=True, disable=True if silent else None, file=sys.stderr
+    ) as bar:
+
+        def progress(done: int) -> None:
+            bar.update(done)
+
+        yield progress
+
+
+def _print(report: dict[str, Any], lines: list[str], quiet: bool, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report, indent=2, default=str))
+    elif not quiet:
+        click.echo("\n".join(lines))
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    click.echo(f"reshard: error: {' '.join(message.split())}", err=True)
+    sys.exit(status)
+
+
+def _planned(resharding: Resharding, out: Path) -> dict[str, Any]:
+    return {
+        "src": str(resharding.checkpoint.root),
+        "out": str(out),
+        "strategy": resharding.strategy,
+        "ep_size": resharding.ep_size,
+        "family": resharding.model.family.name,
+        "moe_layers": len(resharding.model.layers),
+        "num_experts": resharding.model.routing.num_experts,
+        "plugin_required": resharding.contract is not None,
+        "notes": resharding.notes,
+        "size": resharding.plan.size,
+        "files": [
+            {
+                "name": file.name,
+                "size": file.size,
+                "rank": file.rank,
+                "tensors": sum(p.tensor is not None for p in file.parts),
+            }
+            for file in resharding.plan.files
+        ],
+    }
+
+
+def _written(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "out": str(outcome.out),
+        "size": outcome.size,
+        "seconds": round(outcome.seconds, 3),
+        "resumed_files": outcome.resumed,
+    }
+
+
+def _serve(resharding: Resharding, out: Path) -> str:
+    return shlex.join(
+        ["vllm", "serve", str(out), "--tensor-parallel-size", str(resharding.ep_size), "--enable-expert-parallel"]
+    )
+
+
+def _describe_plan(resharding: Resharding, out: Path) -> list[str]:
+    lines = [*_describe_model(resharding), f"would write to {out}:"]
+    groups: dict[str, list[int]] = {}
+    for file in resharding.plan.files:
+        tensors = sum(part.tensor is not None for part in file.parts)
+        label = "small and other files" if not tensors else "all ranks" if file.rank is None else f"rank {file.rank}"
+        counts = groups.setdefault(label, [0, 0, 0])
+        for index, count in enumerate((1, tensors, file.size)):
+            counts[index] += count
+    for label, (files, tensors, size) in groups.items():
+        lines.append(f"  {label:22} {files:5} files {tensors:7} tensors {_bytes(size):>10}")
+    lines.append(f"  {'total':22} {len(resharding.plan.files):5} files {'':15} {_bytes(resharding.plan.size):>10}")
+    return lines
+
+
+def _describe_model(resharding: Resharding) -> list[str]:
+    routing = resharding.model.routing
+    return [
+        f"{resharding.checkpoint.root}: {resharding.model.family.name}, {len(resharding.model.layers)} MoE layers of "
+        f"{routing.num_experts} experts, zigzag for {resharding.ep_size} EP ranks",
+        f"plugin {why_plugin(routing)}",
+        *(f"note: {note}" for note in resharding.notes),
+    ]
+
+
+def _describe_outcome(resharding: Resharding, outcome: Outcome) -> list[str]:
+    return [
+        *_resumed(outcome),
+        *_describe_model(resharding),
+        f"wrote {outcome.files} files, {_bytes(outcome.size)}, to {outcome.out} in {_time(outcome.seconds)}",
+        f"check it:  reshard verify {shlex.quote(str(outcome.out))} --src "
+        f"{shlex.quote(str(resharding.checkpoint.root))}",
+        f"serve it:  {_serve(resharding, outcome.out)}",
+    ]
+
+
+def _resumed(outcome: Outcome) -> list[str]:
+    if not outcome.resumed:
+        return []
+    return [f"resumed an interrupted run: {outcome.resumed} files were already complete"]
+
+
+def _describe_verification(verification: Verification, src: str | None) -> list[str]:
+    lines = [
+        f"{verification.out}: read {verification.files} files, {verification.tensors} tensors, "
+        f"{_bytes(verification.size)}, in {_time(verification.seconds)}"
+    ]
+    if verification.problems:
+        return [*lines, *(f"problem: {problem}" for problem in verification.problems)]
+    lines.append("every file and tensor is what was written; headers, index and config agree")
+    if src is not None and verification.routers is not None:
+        routers = verification.routers
+        lines.append(f"every tensor of {src} is in it, bit for bit")
+        lines.append(
+            f"{routers.routers} routers on {routers.tokens} random hidden states each: the same logical experts "
+            "and weights" + (f" ({routers.ties} choices between equal scores left out)" if routers.ties else "")
+        )
+    return lines
+
+
+def _describe_inspection(inspection: Inspection) -> list[str]:
+    groups = (
+        f", {inspection.n_group} groups, {inspection.topk_group} chosen"
+        if inspection.n_group > 1
+        else ", no expert groups"
+    )
+    layers = inspection.moe_layers
+    rest = inspection.size - inspection.expert_size - inspection.router_size
+    lines = [
+        f"{inspection.path}: {'resharded ' if inspection.resharded else ''}{inspection.family} "
+        f"({inspection.model_type})",
+        f"  MoE layers   {len(layers)}: {layers[0]} … {layers[-1]}",
+        f"  routing      {inspection.num_experts} experts, top {inspection.top_k}, {inspection.scoring}{groups}",
+        f"  tensors      {inspection.tensors} in {inspection.files} files, {_bytes(inspection.size)}",
+        f"    experts    {_bytes(inspection.expert_size)}",
+        f"    routers    {_bytes(inspection.router_size)}",
+        f"    the rest   {_bytes(rest)}",
+    ]
+    if inspection.ep_size is None:
+        return [*lines, f"  plugin       for a zigzag output {inspection.plugin}"]
+    lines.append(f"  plugin       {inspection.plugin}")
+    lines.append(f"  placement    {inspection.strategy} for {inspection.ep_size} EP ranks" + _uniformity(inspection))
+    lines.append("    rank   expert bytes   logical experts, in physical order")
+    for rank in inspection.ranks:
+        experts = " ".join(map(str, rank.experts))
+        lines.append(f"    {rank.rank:4}   {_bytes(rank.size):>12}   {experts}")
+    return lines
+
+
+def _uniformity(inspection: Inspection) -> str:
+    return ", the same in every layer" if inspection.uniform else f"; that of {inspection.moe_layers[0]}, layers differ"
+
+
+def _bytes(size: int) -> str:
+    for exponent, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "KB")):
+        if size >= 1000**exponent:
+            return f"{size / 1000**exponent:.1f} {unit}"
+    return f"{size} B"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

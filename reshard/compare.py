@@ -1,0 +1,181 @@
+"""An output held against the checkpoint that it was made from: every tensor's bytes, and what the routers choose.
+
+Works backwards from the output's names with the manifest's placement, and shares no code with the plan. The manifest's
+digests are taken as true of the output, which `verify` has just shown.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from .checkpoint import CONFIG, Checkpoint, read_checkpoint, read_json_object
+from .contract import CONTRACT_KEY, contract_from_json, unlock_config
+from .copy import BLOCK_SIZE, OpenSources, Progress, SourceFiles
+from .header import Tensor
+from .manifest import MANIFEST, Manifest
+from .moe import MoeLayer, MoeModel, read_model, read_routing, renumber, text_config
+from .placement import invert
+
+if TYPE_CHECKING:
+    from .router import Router
+
+TOKENS = 16
+_ID_FORMATS = {"I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """The source, read again for the comparison."""
+
+    checkpoint: Checkpoint
+    model: MoeModel
+
+    @staticmethod
+    def read(root: Path) -> Original:
+        """Read the checkpoint in `root`; raises what reading it for `zigzag` would."""
+        checkpoint = read_checkpoint(root)
+        return Original(checkpoint, read_model(checkpoint))
+
+
+@dataclass(frozen=True, slots=True)
+class RouterComparison:
+    """`routers` were run on `tokens` random hidden states each, before and after. `ties` of those choices were between
+    equal scores in a model without expert groups, where the lower id wins and renumbering may change which that is.
+    """
+
+    routers: int
+    tokens: int
+    ties: int
+    problems: tuple[str, ...]
+
+
+def compare_tensors(source: Original, manifest: Manifest, pool: Executor, progress: Progress) -> list[str]:
+    """Every tensor of `source`, brought into the output's order and hashed, against the digests in `manifest`.
+
+    `progress` is told the bytes read. Returns the problems found, a sentence each.
+    """
+    checkpoint, placement = source.checkpoint, manifest.placement
+    if {layer.name for layer in source.model.layers} != placement.keys():
+        return [f"{checkpoint.root}: its MoE layers are not those of {MANIFEST}; is this the source of the output?"]
+    digests = manifest.digests
+    origins = {renumber(name, placement): name for name in digests}
+    if strangers := sorted(origins.keys() ^ checkpoint.tensors.keys()):
+        return [f"{checkpoint.root}: tensor {name}: only in the source or only in the output" for name in strangers]
+    in_shards: dict[str, list[Tensor]] = defaultdict(list)
+    for tensor in checkpoint.tensors.values():
+        in_shards[tensor.file].append(tensor)
+    read = _OutputOrder(source, placement)
+
+    def compare_shard(tensors: list[Tensor]) -> list[str]:
+        problems = []
+        with SourceFiles(checkpoint.root, checkpoint.files).open() as opened:
+            for tensor in tensors:
+                digest = blake3()
+                for block in read.blocks(opened, tensor):
+                    digest.update(block)
+                progress(tensor.size)
+                name = origins[tensor.name]
+                if digest.hexdigest() != digests[name]:
+                    where = f"{checkpoint.root / tensor.file}: tensor {tensor.name}"
+                    problems.append(f"{where}: tensor {name} of the output does not hold its bytes")
+            opened.check_unchanged()
+        return problems
+
+    return [problem for problems in pool.map(compare_shard, in_shards.values()) for problem in problems]
+
+
+class _OutputOrder:
+    """Reads tensors of the source in the order that the output must have them in."""
+
+    def __init__(self, source: Original, placement: Mapping[str, Sequence[int]]) -> None:
+        layers = source.model.layers
+        self._rows = {
+            tensor.name: placement[layer.name] for layer in layers for tensor in (*layer.router, *layer.fused)
+        }
+        self._ids = {tensor.name: invert(placement[layer.name]) for layer in layers for tensor in layer.expert_ids}
+
+    def blocks(self, opened: OpenSources, tensor: Tensor) -> Iterator[bytes | memoryview]:
+        """The tensor's bytes; a block is gone when the next is asked for."""
+        if tensor.name in self._ids:
+            data = bytearray(tensor.size)
+            opened.read(tensor.file, tensor.offset, memoryview(data))
+            yield _renumber_ids(data, _ID_FORMATS[tensor.dtype], self._ids[tensor.name])
+            return
+        order = self._rows.get(tensor.name, (0,))
+        size = tensor.size // len(order)
+        buffer = memoryview(bytearray(min(size, BLOCK_SIZE)))
+        for row in order:
+            for position in range(0, size, BLOCK_SIZE):
+                block = buffer[: min(BLOCK_SIZE, size - position)]
+                opened.read(tensor.file, tensor.offset + row * size + position, block)
+                yield block
+
+
+def _renumber_ids(data: bytes | bytearray, format_: str, table: Sequence[int]) -> bytes:
+    layout = f"<{len(data) // struct.calcsize(format_)}{format_}"
+    return struct.pack(layout, *(table[expert] for expert in struct.unpack(layout, data)))
+
+
+def compare_routers(source: Original, out: Path, manifest: Manifest) -> RouterComparison:
+    """Run the router of each MoE layer on random hidden states, before and after: the same logical experts and weights.
+
+    The output is routed as its own config.json asks: by its contract where it has one, else as any engine would.
+    """
+    import torch
+
+    from .router import route
+
+    path = out / CONFIG
+    config = read_json_object(path)
+    contract = contract_from_json(config[CONTRACT_KEY], str(path)) if CONTRACT_KEY in config else None
+    original_config = unlock_config(config) if contract else config
+    model = source.model
+    routing_after = read_routing(text_config(original_config), model.family, str(path))
+    files_after = {name: out / record.name for record in manifest.files for name in record.tensors}
+    problems = []
+    ties = 0
+    for number, layer in enumerate(model.layers):
+        to_logical = torch.tensor(manifest.placement[layer.name])
+        files_before = {tensor.name: source.checkpoint.root / tensor.file for tensor in layer.router}
+        generator = torch.Generator().manual_seed(number)
+        for before, after in zip(_routers(layer, files_before), _routers(layer, files_after), strict=True):
+            hidden = torch.randn(TOKENS, before.weight_EH.shape[1], generator=generator, dtype=torch.float64)
+            expected = route(hidden, before, model.routing)
+            groups = contract.physical_to_logical[layer.name] if contract else None
+            found = route(hidden, after, routing_after, groups)
+            decided = torch.ones(TOKENS, dtype=torch.bool) if contract else ~expected.tied_T
+            ties += int((~decided).sum())
+            same_experts = torch.equal(to_logical[found.experts_TK][decided], expected.experts_TK[decided])
+            if not same_experts or not torch.equal(found.weights_TK[decided], expected.weights_TK[decided]):
+                what = "weights" if same_experts else "experts"
+                problems.append(f"{out}: the router of {layer.name} chooses other {what} than the source's")
+                break
+    return RouterComparison(len(model.layers), TOKENS, ties, tuple(problems))
+
+
+def _routers(layer: MoeLayer, files: Mapping[str, Path]) -> Iterator[Router]:
+    """The layer's router, once for each correction bias it may be used with; `files` says where its tensors are."""
+    import torch
+    from safetensors import safe_open
+
+    from .router import Router
+
+    tensors = {}
+    for tensor in layer.router:
+        with safe_open(files[tensor.name], framework="pt") as file:
+            leaf = tensor.name.removeprefix(f"{layer.name}.")
+            tensors[leaf] = file.get_tensor(tensor.name).to(torch.float64)
+    weight = tensors.pop("gate.weight", None)
+    if weight is None:
+        weight = tensors.pop("router.weight")
+    logit_bias = tensors.pop("router.bias", None)
+    for correction in tensors.values() or [None]:
+        yield Router(weight, logit_bias, correction)

@@ -1,0 +1,73 @@
+"""How model families name their experts and routers, and how they route. Data: a new family is a new line.
+
+A family is listed only when its router is known to treat all experts alike (group limits apart), because only then is
+renumbering exact. An unknown `model_type` is refused, not guessed at.
+
+Sources: the families' published configs and indices, and their model files in Transformers and vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One family.
+
+    `block` is the module that holds a layer's experts and router (`….<block>.experts.<id>.<anything>`); `scoring` is
+    how router logits become scores where config.json does not say.
+    """
+
+    name: str
+    block: str
+    model_types: tuple[str, ...]
+    scoring: str
+
+
+FAMILIES = (
+    Family("DeepSeek-V2", "mlp", ("deepseek_v2",), "softmax"),
+    Family("DeepSeek-V3, R1, V3.1", "mlp", ("deepseek_v3",), "sigmoid"),
+    Family("DeepSeek-V3.2", "mlp", ("deepseek_v32",), "sigmoid"),
+    Family("DeepSeek-V4", "ffn", ("deepseek_v4",), "sqrtsoftplus"),
+    Family("Kimi-K2", "mlp", ("kimi_k2", "kimi_k25"), "sigmoid"),
+    Family("GLM-4.5 and later", "mlp", ("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa"), "sigmoid"),
+    Family("Ling 2.0", "mlp", ("bailing_moe_v2",), "sigmoid"),
+    Family("Qwen3-MoE", "mlp", ("qwen3_moe", "qwen3_next", "qwen3_vl_moe", "qwen3_5_moe"), "softmax"),
+    Family("Mixtral", "block_sparse_moe", ("mixtral",), "softmax"),
+    Family("gpt-oss", "mlp", ("gpt_oss",), "softmax of the chosen"),
+    Family("Llama 4", "feed_forward", ("llama4",), "sigmoid of the chosen"),
+)  # fmt: skip
+
+BY_MODEL_TYPE: Mapping[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}
+
+
+class Indexed(Enum):
+    """How a router tensor is indexed by expert."""
+
+    ROWS = "one row for each expert"
+    VALUES = "its values are expert ids"
+
+
+# Below `<block>.gate` or `<block>.router`. Anything else there is an error.
+ROUTER_MODULES = ("gate", "router")
+ROUTER_TENSORS: Mapping[str, Indexed] = {
+    "weight": Indexed.ROWS,
+    "bias": Indexed.ROWS,
+    "bias_vl": Indexed.ROWS,
+    "e_score_correction_bias": Indexed.ROWS,
+    "expert_bias": Indexed.ROWS,
+    "tid2eid": Indexed.VALUES,
+}
+
+# Modules beside the router that every token goes through: not indexed by expert, whatever their shape.
+SHARED_MODULES = ("shared_experts", "shared_expert", "shared_expert_gate")
+
+# Where config.json says how many experts a layer has, and how many a token chooses.
+NUM_EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
+TOP_K_KEYS = ("num_experts_per_tok", "experts_per_token")
+SCORING_KEYS = ("scoring_func", "score_function")
+# Models that see or hear keep their language model's config below one of these.
+TEXT_CONFIG_KEYS = ("text_config", "language_config", "llm_config")

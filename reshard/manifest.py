@@ -1,0 +1,161 @@
+"""reshard_manifest.json: the record of what was done, enough to verify the output and to restore the source.
+
+The structs below are its format; `manifest.schema.json` is generated from them. The file is written in one canonical
+form and ends with a digest of itself, so that a flipped bit in it is found like one anywhere else.
+"""
+
+from __future__ import annotations
+
+import zlib
+from base64 import b64decode, b64encode
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from blake3 import blake3
+
+from .contract import Contract, Placement, contract_from_json, placement_from_json
+from .errors import IntegrityError
+from .moe import Routing
+
+MANIFEST = "reshard_manifest.json"
+MANIFEST_VERSION = 1
+
+
+class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of the source, with what restore cannot take from the output (zlib, base64): the `header` of a safetensors
+    file, the whole `content` of a small file that was rewritten. A file with neither was copied under its own name.
+    """
+
+    name: str
+    size: int
+    header: str | None = None
+    content: str | None = None
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the checkpoint came from, and all its files and sub-folders."""
+
+    path: str
+    repo_id: str | None
+    revision: str | None
+    files: list[SourceFile]
+    directories: list[str]
+
+
+class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A MoE layer: the module that holds its experts, and its tensors that are indexed by expert in another way."""
+
+    name: str
+    num_experts: int
+    rows: list[str]
+    expert_ids: list[str]
+
+
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of the output: `rank` is the EP rank that alone needs it, `digest` is BLAKE3 over the whole file, and
+    `tensors` has the BLAKE3 of each tensor's bytes.
+    """
+
+    name: str
+    size: int
+    rank: int | None
+    digest: str
+    tensors: dict[str, str] = {}
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole record. `physical_to_logical` is one list, or one for each MoE layer where layers differ."""
+
+    version: int
+    reshard_version: str
+    strategy: str
+    ep_size: int
+    family: str
+    model_type: str
+    routing: Routing
+    plugin_required: bool
+    contract: dict[str, Any] | None
+    physical_to_logical: list[int] | dict[str, list[int]]
+    moe_layers: list[LayerRecord]
+    source: Source
+    files: list[FileRecord]
+    digest: str = ""
+
+    @property
+    def placement(self) -> Placement:
+        """physical_to_logical [E] of each MoE layer."""
+        return placement_from_json(self.physical_to_logical, [layer.name for layer in self.moe_layers], MANIFEST)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of each tensor of the output, by its name there."""
+        return {name: digest for record in self.files for name, digest in record.tensors.items()}
+
+    def parsed_contract(self, where: str) -> Contract | None:
+        """The routing contract, None for a model that needs none."""
+        return contract_from_json(self.contract, where) if self.contract is not None else None
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of the file: `manifest` with its digest filled in."""
+    digest = blake3(_canonical(msgspec.structs.replace(manifest, digest=""))).hexdigest()
+    return _canonical(msgspec.structs.replace(manifest, digest=digest))
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of the output directory `root`; IntegrityError where there is none or it is damaged."""
+    path = root / MANIFEST
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise IntegrityError(f"{path}: no such file; expected an output of `reshard zigzag`") from error
+    try:
+        version = msgspec.json.decode(data, type=dict[str, Any]).get("version")
+        if version != MANIFEST_VERSION:
+            raise IntegrityError(
+                f"{path}: version {version!r:.80}, this reshard reads version {MANIFEST_VERSION}; upgrade reshard"
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"{path}: damaged: {error}") from error
+    if encode_manifest(manifest) != data:
+        raise IntegrityError(f"{path}: damaged: its content does not match the digest at its end")
+    for name in (
+        *(f.name for f in manifest.files),
+        *(f.name for f in manifest.source.files),
+        *manifest.source.directories,
+    ):
+        if not is_inside(name):
+            raise IntegrityError(f"{path}: names {name!r:.80}, which is not inside a directory")
+    return manifest
+
+
+def is_inside(name: str) -> bool:
+    """Whether the relative path `name` stays inside the directory that it is joined to."""
+    return bool(name) and "\0" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def pack(data: bytes) -> str:
+    """`data` as `SourceFile` keeps it."""
+    return b64encode(zlib.compress(data, 9)).decode()
+
+
+def unpack(saved: str) -> bytes:
+    """The inverse of `pack`; IntegrityError where `saved` is no such thing."""
+    try:
+        return zlib.decompress(b64decode(saved, validate=True))
+    except (ValueError, zlib.error) as error:
+        raise IntegrityError(
+            f"{MANIFEST}: damaged: what it keeps of a source file cannot be unpacked: {error}"
+        ) from error
+
+
+def manifest_schema() -> dict[str, Any]:
+    """The JSON schema of the file."""
+    schema = msgspec.json.schema(Manifest)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": MANIFEST, **schema}
+
+
+def _canonical(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"

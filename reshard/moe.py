@@ -1,0 +1,351 @@
+"""Which tensor is which expert's, and how the model routes: a checkpoint read as a mixture of experts.
+
+Every tensor is accounted for: an expert's, indexed by expert in another way, or none of an expert's business. One that
+might be indexed by expert in a way not listed in `families` is an error that names it, never a guess.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple, NoReturn
+
+from .checkpoint import CONFIG, Checkpoint
+from .errors import CheckpointError, UnsupportedError
+from .families import (
+    BY_MODEL_TYPE,
+    NUM_EXPERTS_KEYS,
+    ROUTER_MODULES,
+    ROUTER_TENSORS,
+    SCORING_KEYS,
+    SHARED_MODULES,
+    TEXT_CONFIG_KEYS,
+    TOP_K_KEYS,
+    Family,
+    Indexed,
+)
+from .header import Tensor
+
+_EXPERT_ID = re.compile(r"(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
+_NAMES_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a router chooses `top_k` of E experts for a token."""
+
+    num_experts: int
+    top_k: int
+    scoring: str
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    n_group: int
+    topk_group: int
+
+    @property
+    def group_limited(self) -> bool:
+        """Whether a token's experts come from its `topk_group` best groups of E / n_group consecutive experts only."""
+        return self.n_group > 1 and self.topk_group < self.n_group
+
+
+@dataclass(frozen=True, slots=True)
+class MoeLayer:
+    """One MoE layer; `name` is the module that holds experts and router, such as `model.layers.3.mlp`."""
+
+    name: str
+    experts: tuple[tuple[Tensor, ...], ...]  # [E] or empty: the tensors of each logical expert
+    fused: tuple[Tensor, ...]  # dimension 0 is the logical expert
+    router: tuple[Tensor, ...]  # likewise
+    expert_ids: tuple[Tensor, ...]  # their values are logical experts
+
+
+@dataclass(frozen=True, slots=True)
+class MoeModel:
+    """A checkpoint's MoE layers in model order, and how they route."""
+
+    family: Family
+    model_type: str
+    routing: Routing
+    layers: tuple[MoeLayer, ...]
+
+
+@dataclass(slots=True)
+class _Block:
+    experts: dict[int, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    fused: list[Tensor] = field(default_factory=list)
+    router: dict[str, Tensor] = field(default_factory=dict)
+    unknown: list[Tensor] = field(default_factory=list)
+
+
+def read_model(checkpoint: Checkpoint) -> MoeModel:
+    """Find the MoE layers of `checkpoint`.
+
+    Raises:
+        UnsupportedError: no experts, an unknown model type, or a tensor that may depend on expert ids in an unknown way
+        CheckpointError: config.json at odds with the tensors, or an expert that is incomplete
+    """
+    if not any(_NAMES_EXPERTS.search(name) for name in checkpoint.tensors):
+        raise UnsupportedError(f"{checkpoint.root}: a model without experts: no tensor is named ….experts.…")
+    family, model_type, inner_config = _family(checkpoint)
+    routing = read_routing(inner_config, family, str(checkpoint.root / CONFIG))
+    blocks = _collect(checkpoint, family)
+    layers = [_layer(checkpoint, name, block, routing.num_experts) for name, block in blocks.items()]
+    layers.sort(key=lambda layer: natural_key(layer.name))
+    return MoeModel(family, model_type, routing, tuple(layers))
+
+
+class ExpertName(NamedTuple):
+    """A tensor's name, taken apart: `<layer>.experts.<expert>.<leaf>`."""
+
+    layer: str
+    expert: int
+    leaf: str
+
+    def __str__(self) -> str:
+        """The name, put together."""
+        return f"{self.layer}.experts.{self.expert}.{self.leaf}"
+
+
+def parse_expert_name(name: str, layers: Container[str]) -> ExpertName | None:
+    """Take the name of an expert's tensor apart; None for any other. `layers` are the names of the MoE layers."""
+    layer, _, rest = name.partition(".experts.")
+    match = _EXPERT_ID.fullmatch(rest)
+    return ExpertName(layer, int(match[1]), match[2]) if match and layer in layers else None
+
+
+def renumber(name: str, tables: Mapping[str, Sequence[int]]) -> str:
+    """`name` with its expert id mapped by its layer's table; a name that is no expert's stays as it is."""
+    parsed = parse_expert_name(name, tables)
+    return str(parsed._replace(expert=tables[parsed.layer][parsed.expert])) if parsed else name
+
+
+def why_plugin(routing: Routing) -> str:
+    """Whether an output of a model that routes like this needs the plugin, and why, in a sentence."""
+    if routing.group_limited:
+        return (
+            f"needed: each token's experts come from {routing.topk_group} of {routing.n_group} groups of "
+            f"{routing.num_experts // routing.n_group} consecutive experts, and only the plugin knows the groups "
+            "after renumbering"
+        )
+    return "not needed: the router treats every expert alike, so any engine serves the output as it is"
+
+
+class Kind(Enum):
+    """What a tensor is of."""
+
+    EXPERT = "expert"
+    ROUTER = "router"
+    SHARED = "everything else"
+
+
+def kind_of(name: str, layers: Container[str]) -> Kind:
+    """What the tensor `name` is of, in a model whose MoE layers are `layers`."""
+    layer, _, rest = name.partition(".experts.")
+    if rest and layer in layers:
+        return Kind.EXPERT
+    layer, _, leaf = name.rpartition(".")[0].rpartition(".")
+    return Kind.ROUTER if leaf in ROUTER_MODULES and layer in layers else Kind.SHARED
+
+
+def natural_key(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts `layers.10` after `layers.9`, and `mtp.0` after all layers."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of `config` that describes the language model: itself, or where models that see or hear keep it."""
+    sections: list[Mapping[str, Any]] = [config]
+    sections += [config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict)]
+    for section in sections:
+        if any(section.get(key) is not None for key in NUM_EXPERTS_KEYS):
+            return section
+    return config
+
+
+def read_routing(config: Mapping[str, Any], family: Family, where: str) -> Routing:
+    """The routing that the (language model's) `config` asks for; `where` names the file in errors."""
+    num_experts = _count(config, NUM_EXPERTS_KEYS, where)
+    top_k = _count(config, TOP_K_KEYS, where)
+    n_group = _count(config, ("n_group",), where, default=1)
+    topk_group = _count(config, ("topk_group",), where, default=n_group if n_group == 1 else None)
+    if top_k > num_experts:
+        raise CheckpointError(f"{where}: a token chooses {top_k} experts, but a layer has {num_experts}")
+    if num_experts % n_group:
+        raise CheckpointError(
+            f"{where}: n_group = {n_group} does not divide the {num_experts} experts into equal groups"
+        )
+    if topk_group > n_group:
+        raise CheckpointError(f"{where}: topk_group = {topk_group} is more than n_group = {n_group}")
+    if top_k > topk_group * (num_experts // n_group):
+        raise CheckpointError(
+            f"{where}: a token chooses {top_k} experts, but topk_group = {topk_group} groups "
+            f"of {num_experts // n_group} hold fewer"
+        )
+    scoring = next((config[key] for key in SCORING_KEYS if config.get(key)), family.scoring)
+    return Routing(
+        num_experts=num_experts,
+        top_k=top_k,
+        scoring=scoring,
+        norm_topk_prob=bool(config.get("norm_topk_prob", True)),
+        routed_scaling_factor=float(config.get("routed_scaling_factor") or 1.0),
+        n_group=n_group,
+        topk_group=topk_group,
+    )
+
+
+def _family(checkpoint: Checkpoint) -> tuple[Family, str, Mapping[str, Any]]:
+    """The family, the model type, and the part of config.json that describes the language model."""
+    where, config = checkpoint.root / CONFIG, checkpoint.config
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise CheckpointError(f"{where}: expected model_type to name the model's family, found {model_type!r:.80}")
+    inner = text_config(config)
+    inner_type = inner.get("model_type")
+    family = BY_MODEL_TYPE.get(model_type) or BY_MODEL_TYPE.get(str(inner_type).removesuffix("_text"))
+    if family is None:
+        raise UnsupportedError(
+            f"{where}: model type {model_type!r:.80} is not one whose router reshard knows; known are "
+            f"{', '.join(BY_MODEL_TYPE)}"
+        )
+    return family, model_type, inner
+
+
+def _count(config: Mapping[str, Any], keys: Sequence[str], where: str, default: int | None = None) -> int:
+    found = {key: config[key] for key in keys if config.get(key) is not None}
+    if not found and default is not None:
+        return default
+    if not found:
+        raise CheckpointError(
+            f"{where}: expected {' or '.join(keys)}, found neither" if len(keys) > 1 else f"{where}: expected {keys[0]}"
+        )
+    for key, value in found.items():
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{where}: {key} must be a whole number of at least 1, found {value!r:.80}")
+    if len(set(found.values())) > 1:
+        raise CheckpointError(f"{where}: " + " but ".join(f"{key} = {value}" for key, value in found.items()))
+    return int(next(iter(found.values())))
+
+
+def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
+    """Every tensor below a MoE block, by the block's name. A block without experts is a dense layer, and left out."""
+    blocks: dict[str, _Block] = defaultdict(_Block)
+    infix = f".{family.block}."
+    for name, tensor in checkpoint.tensors.items():
+        before, found, after = name.partition(infix)
+        module, _, rest = after.partition(".")
+        block_name = before + infix[:-1]
+        if found and module == "experts" and rest:
+            if match := _EXPERT_ID.fullmatch(rest):
+                blocks[block_name].experts[int(match[1])][match[2]] = tensor
+            elif rest[0].isdigit():
+                _unknown(checkpoint, tensor, "an expert's tensor is named ….experts.<id>.<anything>")
+            else:
+                blocks[block_name].fused.append(tensor)
+        elif found and module in ROUTER_MODULES:
+            blocks[block_name].router[rest] = tensor
+        elif _NAMES_EXPERTS.search(name):
+            _unknown(checkpoint, tensor, f"{family.name} keeps its experts in ….{family.block}.experts.…")
+        elif found and module not in SHARED_MODULES:
+            blocks[block_name].unknown.append(tensor)
+    return {name: block for name, block in blocks.items() if block.experts or block.fused or block.router}
+
+
+def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -> MoeLayer:
+    if not block.experts and not block.fused:
+        tensor = next(iter(block.router.values()))
+        where = f"{checkpoint.root / tensor.file}: tensor {tensor.name}"
+        raise CheckpointError(f"{where}: a router, but no expert of {name} is there; download the checkpoint again")
+    if "weight" not in block.router:
+        first = next(iter(block.experts.values()), {}).values() or block.fused
+        tensor = next(iter(first))
+        where = f"{checkpoint.root / tensor.file}: tensor {tensor.name}"
+        raise CheckpointError(
+            f"{where}: {name} has experts, but neither {name}.gate.weight nor {name}.router.weight is there"
+        )
+    for tensor in block.unknown:
+        if num_experts in tensor.shape:
+            _unknown(
+                checkpoint,
+                tensor,
+                f"its shape {list(tensor.shape)} might be indexed by the {num_experts} experts",
+            )
+    rows, ids = [], []
+    for leaf, tensor in block.router.items():
+        match ROUTER_TENSORS.get(leaf):
+            case Indexed.ROWS:
+                rows.append(_check_rows(checkpoint, tensor, num_experts))
+            case Indexed.VALUES:
+                ids.append(tensor)
+            case None:
+                _unknown(checkpoint, tensor, f"known beside a router are {', '.join(ROUTER_TENSORS)}")
+    # a scalar beside fused experts is one for all of them
+    fused = [_check_rows(checkpoint, tensor, num_experts) for tensor in block.fused if math.prod(tensor.shape) != 1]
+    experts = _check_experts(checkpoint, name, block.experts, num_experts) if block.experts else ()
+    return MoeLayer(name, experts, tuple(fused), tuple(rows), tuple(ids))
+
+
+def _check_rows(checkpoint: Checkpoint, tensor: Tensor, num_experts: int) -> Tensor:
+    where = f"{checkpoint.root / tensor.file}: tensor {tensor.name}"
+    if not tensor.shape or tensor.shape[0] != num_experts:
+        raise CheckpointError(
+            f"{where}: expected one row for each of the {num_experts} experts that {CONFIG} gives, found shape "
+            f"{list(tensor.shape)}"
+        )
+    if tensor.size % num_experts:
+        raise UnsupportedError(f"{where}: its rows of {tensor.dtype} do not begin at whole bytes")
+    return tensor
+
+
+def _check_experts(
+    checkpoint: Checkpoint, name: str, experts: Mapping[int, Mapping[str, Tensor]], num_experts: int
+) -> tuple[tuple[Tensor, ...], ...]:
+    """The tensors of each expert, checked to be all there, and alike up to how they are quantized."""
+    where = f"{checkpoint.root}: {name}"
+    missing = sorted(set(range(num_experts)) - set(experts))
+    if max(experts) >= num_experts:
+        tensor = next(iter(experts[max(experts)].values()))
+        raise CheckpointError(
+            f"{checkpoint.root / tensor.file}: tensor {tensor.name}: {CONFIG} gives {num_experts} experts, 0 to "
+            f"{num_experts - 1}"
+        )
+    if missing:
+        raise CheckpointError(
+            f"{where}: expert {missing[0]} is missing: found {len(experts)} experts, {CONFIG} gives {num_experts}"
+        )
+    shapes: dict[tuple[str, str], Tensor] = {}
+    variants: dict[str, dict[frozenset[tuple[str, str]], int]] = defaultdict(dict)
+    for expert, tensors in experts.items():
+        modules: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for leaf, tensor in tensors.items():
+            modules[leaf.rpartition(".")[0]].append((leaf, tensor.dtype))
+            like = shapes.setdefault((leaf, tensor.dtype), tensor)
+            if like.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{checkpoint.root / tensor.file}: tensor {tensor.name}: shape {list(tensor.shape)}, "
+                    f"but {like.name} has {list(like.shape)}"
+                )
+        for module, found in modules.items():
+            variants[module].setdefault(frozenset(found), expert)
+    # Experts may be quantized differently, so that they have other tensors or dtypes; none may have only a part of
+    # what another has.
+    for module, found_by in variants.items():
+        for expert, tensors in experts.items():
+            own = {(leaf, tensor.dtype) for leaf, tensor in tensors.items() if leaf.rpartition(".")[0] == module}
+            for variant, example in found_by.items():
+                if own < variant:
+                    lacking = min(leaf for leaf, _ in variant - own)
+                    raise CheckpointError(
+                        f"{where}: tensor {name}.experts.{expert}.{lacking} is missing; expert {example} has its own"
+                    )
+    return tuple(tuple(experts[expert].values()) for expert in range(num_experts))
+
+
+def _unknown(checkpoint: Checkpoint, tensor: Tensor, reason: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{checkpoint.root / tensor.file}: tensor {tensor.name}: reshard does not know how it depends on the "
+        f"expert ids: {reason}"
+    )

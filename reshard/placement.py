@@ -1,0 +1,58 @@
+"""Where experts live: pure functions on permutations, nothing else.
+
+Words, as in DeepSeek's EPLB: a *logical* expert is an expert's id in the source, a *physical* expert its id in the
+output and its slot in the engine. An EP rank owns consecutive physical experts (vLLM's linear rule), so choosing the
+permutation is choosing the placement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def zigzag(num_experts: int, ep_size: int) -> tuple[int, ...]:
+    """Deal experts out round-robin: slot `j` of rank `r` holds logical expert `r + j * ep_size`.
+
+    Parameters:
+        num_experts: E, logical experts of a layer
+        ep_size: R, EP ranks; need not divide E
+
+    Returns:
+        physical_to_logical: [E], the logical expert in each physical slot
+    """
+    return tuple(expert for rank in range(ep_size) for expert in range(rank, num_experts, ep_size))
+
+
+def invert(permutation: Sequence[int]) -> tuple[int, ...]:
+    """The inverse permutation: physical_to_logical to logical_to_physical, and back.
+
+    Parameters:
+        permutation: [E]
+
+    Returns:
+        inverse: [E], `inverse[permutation[i]] == i`
+    """
+    inverse = [0] * len(permutation)
+    for position, value in enumerate(permutation):
+        inverse[value] = position
+    return tuple(inverse)
+
+
+def is_permutation(values: Sequence[int]) -> bool:
+    """Whether `values` [E] holds each of 0..E-1 once."""
+    return sorted(values) == list(range(len(values)))
+
+
+def rank_slots(num_experts: int, ep_size: int) -> tuple[range, ...]:
+    """The physical experts that each EP rank owns under vLLM's linear rule.
+
+    Parameters:
+        num_experts: E
+        ep_size: R
+
+    Returns:
+        slots: [R], consecutive ranges: E // R long, and one longer for the first E % R ranks
+    """
+    base, extra = divmod(num_experts, ep_size)
+    starts = [rank * base + min(rank, extra) for rank in range(ep_size + 1)]
+    return tuple(range(starts[rank], starts[rank + 1]) for rank in range(ep_size))

@@ -1,0 +1,148 @@
+"""The source back from an output, every file byte-identical: a plan in the other direction, from the manifest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from blake3 import blake3
+
+from .checkpoint import CONFIG, INDEX, File
+from .copy import BLOCK_SIZE, Outcome, Progress, SourceFiles, run
+from .errors import IntegrityError
+from .header import Tensor, parse_header, read_header
+from .manifest import MANIFEST, FileRecord, Manifest, SourceFile, read_manifest, unpack
+from .moe import renumber
+from .placement import invert
+from .plan import Content, ExpertIds, Literal, OutputFile, Part, Plan, Range, Rows, literal_file, whole_file
+
+
+def restore(
+    resharded: str | Path,
+    out: str | Path,
+    *,
+    restart: bool = False,
+    workers: int | None = None,
+    progress: Progress = lambda written: None,
+) -> Outcome:
+    """Rebuild in `out` the source that the output `resharded` was made from: the same files, bytes and sub-folders.
+
+    Every byte taken from `resharded` is checked against the manifest's digests. Interrupted, the same call takes up
+    where it stopped; with `restart` it begins afresh. `progress` is told the bytes written. Raises IntegrityError where
+    `resharded` is damaged or incomplete, OutputError where `out` is refused or cannot be written.
+    """
+    root = Path(resharded)
+    manifest = read_manifest(root)
+    restoration = _Restoration(root, manifest)
+    files = [restoration.file(file) for file in manifest.source.files]
+    last = [file for file in files if file.name in (INDEX, CONFIG)]
+    plan = Plan(
+        source=root,
+        source_files=restoration.source_files,
+        directories=tuple(manifest.source.directories),
+        files=tuple(file for file in files if file not in last),
+        last=tuple(file.name for file in last),
+    )
+
+    def finish(records: list[FileRecord]) -> Iterable[OutputFile]:
+        restoration.check(records)
+        return last
+
+    restoration.check_rewritten()
+    return run(plan, Path(out), finish, restart=restart, workers=workers, progress=progress)
+
+
+def restored_size(resharded: str | Path) -> int:
+    """Bytes that `restore` would write."""
+    return sum(file.size for file in read_manifest(Path(resharded)).source.files)
+
+
+class _Restoration:
+    """Where in the output `root` each byte of the source is."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self._root = root
+        self._records = {record.name: record for record in manifest.files}
+        self._digests = manifest.digests
+        self._to_logical = manifest.placement
+        self._to_physical = {layer: invert(order) for layer, order in manifest.placement.items()}
+        self._copied = {file.name for file in manifest.source.files if file.header is None and file.content is None}
+        self._rows = {name: layer.name for layer in manifest.moe_layers for name in layer.rows}
+        self._expert_ids = {name: layer.name for layer in manifest.moe_layers for name in layer.expert_ids}
+        self.source_files = {record.name: self._stat(record) for record in manifest.files}
+        self._tensors = {
+            tensor.name: tensor
+            for record in manifest.files
+            if record.tensors
+            for tensor in read_header(root / record.name).tensors
+        }
+
+    def file(self, file: SourceFile) -> OutputFile:
+        """The plan of one file of the source."""
+        if file.content is not None:
+            return literal_file(file.name, unpack(file.content))
+        if file.header is None:
+            if file.name not in self._records or self._records[file.name].size != file.size:
+                raise IntegrityError(f"{self._root / MANIFEST}: {file.name} of the source is nowhere in the output")
+            return whole_file(file.name, file.size)
+        raw = unpack(file.header)
+        header = parse_header(raw, file.size, Path(file.name))
+        parts = (Part(tensor.name, self._content(tensor)) for tensor in header.tensors)
+        return OutputFile(file.name, (Part(None, Literal(raw)), *parts))
+
+    def check_rewritten(self) -> None:
+        """IntegrityError unless every tensor that is brought into another order on the way back is what was written."""
+        with SourceFiles(self._root, self.source_files).open() as opened:
+            for name in (*self._rows, *self._expert_ids):
+                tensor = self._find(name)
+                digest = blake3()
+                for position in range(0, tensor.size, BLOCK_SIZE):
+                    block = memoryview(bytearray(min(BLOCK_SIZE, tensor.size - position)))
+                    opened.read(tensor.file, tensor.offset + position, block)
+                    digest.update(block)
+                if digest.hexdigest() != self._digests.get(name):
+                    raise self._damaged(tensor)
+
+    def check(self, records: list[FileRecord]) -> None:
+        """IntegrityError unless all that was copied is what was once written; `records` are of the restored files."""
+        for record in records:
+            if record.name in self._copied and record.digest != self._records[record.name].digest:
+                raise IntegrityError(f"{self._root / record.name}: damaged: its bytes are not those that were written")
+            for name, digest in record.tensors.items():
+                if name not in self._rows and name not in self._expert_ids:
+                    tensor = self._find(renumber(name, self._to_physical))
+                    if digest != self._digests.get(tensor.name):
+                        raise self._damaged(tensor)
+
+    def _content(self, original: Tensor) -> Content:
+        name = original.name
+        tensor = self._find(renumber(name, self._to_physical))
+        if tensor.size != original.size:
+            raise IntegrityError(
+                f"{self._root / tensor.file}: tensor {tensor.name}: {tensor.size} bytes, {name} had {original.size}"
+            )
+        if name in self._rows:
+            return Rows(tensor.file, tensor.offset, tensor.size, self._to_physical[self._rows[name]])
+        if name in self._expert_ids:
+            order = self._to_logical[self._expert_ids[name]]
+            return ExpertIds(tensor.file, tensor.offset, tensor.size, tensor.dtype, order)
+        return Range(tensor.file, tensor.offset, tensor.size)
+
+    def _find(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise IntegrityError(f"{self._root / MANIFEST}: tensor {name} is in none of the files that it lists")
+        return self._tensors[name]
+
+    def _stat(self, record: FileRecord) -> File:
+        path = self._root / record.name
+        if not path.is_file():
+            raise IntegrityError(f"{path}: absent; restore needs every file of the output")
+        status = path.stat()
+        if status.st_size != record.size:
+            raise IntegrityError(f"{path}: damaged: {status.st_size} bytes, expected {record.size}")
+        return File(record.name, status.st_size, status.st_mtime_ns)
+
+    def _damaged(self, tensor: Tensor) -> IntegrityError:
+        return IntegrityError(
+            f"{self._root / tensor.file}: tensor {tensor.name}: damaged: its bytes are not those that were written"
+        )

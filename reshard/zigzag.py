@@ -1,0 +1,266 @@
+"""From a checkpoint to its zigzag output: `plan_zigzag` decides everything, `zigzag` carries it out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from . import placement
+from ._version import __version__
+from .checkpoint import CONFIG, INDEX, Checkpoint, read_checkpoint
+from .contract import CONTRACT_KEY, LOCKED_KEYS, Contract, Placement, contract_to_json, lock_config, placement_to_json
+from .copy import Outcome, Progress, run
+from .errors import CheckpointError, OutputError
+from .expert_names import map_config_files
+from .manifest import (
+    MANIFEST,
+    MANIFEST_VERSION,
+    FileRecord,
+    LayerRecord,
+    Manifest,
+    Source,
+    SourceFile,
+    encode_manifest,
+    pack,
+)
+from .moe import MoeModel, read_model
+from .plan import OutputFile, Plan, literal_file, plan_index, plan_weights, whole_file
+from .source import find_source, identify
+
+DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Resharding:
+    """All that is decided before the first byte is written.
+
+    `index` and `config` are the bytes of the two files that come last; `originals` has the source's bytes of the small
+    files that are rewritten.
+    """
+
+    checkpoint: Checkpoint
+    model: MoeModel
+    strategy: str
+    ep_size: int
+    placement: Placement
+    contract: Contract | None
+    plan: Plan
+    index: bytes
+    config: bytes
+    originals: Mapping[str, bytes]
+    notes: tuple[str, ...]
+
+
+def plan_zigzag(src: str | Path, ep_size: int, *, max_shard_size: int = DEFAULT_MAX_SHARD_SIZE) -> Resharding:
+    """Decide how the checkpoint `src` is rewritten for `ep_size` EP ranks. Reads no weights, writes nothing.
+
+    Parameters:
+        src: a checkpoint directory, or the id of a repository in the Hugging Face cache
+        ep_size: R, 2 to E; need not divide E
+        max_shard_size: bytes of tensors in a file at the most
+
+    Raises:
+        CheckpointError: the checkpoint is not sound
+        UnsupportedError: renumbering its experts is not known to be exact
+        OutputError: `ep_size` or `max_shard_size` does not fit it
+
+    """
+    root = find_source(src)
+    refuse_resharded(root)
+    checkpoint = read_checkpoint(root)
+    model = read_model(checkpoint)
+    num_experts = model.routing.num_experts
+    if not 2 <= ep_size <= num_experts:
+        raise OutputError(f"{root}: --ep must be from 2 to the {num_experts} experts of a layer, found {ep_size}")
+    if max_shard_size < 1:
+        raise OutputError(f"{root}: --max-shard-size must be at least 1 byte, found {max_shard_size}")
+    order = placement.zigzag(num_experts, ep_size)
+    return plan_resharding(
+        checkpoint, model, "zigzag", ep_size, {layer.name: order for layer in model.layers}, max_shard_size
+    )
+
+
+def plan_resharding(
+    checkpoint: Checkpoint,
+    model: MoeModel,
+    strategy: str,
+    ep_size: int,
+    physical_to_logical: Placement,
+    max_shard_size: int,
+) -> Resharding:
+    """Decide how `checkpoint` is rewritten for any placement; `physical_to_logical` has [E] for each MoE layer."""
+    if CONTRACT_KEY in checkpoint.config:
+        raise CheckpointError(
+            f"{checkpoint.root / CONFIG}: has {CONTRACT_KEY}: already resharded; start from the original"
+        )
+    contract = None
+    if model.routing.group_limited:
+        original = {key: checkpoint.config[key] for key in LOCKED_KEYS if key in checkpoint.config}
+        routing = model.routing
+        contract = Contract(strategy, ep_size, routing.n_group, routing.topk_group, physical_to_logical, original)
+    weights = plan_weights(checkpoint, model, physical_to_logical, ep_size, max_shard_size)
+    _refuse_collisions(checkpoint, weights)
+    rewritten = _rewritten_configs(checkpoint, model, physical_to_logical, contract)
+    rewritten[INDEX] = plan_index(weights, checkpoint.index_metadata)
+    copied = [
+        literal_file(file.name, rewritten[file.name]) if file.name in rewritten else whole_file(file.name, file.size)
+        for file in checkpoint.other_files
+        if file.name not in (INDEX, CONFIG)
+    ]
+    return Resharding(
+        checkpoint=checkpoint,
+        model=model,
+        strategy=strategy,
+        ep_size=ep_size,
+        placement=physical_to_logical,
+        contract=contract,
+        plan=Plan(
+            source=checkpoint.root,
+            source_files=checkpoint.files,
+            directories=checkpoint.directories,
+            files=(*weights, *copied),
+            last=(MANIFEST, INDEX, CONFIG),
+        ),
+        index=rewritten[INDEX],
+        config=rewritten.get(CONFIG) or (checkpoint.root / CONFIG).read_bytes(),
+        originals={name: (checkpoint.root / name).read_bytes() for name in rewritten if name in checkpoint.files},
+        notes=tuple(_notes(checkpoint, model)),
+    )
+
+
+def zigzag(
+    src: str | Path,
+    ep_size: int,
+    out: str | Path,
+    *,
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
+    restart: bool = False,
+    workers: int | None = None,
+    progress: Progress = lambda written: None,
+) -> Outcome:
+    """Rewrite the checkpoint `src` into `out` so that linear placement on `ep_size` EP ranks is zigzag.
+
+    Interrupted, the same call takes up where it stopped; with `restart` it begins afresh. `progress` is told the bytes
+    written, as they are. Raises what `plan_zigzag` raises, and OutputError where `out` is refused or cannot be written.
+    """
+    return write_resharding(
+        plan_zigzag(src, ep_size, max_shard_size=max_shard_size),
+        Path(out),
+        restart=restart,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def write_resharding(
+    resharding: Resharding,
+    out: Path,
+    *,
+    restart: bool = False,
+    workers: int | None = None,
+    progress: Progress = lambda written: None,
+) -> Outcome:
+    """Carry out `resharding` in `out`: weights and small files, then the manifest, then the index and config.json."""
+
+    def finish(records: list[FileRecord]) -> list[OutputFile]:
+        index, config = literal_file(INDEX, resharding.index), literal_file(CONFIG, resharding.config)
+        records = [*records, _record(INDEX, resharding.index), _record(CONFIG, resharding.config)]
+        return [literal_file(MANIFEST, encode_manifest(_manifest(resharding, records))), index, config]
+
+    return run(resharding.plan, out, finish, restart=restart, workers=workers, progress=progress)
+
+
+def refuse_resharded(root: Path) -> None:
+    """CheckpointError where `root` is an output already."""
+    if (root / MANIFEST).exists():
+        raise CheckpointError(
+            f"{root / MANIFEST}: already resharded; start from the original, or `reshard restore` it first"
+        )
+
+
+def _rewritten_configs(
+    checkpoint: Checkpoint, model: MoeModel, physical_to_logical: Placement, contract: Contract | None
+) -> dict[str, bytes]:
+    changed = map_config_files(checkpoint, model, physical_to_logical)
+    if contract is not None:
+        changed[CONFIG] = lock_config(changed.get(CONFIG, checkpoint.config), contract)
+    return {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in changed.items()}
+
+
+def _refuse_collisions(checkpoint: Checkpoint, weights: Sequence[OutputFile]) -> None:
+    kept = {file.name for file in checkpoint.other_files}
+    for file in weights:
+        if file.name in kept:
+            raise CheckpointError(f"{checkpoint.root / file.name}: the output has a file of this name; move it away")
+
+
+def _notes(checkpoint: Checkpoint, model: MoeModel) -> list[str]:
+    notes = []
+    if not model.routing.group_limited:
+        notes.append(
+            "this model's router has no expert groups: zigzag is exact for it, but not expected to help "
+            "(the published gains are for models with expert groups)"
+        )
+    if not any(layer.experts for layer in model.layers):
+        notes.append("its experts are fused into one tensor a layer, so every rank reads all of them: no files by rank")
+    other_weights = [
+        file.name
+        for file in checkpoint.other_files
+        if Path(file.name).suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") and file.size > 1 << 20
+    ]
+    if other_weights:
+        notes.append(f"copied as they are, not resharded: {', '.join(other_weights)}")
+    return notes
+
+
+def _manifest(resharding: Resharding, records: list[FileRecord]) -> Manifest:
+    checkpoint, model, routing = resharding.checkpoint, resharding.model, resharding.model.routing
+    identity = identify(checkpoint.root)
+    source = Source(
+        path=str(checkpoint.root.absolute()),
+        repo_id=identity.repo_id,
+        revision=identity.revision,
+        files=[_source_file(resharding, name) for name in checkpoint.files],
+        directories=list(checkpoint.directories),
+    )
+    layers = [
+        LayerRecord(
+            name=layer.name,
+            num_experts=routing.num_experts,
+            rows=[tensor.name for tensor in (*layer.router, *layer.fused)],
+            expert_ids=[tensor.name for tensor in layer.expert_ids],
+        )
+        for layer in model.layers
+    ]
+    return Manifest(
+        version=MANIFEST_VERSION,
+        reshard_version=__version__,
+        strategy=resharding.strategy,
+        ep_size=resharding.ep_size,
+        family=model.family.name,
+        model_type=model.model_type,
+        routing=routing,
+        plugin_required=resharding.contract is not None,
+        contract=contract_to_json(resharding.contract) if resharding.contract is not None else None,
+        physical_to_logical=placement_to_json(resharding.placement),
+        moe_layers=layers,
+        source=source,
+        files=records,
+    )
+
+
+def _source_file(resharding: Resharding, name: str) -> SourceFile:
+    size = resharding.checkpoint.files[name].size
+    if name in resharding.checkpoint.shards:
+        return SourceFile(name, size, header=pack(resharding.checkpoint.shards[name].raw))
+    if name in resharding.originals:
+        return SourceFile(name, size, content=pack(resharding.originals[name]))
+    return SourceFile(name, size)
+
+
+def _record(name: str, data: bytes) -> FileRecord:
+    return FileRecord(name, len(data), None, blake3(data).hexdigest())
