@@ -25,6 +25,7 @@ from .verify import Verification, verify
 from .zigzag import DEFAULT_MAX_SHARD_SIZE, Resharding, plan_zigzag, write_resharding
 
 EXIT_INTERRUPTED = 130
+LONGEST_LINE = 1600
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -125,7 +126,7 @@ def verify_command(out: Path, src: str | None, quiet: bool, as_json: bool) -> No
     _print(report, _describe_verification(verification, src), quiet, as_json)
     if verification.problems:
         first, others = verification.problems[0], len(verification.problems) - 1
-        _fail(f"{first}" + (f" (and {others} more)" if others else ""), 1)
+        _fail(f"{first} (and {others} more problems)" if others else first, 1)
 
 
 @main.command("restore")
@@ -172,7 +173,11 @@ def _print(report: dict[str, Any], lines: list[str], quiet: bool, as_json: bool)
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    click.echo(f"reshard: error: {' '.join(message.split())}", err=True)
+    """One printable line of bearable length, whatever names a hostile file puts into the message."""
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(message.split()))
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} […] {line[-LONGEST_LINE // 2 :]}"
+    click.echo(f"reshard: error: {line}", err=True)
     sys.exit(status)
 
 
@@ -263,7 +268,7 @@ def _describe_verification(verification: Verification, src: str | None) -> list[
         f"{_bytes(verification.size)}, in {_time(verification.seconds)}"
     ]
     if verification.problems:
-        return [*lines, *(f"problem: {problem}" for problem in verification.problems)]
+        return [*lines, *(f"problem: {problem}" for problem in verification.problems[1:])]
     lines.append("every file and tensor is what was written; headers, index and config agree")
     if src is not None and verification.routers is not None:
         routers = verification.routers
@@ -293,9 +298,9 @@ def _describe_inspection(inspection: Inspection) -> list[str]:
         f"    routers    {_bytes(inspection.router_size)}",
         f"    the rest   {_bytes(rest)}",
     ]
-    if inspection.ep_size is None:
-        return [*lines, f"  plugin       for a zigzag output {inspection.plugin}"]
     lines.append(f"  plugin       {inspection.plugin}")
+    if inspection.ep_size is None:
+        return lines
     lines.append(f"  placement    {inspection.strategy} for {inspection.ep_size} EP ranks" + _uniformity(inspection))
     lines.append("    rank   expert bytes   logical experts, in physical order")
     for rank in inspection.ranks:

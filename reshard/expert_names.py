@@ -103,7 +103,7 @@ class _Mapper:
         return tables.pop()
 
     def _regex(self, text: str) -> str:
-        prefix, pattern = text[:3], text[3:]
+        prefix, _, pattern = text.partition(":")
         try:
             matches = re.compile(pattern).match
         except re.error as error:
@@ -112,7 +112,7 @@ class _Mapper:
         wanted = {physical for logical, physical in modules.items() if matches(logical)}
         for candidate in (pattern, self._map_literal_ids(pattern)):
             if {module for module in modules if re.match(candidate, module)} == wanted:
-                return prefix + candidate
+                return f"{prefix}:{candidate}"
         raise self._unclear(text)
 
     def _expert_modules(self) -> Mapping[str, str]:

@@ -51,15 +51,23 @@ class Indexed(Enum):
     VALUES = "its values are expert ids"
 
 
+@dataclass(frozen=True, slots=True)
+class RouterTensor:
+    """What is known of a router tensor of some name."""
+
+    indexed: Indexed
+    dimensions: int
+
+
 # Below `<block>.gate` or `<block>.router`. Anything else there is an error.
 ROUTER_MODULES = ("gate", "router")
-ROUTER_TENSORS: Mapping[str, Indexed] = {
-    "weight": Indexed.ROWS,
-    "bias": Indexed.ROWS,
-    "bias_vl": Indexed.ROWS,
-    "e_score_correction_bias": Indexed.ROWS,
-    "expert_bias": Indexed.ROWS,
-    "tid2eid": Indexed.VALUES,
+ROUTER_TENSORS: Mapping[str, RouterTensor] = {
+    "weight": RouterTensor(Indexed.ROWS, 2),  # [E, hidden]
+    "bias": RouterTensor(Indexed.ROWS, 1),  # [E], likewise the other biases
+    "bias_vl": RouterTensor(Indexed.ROWS, 1),
+    "e_score_correction_bias": RouterTensor(Indexed.ROWS, 1),
+    "expert_bias": RouterTensor(Indexed.ROWS, 1),
+    "tid2eid": RouterTensor(Indexed.VALUES, 2),  # [vocab, top_k]
 }
 
 # Modules beside the router that every token goes through: not indexed by expert, whatever their shape.

@@ -8,9 +8,11 @@ dtype give. The rule is ``validate`` in safetensors/src/tensor.rs; stricter here
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from .errors import CheckpointError
 MAX_HEADER_SIZE = 100_000_000
 ALIGNMENT = 8
 U64_MAX = 2**64 - 1
+_ODD_INTEGER = re.compile(rb"-0|[0-9]{300}")
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
@@ -125,7 +128,13 @@ def _decode(text: bytes, path: Path) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise CheckpointError(f"{path}: not a safetensors file: the header is not a JSON object")
     try:
-        entries = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        entries = json.loads(
+            text.decode(),
+            object_pairs_hook=_unique,
+            parse_int=_integers(text),
+            parse_float=_finite,
+            parse_constant=_no_constant,
+        )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is not sound JSON: {error}") from error
     if not isinstance(entries, dict):
@@ -139,6 +148,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in it twice")
     return entries
+
+
+def _integers(text: bytes) -> Callable[[str], int] | None:
+    # serde takes -0 for a float and refuses what no float holds; looking for these costs nothing where they are not
+    return _serde_integer if _ODD_INTEGER.search(text) else None
+
+
+def _serde_integer(text: str) -> int:
+    if text == "-0":
+        raise ValueError("-0 is not a whole number of at least 0")
+    _finite(text)
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text:.40}… is out of range")
+    return value
 
 
 def _no_constant(text: str) -> None:

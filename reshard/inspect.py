@@ -31,7 +31,7 @@ class Inspection:
     """What `inspect` found. Sizes are bytes of tensors of the source: all, of experts, of routers.
 
     `strategy`, `ep_size` and `ranks` are of the output, or of what `zigzag` would do for the `ep_size` asked about,
-    else None and empty. `uniform` says that every MoE layer places its experts alike; where not, `ranks` shows the first.
+    else None and empty. `uniform` says that every MoE layer places its experts alike, else `ranks` shows the first.
     """
 
     path: str

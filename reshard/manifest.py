@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from base64 import b64decode, b64encode
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from blake3 import blake3
@@ -21,6 +21,10 @@ from .moe import Routing
 MANIFEST = "reshard_manifest.json"
 MANIFEST_VERSION = 1
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
 
 class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of the source, with what restore cannot take from the output (zlib, base64): the `header` of a safetensors
@@ -28,7 +32,7 @@ class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     name: str
-    size: int
+    size: Count
     header: str | None = None
     content: str | None = None
 
@@ -47,7 +51,7 @@ class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A MoE layer: the module that holds its experts, and its tensors that are indexed by expert in another way."""
 
     name: str
-    num_experts: int
+    num_experts: Positive
     rows: list[str]
     expert_ids: list[str]
 
@@ -58,19 +62,19 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     name: str
-    size: int
-    rank: int | None
-    digest: str
-    tensors: dict[str, str] = {}
+    size: Count
+    rank: Count | None
+    digest: Digest
+    tensors: dict[str, Digest] = {}
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole record. `physical_to_logical` is one list, or one for each MoE layer where layers differ."""
 
-    version: int
+    version: Positive
     reshard_version: str
     strategy: str
-    ep_size: int
+    ep_size: Positive
     family: str
     model_type: str
     routing: Routing
@@ -80,7 +84,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     moe_layers: list[LayerRecord]
     source: Source
     files: list[FileRecord]
-    digest: str = ""
+    digest: Digest = ""
 
     @property
     def placement(self) -> Placement:
@@ -121,14 +125,26 @@ def read_manifest(root: Path) -> Manifest:
         raise IntegrityError(f"{path}: damaged: {error}") from error
     if encode_manifest(manifest) != data:
         raise IntegrityError(f"{path}: damaged: its content does not match the digest at its end")
-    for name in (
-        *(f.name for f in manifest.files),
-        *(f.name for f in manifest.source.files),
-        *manifest.source.directories,
-    ):
-        if not is_inside(name):
-            raise IntegrityError(f"{path}: names {name!r:.80}, which is not inside a directory")
+    if wrong := _inconsistency(manifest):
+        raise IntegrityError(f"{path}: {wrong}")
     return manifest
+
+
+def _inconsistency(manifest: Manifest) -> str | None:
+    """What a manifest that was not written by reshard may have wrong, in words."""
+    for layer in manifest.moe_layers:
+        placed = len(manifest.placement[layer.name])
+        if placed != layer.num_experts:
+            return f"{layer.name} has {layer.num_experts} experts, but its placement has {placed}"
+    for record in manifest.files:
+        if record.rank is not None and record.rank >= manifest.ep_size:
+            return f"{record.name} is of rank {record.rank}, but there are {manifest.ep_size} ranks"
+    names = [*manifest.source.directories, *(file.name for file in manifest.source.files)]
+    names += [record.name for record in manifest.files]
+    for name in names:
+        if not is_inside(name):
+            return f"{name!r:.80} is not a path inside a directory"
+    return None
 
 
 def is_inside(name: str) -> bool:

@@ -120,7 +120,9 @@ def parse_expert_name(name: str, layers: Container[str]) -> ExpertName | None:
 def renumber(name: str, tables: Mapping[str, Sequence[int]]) -> str:
     """`name` with its expert id mapped by its layer's table; a name that is no expert's stays as it is."""
     parsed = parse_expert_name(name, tables)
-    return str(parsed._replace(expert=tables[parsed.layer][parsed.expert])) if parsed else name
+    if parsed is None or parsed.expert >= len(tables[parsed.layer]):
+        return name
+    return str(parsed._replace(expert=tables[parsed.layer][parsed.expert]))
 
 
 def why_plugin(routing: Routing) -> str:
@@ -275,13 +277,16 @@ def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -
             )
     rows, ids = [], []
     for leaf, tensor in block.router.items():
-        match ROUTER_TENSORS.get(leaf):
-            case Indexed.ROWS:
-                rows.append(_check_rows(checkpoint, tensor, num_experts))
-            case Indexed.VALUES:
-                ids.append(tensor)
-            case None:
-                _unknown(checkpoint, tensor, f"known beside a router are {', '.join(ROUTER_TENSORS)}")
+        known = ROUTER_TENSORS.get(leaf)
+        if known is None:
+            _unknown(checkpoint, tensor, f"known beside a router are {', '.join(ROUTER_TENSORS)}")
+        if len(tensor.shape) != known.dimensions:
+            where = f"{checkpoint.root / tensor.file}: tensor {tensor.name}"
+            raise CheckpointError(f"{where}: expected {known.dimensions} dimensions, found shape {list(tensor.shape)}")
+        if known.indexed is Indexed.ROWS:
+            rows.append(_check_rows(checkpoint, tensor, num_experts))
+        else:
+            ids.append(tensor)
     # a scalar beside fused experts is one for all of them
     fused = [_check_rows(checkpoint, tensor, num_experts) for tensor in block.fused if math.prod(tensor.shape) != 1]
     experts = _check_experts(checkpoint, name, block.experts, num_experts) if block.experts else ()

@@ -1,0 +1,145 @@
+"""DeepSeek-R1 from its published layout: all of it as sparse files, or one layer in bytes.
+
+The names, shapes, dtypes and config are the real ones (tests/facts/deepseek-r1-layout.json); the values are not. Writes
+safetensors itself, so that nothing here leans on what is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+FACTS = json.loads((Path(__file__).parents[1] / "tests" / "facts" / "deepseek-r1-layout.json").read_text())
+DTYPE_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
+FILES = FACTS["files"]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the layout."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def layer(self) -> int | None:
+        """The layer it belongs to, None for embeddings, head and final norm."""
+        found = re.match(r"model\.layers\.(\d+)\.", self.name)
+        return int(found[1]) if found else None
+
+
+def tensors() -> list[Tensor]:
+    """All 91,991 tensors, in layer order."""
+    found = [
+        Tensor(name, entry["dtype"], entry["shape"]) for entry in FACTS["tensors"] for name in _expand(entry["name"])
+    ]
+    if len(found) != FACTS["tensors_total"] or sum(tensor.size for tensor in found) != FACTS["bytes_total"]:
+        raise ValueError("the layout does not add up")
+    first = {"model.embed_tokens.weight": -1}
+    return sorted(found, key=lambda tensor: first.get(tensor.name, 1000 if tensor.layer is None else tensor.layer))
+
+
+def build_sparse(directory: Path) -> None:
+    """The whole model in 163 files whose headers are true and whose data is holes: 641 GiB that take almost no disk."""
+    directory.mkdir(parents=True)
+    everything = tensors()
+    mtp = FACTS["config"]["num_hidden_layers"]
+    head = [tensor for tensor in everything if tensor.layer is None and "embed" not in tensor.name]
+    body = [tensor for tensor in everything if tensor.layer != mtp and tensor not in head]
+    shards = _split(body, FILES - 1)
+    shards[FACTS["first_files"]["lm_head, model.norm"] - 1] += head
+    shards.append([tensor for tensor in everything if tensor.layer == mtp])
+    names = [f"model-{number:05}-of-{FILES:06}.safetensors" for number in range(1, FILES + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        header = _header(shard)
+        with (directory / name).open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + sum(tensor.size for tensor in shard))
+    _write_rest(directory, dict(zip(names, shards, strict=True)))
+
+
+def build_layer(directory: Path, layer: int = 3, files: int = 3) -> None:
+    """One MoE layer at its full size, random bytes, in `files` files: 11.3 GB."""
+    import torch
+
+    directory.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(layer)
+    shards = _split([tensor for tensor in tensors() if tensor.layer == layer], files)
+    names = [f"model-{number:05}-of-{files:05}.safetensors" for number in range(1, files + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        with (directory / name).open("wb") as file:
+            file.write(_header(shard))
+            for tensor in shard:
+                file.write(_random_bytes(tensor, generator))
+    _write_rest(directory, dict(zip(names, shards, strict=True)))
+
+
+def _random_bytes(tensor: Tensor, generator: torch.Generator) -> bytearray:
+    import torch
+
+    data = bytearray(tensor.size)
+    if tensor.dtype == "F8_E4M3":
+        torch.frombuffer(data, dtype=torch.int64).random_(generator=generator)
+    else:  # routers are computed with, so they have to be numbers
+        dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[tensor.dtype]
+        torch.frombuffer(data, dtype=dtype).normal_(generator=generator)
+    return data
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """`a.{0..2}.b` is a.0.b, a.1.b, a.2.b."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not found:
+        yield pattern
+        return
+    for number in range(int(found[1]), int(found[2]) + 1):
+        yield from _expand(pattern[: found.start()] + str(number) + pattern[found.end() :])
+
+
+def _split(found: list[Tensor], files: int) -> list[list[Tensor]]:
+    """Consecutive shares of about equal size."""
+    total = sum(tensor.size for tensor in found)
+    shards: list[list[Tensor]] = [[] for _ in range(files)]
+    written = 0
+    for tensor in found:
+        shards[min(files - 1, written * files // total)].append(tensor)
+        written += tensor.size
+    return shards
+
+
+def _header(shard: Iterable[Tensor]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard:
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [end, end + tensor.size],
+        }
+        end += tensor.size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_rest(directory: Path, shards: dict[str, list[Tensor]]) -> None:
+    weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
+    total = sum(tensor.size for shard in shards.values() for tensor in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (directory / "config.json").write_text(json.dumps(FACTS["config"], indent=2))

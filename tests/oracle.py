@@ -1,0 +1,376 @@
+"""An independent judge of resharded checkpoints: says what an output must be from the source alone.
+
+It shares no code with the package: its own header reader, its own zigzag arithmetic, its own rules for names.
+Every file is read whole, which is right for test data and for nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+from safetensors import safe_open
+
+Placement = Callable[[int, int], list[int]]
+
+INDEX = "model.safetensors.index.json"
+MANIFEST = "reshard_manifest.json"
+CONFIGS = ("config.json", "hf_quant_config.json")
+DTYPE_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+EXPERT = re.compile(r"(?P<module>.*)\.experts\.(?P<id>\d+)\.(?P<rest>.+)")
+FUSED = re.compile(r"(?P<module>.*)\.experts\.[a-z_]+")
+ROUTER = re.compile(r"(?P<module>.*)\.(gate|router)\.(?P<kind>[a-z0-9_]+)")
+ROWS_BY_EXPERT = {"weight", "bias", "bias_vl", "e_score_correction_bias", "expert_bias"}
+OUTPUT_FILE = re.compile(
+    r"(?P<series>model-(?:shared|ep(?P<rank>\d{2,})-of-(?P<ranks>\d{2,})))"
+    r"-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors"
+)
+
+
+@dataclass(frozen=True)
+class Located:
+    """A tensor and where its bytes lie in its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    data: bytes
+
+
+Files = dict[str, tuple[dict[str, str], dict[str, Located]]]  # by file name: metadata, tensors
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A tensor that the output must hold; `rank` is None where every rank needs it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+    rank: int | None
+
+
+def zigzag(experts: int, ranks: int) -> list[int]:
+    """physical_to_logical [experts]: rank after rank, each the experts that it is dealt in turn."""
+    return [expert for rank in range(ranks) for expert in range(rank, experts, ranks)]
+
+
+def linear(experts: int, ranks: int) -> list[int]:
+    """physical_to_logical [experts] of a checkpoint that nobody has touched."""
+    del ranks
+    return list(range(experts))
+
+
+def owner(physical: int, experts: int, ranks: int) -> int:
+    """The rank that vLLM's linear rule gives a physical expert to."""
+    owners = [rank for rank in range(ranks) for _ in range(experts // ranks + (rank < experts % ranks))]
+    return owners[physical]
+
+
+def assert_resharded(source: Path, output: Path, ranks: int, placement: Placement = zigzag) -> None:
+    """Raise AssertionError that says where `output` is not `source` dealt to `ranks` EP ranks."""
+    wanted, placements = _wanted_tensors(source, ranks, placement)
+    files = {path.name: read_safetensors(path) for path in sorted(output.glob("*.safetensors"))}
+    _check_file_names(files.keys(), ranks)
+    _check_tensors(wanted, files, ranks)
+    _check_layout(source, output, files)
+    _check_index(output, files)
+    contract = _check_configs(source, output, placements)
+    if contract is not None:
+        _check_contract(contract, source, ranks, placements)
+    _check_other_files(source, output)
+    _check_manifest(output, files, ranks, placements)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Located]]:
+    """A file's `__metadata__` and its tensors; any overlap, hole or size that does not fit is an error."""
+    raw = path.read_bytes()
+    assert len(raw) >= 8, f"{path.name} is too short for a safetensors file"
+    (length,) = struct.unpack("<Q", raw[:8])
+    pairs = json.loads(raw[8 : 8 + length], object_pairs_hook=list)
+    names = [name for name, _ in pairs]
+    assert len(names) == len(set(names)), f"{path.name} names a tensor twice"
+    metadata: dict[str, str] = {}
+    tensors = {}
+    for name, entry in pairs:
+        if name == "__metadata__":
+            metadata = dict(entry)
+            continue
+        fields = dict(entry)
+        start, end = fields["data_offsets"]
+        size = prod(fields["shape"]) * DTYPE_BYTES[fields["dtype"]]
+        assert end - start == size, f"{path.name}: {name} has {end - start} bytes, its shape says {size}"
+        start, end = 8 + length + start, 8 + length + end
+        tensors[name] = Located(fields["dtype"], tuple(fields["shape"]), start, raw[start:end])
+    position = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
+        assert tensor.start == position, f"{path.name}: {name} starts at {tensor.start}, not at {position}"
+        position += len(tensor.data)
+    assert position == len(raw), f"{path.name} ends at {len(raw)}, its tensors end at {position}"
+    return metadata, tensors
+
+
+def tree(directory: Path) -> dict[str, str]:
+    """Every path below `directory`: a file's SHA-256, or "dir"."""
+    return {
+        path.relative_to(directory).as_posix(): "dir"
+        if path.is_dir()
+        else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+    }
+
+
+def assert_identical_trees(expected: Path, actual: Path) -> None:
+    """Raise AssertionError that lists what is missing, extra or different in `actual`."""
+    _compare_trees(tree(expected), tree(actual))
+
+
+def _compare_trees(expected: dict[str, str], actual: dict[str, str]) -> None:
+    missing = sorted(expected.keys() - actual.keys())
+    extra = sorted(actual.keys() - expected.keys())
+    different = sorted(name for name in expected.keys() & actual.keys() if expected[name] != actual[name])
+    assert not (missing or extra or different), f"missing {missing}, extra {extra}, different {different}"
+
+
+def _wanted_tensors(source: Path, ranks: int, placement: Placement) -> tuple[dict[str, Wanted], dict[str, list[int]]]:
+    """All tensors of the output by name, and each MoE module's physical_to_logical."""
+    tensors: dict[str, Located] = {}
+    for path in source.glob("*.safetensors"):
+        tensors |= read_safetensors(path)[1]
+    counts: dict[str, int] = defaultdict(int)
+    for name, tensor in tensors.items():
+        if match := EXPERT.fullmatch(name):
+            counts[match["module"]] = max(counts[match["module"]], int(match["id"]) + 1)
+        elif match := FUSED.fullmatch(name):
+            counts[match["module"]] = tensor.shape[0]
+    placements = {module: placement(count, ranks) for module, count in counts.items()}
+    wanted = {}
+    for name, tensor in tensors.items():
+        new_name, data, rank = name, tensor.data, None
+        if match := EXPERT.fullmatch(name):
+            module = match["module"]
+            physical = placements[module].index(int(match["id"]))
+            new_name = f"{module}.experts.{physical}.{match['rest']}"
+            rank = owner(physical, counts[module], ranks)
+        elif match := FUSED.fullmatch(name):
+            data = _permuted(data, placements[match["module"]])
+        elif (match := ROUTER.fullmatch(name)) and match["module"] in placements:
+            physical_to_logical = placements[match["module"]]
+            if match["kind"] == "tid2eid":
+                data = _mapped_ids(tensor, physical_to_logical)
+            else:
+                assert match["kind"] in ROWS_BY_EXPERT, f"no rule for {name}"
+                data = _permuted(data, physical_to_logical)
+        wanted[new_name] = Wanted(tensor.dtype, tensor.shape, data, rank)
+    return wanted, placements
+
+
+def _permuted(data: bytes, physical_to_logical: list[int]) -> bytes:
+    """new[p] = old[physical_to_logical[p]] for rows of equal size."""
+    size = len(data) // len(physical_to_logical)
+    return b"".join(data[e * size : (e + 1) * size] for e in physical_to_logical)
+
+
+def _mapped_ids(tensor: Located, physical_to_logical: list[int]) -> bytes:
+    """new = logical_to_physical[old] for every id of a token table."""
+    code = {"I64": "q", "I32": "i"}[tensor.dtype]
+    layout = f"<{prod(tensor.shape)}{code}"
+    ids = struct.unpack(layout, tensor.data)
+    return struct.pack(layout, *(physical_to_logical.index(e) for e in ids))
+
+
+def _check_file_names(names: Iterable[str], ranks: int) -> None:
+    """model-shared-… and model-epRR-of-NN-…, numbered 1..n of n each."""
+    numbers: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for name in names:
+        match = OUTPUT_FILE.fullmatch(name)
+        assert match, f"{name} is no output file's name"
+        if match["rank"] is not None:
+            rank, of = int(match["rank"]), int(match["ranks"])
+            assert of == ranks and rank < ranks, f"{name} belongs to no rank of {ranks}"
+        numbers[match["series"]].append((int(match["number"]), int(match["count"])))
+    for series, found in numbers.items():
+        expected = [(number, len(found)) for number in range(1, len(found) + 1)]
+        assert sorted(found) == expected, f"{series}: numbers {sorted(found)}, expected {expected}"
+
+
+def _check_tensors(wanted: dict[str, Wanted], files: Files, ranks: int) -> None:
+    copies = Counter(name for _, tensors in files.values() for name in tensors)
+    assert max(copies.values()) == 1, f"more than once: {[name for name, n in copies.items() if n > 1]}"
+    missing, extra = sorted(wanted.keys() - copies.keys()), sorted(copies.keys() - wanted.keys())
+    assert not (missing or extra), f"tensors missing {missing}, extra {extra}"
+    for file, (_, tensors) in files.items():
+        match = OUTPUT_FILE.fullmatch(file)
+        assert match
+        rank = None if match["rank"] is None else int(match["rank"])
+        for name, tensor in tensors.items():
+            want = wanted[name]
+            assert (tensor.dtype, tensor.shape) == (want.dtype, want.shape), (
+                f"{name} is {tensor.dtype} {tensor.shape}, expected {want.dtype} {want.shape}"
+            )
+            assert tensor.data == want.data, f"{name} in {file} has other bytes than it should"
+            assert rank == want.rank, f"{name} is in {file}, but belongs to rank {want.rank} of {ranks}"
+
+
+def _check_layout(source: Path, output: Path, files: Files) -> None:
+    """Aligned tensors, metadata kept, and the usual library can load every tensor."""
+    sources = [read_safetensors(path)[0].items() for path in source.glob("*.safetensors")]
+    common = dict(set.intersection(*map(set, sources)))
+    for file, (metadata, tensors) in files.items():
+        assert common.items() <= metadata.items(), f"{file} lost metadata: {metadata}, source has {common}"
+        begin = min(tensor.start for tensor in tensors.values())
+        assert begin % 8 == 0, f"{file}: the data starts at {begin}, which is not a multiple of 8"
+        for name, tensor in tensors.items():
+            offset = tensor.start - begin
+            assert offset % DTYPE_BYTES[tensor.dtype] == 0, f"{file}: {name} ({tensor.dtype}) at {offset}"
+        with safe_open(output / file, framework="pt") as opened:
+            assert set(opened.keys()) == tensors.keys(), f"safetensors sees other names in {file}"
+            for name, tensor in tensors.items():
+                shape = tuple(opened.get_tensor(name).shape)
+                assert shape == tensor.shape, f"safetensors loads {name} as {shape}"
+
+
+def _check_index(output: Path, files: Files) -> None:
+    index = json.loads((output / INDEX).read_bytes())
+    weight_map = {name: file for file, (_, tensors) in files.items() for name in tensors}
+    wrong = sorted(set(index["weight_map"].items()) ^ set(weight_map.items()))
+    assert not wrong, f"the index does not list what lies in the files: {wrong}"
+    total = sum(len(tensor.data) for _, tensors in files.values() for tensor in tensors.values())
+    size = index["metadata"]["total_size"]
+    assert size == total, f"the index says {size} bytes in total, the tensors have {total}"
+
+
+def _group_limited(config: dict[str, Any]) -> bool:
+    text = config.get("text_config", config)
+    return (text.get("n_group") or 1) > 1 and text["topk_group"] < text["n_group"]
+
+
+def _check_configs(source: Path, output: Path, placements: dict[str, list[int]]) -> Any:
+    """Compare the configs, expert ids mapped; the routing contract comes back, None where none is due."""
+    contract = None
+    for file in CONFIGS:
+        if not (source / file).exists():
+            continue
+        old = json.loads((source / file).read_bytes())
+        expected = _with_mapped_ids(old, placements)
+        actual = json.loads((output / file).read_bytes())
+        if file == "config.json" and _group_limited(old):
+            assert "expert_placement" in actual, "a group-limited output without a contract in config.json"
+            contract = actual.pop("expert_placement")
+            expected.pop("auto_map", None)
+            expected["model_type"] = f"reshard_{old['model_type']}"
+            expected["architectures"] = [f"Reshard{name}" for name in old["architectures"]]
+        for key in sorted(expected.keys() | actual.keys()):
+            absent = "(absent)"
+            want, got = expected.get(key, absent), actual.get(key, absent)
+            assert want == got, f"{file}: {key} is {got}, expected {want}"
+    return contract
+
+
+def _with_mapped_ids(value: Any, placements: dict[str, list[int]]) -> Any:
+    """A JSON value with the expert ids in module names mapped, in keys as well as in values."""
+    if isinstance(value, dict):
+        return {_mapped_name(key, placements): _with_mapped_ids(item, placements) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_mapped_ids(item, placements) for item in value]
+    return _mapped_name(value, placements) if isinstance(value, str) else value
+
+
+def _mapped_name(name: str, placements: dict[str, list[int]]) -> str:
+    match = EXPERT.fullmatch(name)
+    if not match or match["module"] not in placements:
+        return name
+    physical = placements[match["module"]].index(int(match["id"]))
+    return f"{match['module']}.experts.{physical}.{match['rest']}"
+
+
+def _check_contract(contract: Any, source: Path, ranks: int, placements: dict[str, list[int]]) -> None:
+    config = json.loads((source / "config.json").read_bytes())
+    values = list(_values(contract))
+    for key in ("model_type", "architectures", "auto_map"):
+        assert key not in config or config[key] in values, f"the contract does not keep {key}: {contract}"
+    assert contract.get("ep_size") == ranks, f"the contract's ep_size is not {ranks}: {contract}"
+    _check_placement(contract.get("physical_to_logical"), placements, "the contract")
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """A JSON value and all values inside it."""
+    yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _values(item)
+
+
+def _check_placement(actual: Any, placements: dict[str, list[int]], where: str) -> None:
+    """One list for all layers, or one per layer; in these checkpoints all layers are alike."""
+    assert actual, f"{where} has no physical_to_logical"
+    (expected,) = {tuple(placement) for placement in placements.values()}
+    layers = actual.values() if isinstance(actual, dict) else actual
+    per_layer = list(layers) if isinstance(actual, dict) or isinstance(actual[0], list) else [actual]
+    for found in per_layer:
+        assert tuple(found) == expected, f"{where} has physical_to_logical {found}, expected {expected}"
+
+
+def _check_other_files(source: Path, output: Path) -> None:
+    """Everything that is neither tensors nor named above is there as it was, and nothing else is."""
+
+    def others(directory: Path) -> dict[str, str]:
+        special = {INDEX, MANIFEST, *CONFIGS}
+        return {
+            name: digest
+            for name, digest in tree(directory).items()
+            if name not in special and not ("/" not in name and name.endswith(".safetensors"))
+        }
+
+    _compare_trees(others(source), others(output))
+
+
+def _check_manifest(
+    output: Path,
+    files: Files,
+    ranks: int,
+    placements: dict[str, list[int]],
+) -> None:
+    manifest = json.loads((output / MANIFEST).read_bytes())
+    assert "version" in manifest, "the manifest has no version"
+    assert manifest["ep_size"] == ranks, f"the manifest's ep_size is {manifest['ep_size']}, not {ranks}"
+    assert manifest["strategy"] == "zigzag", f"the manifest's strategy is {manifest['strategy']}"
+    _check_placement(manifest["physical_to_logical"], placements, "the manifest")
+    listed = sorted(entry["name"] for entry in manifest["files"])
+    present = sorted(name for name, kind in tree(output).items() if kind != "dir" and name != MANIFEST)
+    assert listed == present, f"the manifest lists {listed}, the directory holds {present}"
+    for entry in manifest["files"]:
+        name = entry["name"]
+        data = (output / name).read_bytes()
+        match = OUTPUT_FILE.fullmatch(name)
+        rank = int(match["rank"]) if match and match["rank"] is not None else None
+        assert entry["size"] == len(data), f"the manifest says {name} has {entry['size']} bytes, not {len(data)}"
+        assert entry["rank"] == rank, f"the manifest says {name} is of rank {entry['rank']}, not {rank}"
+        assert entry["digest"] == blake3(data).hexdigest(), f"the manifest has a wrong digest for {name}"
+        tensors = files[name][1] if name in files else {}
+        digests = {tensor: blake3(located.data).hexdigest() for tensor, located in tensors.items()}
+        assert (entry.get("tensors") or {}) == digests, f"the manifest has wrong tensor digests for {name}"

@@ -1,0 +1,89 @@
+"""Expert ids in config files: each string, by what it must become."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from checkpoints import Spec, build
+
+from reshard import UnsupportedError, plan_zigzag
+
+LAYER = "model.layers.1.mlp"
+# 8 experts for 3 ranks: 0 3 6 | 1 4 7 | 2 5, so logical 5 becomes physical 7 and logical 1 becomes physical 3.
+
+
+def ignored(tmp_path: Path, *strings: str) -> list[str]:
+    """The quantization ignore list `strings` as a zigzag output for 3 ranks has it."""
+    source = tmp_path / "source"
+    build(Spec("qwen3_moe", experts=8), source)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"ignore": list(strings)}
+    (source / "config.json").write_text(json.dumps(config))
+    result: list[str] = json.loads(plan_zigzag(source, 3).config)["quantization_config"]["ignore"]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (f"{LAYER}.experts.5.down_proj", f"{LAYER}.experts.7.down_proj"),
+        (f"{LAYER}.experts.5", f"{LAYER}.experts.7"),
+        ("*.experts.5.down_proj", "*.experts.7.down_proj"),
+        ("experts.1.up_proj", "experts.3.up_proj"),
+        (rf"re:.*{LAYER}\.experts\.5\.down_proj", rf"re:.*{LAYER}\.experts\.7\.down_proj"),
+        (r"re:.*experts\.1\..*", r"re:.*experts\.3\..*"),
+        (r"re:.*experts\.1.*", r"re:.*experts\.3.*"),  # with 8 experts there is no 10
+        (r"-:.*\.experts\.5\..*", r"-:.*\.experts\.7\..*"),
+    ],
+)
+def test_a_name_of_one_expert_gets_its_new_id(before: str, after: str, tmp_path: Path) -> None:
+    assert ignored(tmp_path, before) == [after]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lm_head",
+        f"{LAYER}.gate",
+        f"{LAYER}.shared_expert.down_proj",
+        f"{LAYER}.experts",
+        "*.experts.*",
+        f"{LAYER}.experts.*.down_proj",
+        r"re:.*\.experts\..*",
+        r"re:.*experts\.\d+\.down_proj",
+        r"re:.*\.([0-7])\.down_proj",
+        r"re:model\.layers\.[01]\..*",
+    ],
+)
+def test_what_names_no_expert_or_all_of_them_stays(text: str, tmp_path: Path) -> None:
+    assert ignored(tmp_path, text) == [text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"re:.*experts\.(1|2)\..*",
+        r"re:.*\.[2-5]\.down_proj",
+        "re:.*experts.(",
+        f"{LAYER}.experts.[0-3].down_proj",
+        f"{LAYER}.experts.1?",
+        f"{LAYER}.experts.8.down_proj",
+    ],
+)
+def test_what_cannot_be_told_is_refused_and_shown(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        ignored(tmp_path, text)
+    assert "config.json" in str(caught.value)
+    assert repr(text) in str(caught.value)
+
+
+def test_tokens_and_indices_of_other_weights_are_not_touched(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    build(Spec("qwen3_moe", experts=8), source)
+    for name in ("tokenizer.json", "vocab.json", "pytorch_model.bin.index.json"):
+        (source / name).write_text(json.dumps({f"{LAYER}.experts.5.down_proj": 1}))
+    assert (
+        not {"tokenizer.json", "vocab.json", "pytorch_model.bin.index.json"} & plan_zigzag(source, 3).originals.keys()
+    )

@@ -1,0 +1,230 @@
+"""The command line, end to end: zigzag makes what the oracle expects, verify agrees, restore undoes it exactly.
+
+The controls show that the oracle and `verify` can say no: each spoils a good output in one way.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoints import FAMILIES, Spec, build
+from click.testing import CliRunner, Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import assert_identical_trees, assert_resharded, linear, read_safetensors, tree
+
+from reshard.cli import main
+
+FLIPS = 150
+
+
+def run(*arguments: object) -> Result:
+    """Run `reshard` in this process; an exception that no user should see fails the test."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def run_well(*arguments: object) -> None:
+    """Run `reshard` and expect exit status 0."""
+    result = run(*arguments)
+    assert result.exit_code == 0, f"reshard {' '.join(map(str, arguments))}: {result.output}"
+
+
+def assert_round_trip(spec: Spec, ranks: int, max_shard_kb: int, directory: Path) -> None:
+    """Build, zigzag, judge, verify with and without the source, restore, compare."""
+    source, output, restored = directory / "source", directory / "output", directory / "restored"
+    build(spec, source)
+    before = tree(source)
+    run_well("zigzag", "--src", source, "--ep", ranks, "--out", output, "--max-shard-size", f"{max_shard_kb}KB")
+    assert_resharded(source, output, ranks)
+    for path in output.glob("*.safetensors"):
+        sizes = [len(tensor.data) for tensor in read_safetensors(path)[1].values()]
+        assert sum(sizes) <= max_shard_kb * 1000 or len(sizes) == 1, f"{path.name} holds {sum(sizes)} bytes"
+    run_well("verify", output)
+    run_well("verify", output, "--src", source)
+    run_well("restore", output, "--out", restored)
+    assert_identical_trees(source, restored)
+    assert tree(source) == before, "the source has changed"
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> Spec:
+    """Any checkpoint that a family allows."""
+    name = draw(st.sampled_from(sorted(FAMILIES)))
+    family = FAMILIES[name]
+    n_group = draw(st.integers(2, 5))
+    grouped = st.integers(2, 5).map(lambda size: n_group * size)
+    experts = draw(grouped if family.group_limited else st.integers(3, 24) | st.just(32))
+    return Spec(
+        name,
+        experts=experts,
+        layers=draw(st.integers(2, 4)),
+        top_k=draw(st.integers(1, 2)),
+        n_group=n_group,
+        topk_group=draw(st.integers(1, n_group - 1)),
+        quantization=draw(st.sampled_from(family.quantizations)),
+        router_dtype=draw(st.sampled_from(["BF16", "F32"])),
+        token_table_dtype=draw(st.sampled_from(["I64", "I32"])),
+        bias_vl=name == "deepseek_v4" and draw(st.booleans()),
+        files=draw(st.integers(1, 5)),
+        shuffled=draw(st.booleans()),
+        header_padding=draw(st.integers(0, 9)),
+        spaced_header=draw(st.booleans()),
+        metadata=draw(st.sampled_from(["none", "same", "varied"])),
+        indent=draw(st.sampled_from([2, 4])),
+        final_newline=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(spec=specs(), data=st.data(), max_shard_kb=st.sampled_from([3, 20, 10**6]))
+def test_any_checkpoint_is_resharded_exactly_and_restored_byte_for_byte(
+    spec: Spec, data: st.DataObject, max_shard_kb: int
+) -> None:
+    ranks = data.draw(st.integers(2, min(spec.experts, 12)), label="ranks")
+    with tempfile.TemporaryDirectory() as directory:
+        assert_round_trip(spec, ranks, max_shard_kb, Path(directory))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_that_no_ep_size_divides_evenly_make_the_round_trip(family: str, tmp_path: Path) -> None:
+    assert_round_trip(Spec(family, experts=8), 3, 20, tmp_path)
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "awq", "compressed-tensors", "modelopt"])
+def test_every_quantization_of_experts_makes_the_round_trip(quantization: str, tmp_path: Path) -> None:
+    assert_round_trip(Spec("deepseek_v2", experts=12, quantization=quantization), 5, 10**6, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a group-limited `source` and its `output` for 3 EP ranks."""
+    directory = tmp_path_factory.mktemp("good")
+    build(Spec("deepseek_v3", experts=8, layers=2), directory / "source")
+    run_well("zigzag", "--src", directory / "source", "--ep", 3, "--out", directory / "output")
+    return directory
+
+
+@pytest.fixture
+def spoilt(good: Path, tmp_path: Path) -> Path:
+    """A copy of the good output to spoil."""
+    return shutil.copytree(good / "output", tmp_path / "output")
+
+
+def find_tensors(output: Path, suffix: str) -> list[tuple[Path, int, int]]:
+    """File, start and size of all tensors whose name ends so."""
+    return [
+        (path, tensor.start, len(tensor.data))
+        for path in sorted(output.glob("*.safetensors"))
+        for name, tensor in sorted(read_safetensors(path)[1].items())
+        if name.endswith(suffix)
+    ]
+
+
+def swap(path: Path, first: int, second: int, size: int) -> None:
+    """Exchange two ranges of a file."""
+    data = bytearray(path.read_bytes())
+    data[first : first + size], data[second : second + size] = (
+        data[second : second + size],
+        data[first : first + size],
+    )
+    path.write_bytes(data)
+
+
+def swap_experts(output: Path) -> None:
+    """Exchange the data of two experts of one rank."""
+    (path, first, size), (other_path, second, _), *_ = find_tensors(output, ".down_proj.weight")
+    assert path == other_path
+    swap(path, first, second, size)
+
+
+def swap_gate_rows(output: Path) -> None:
+    """Exchange the first two rows of a router."""
+    path, start, size = find_tensors(output, ".mlp.gate.weight")[0]
+    swap(path, start, start + size // 8, size // 8)
+
+
+def swap_ranks(output: Path) -> None:
+    """Exchange the names of two ranks' files."""
+    first, second = (min(output.glob(f"model-ep0{rank}-*.safetensors")) for rank in (0, 1))
+    aside = first.rename(output / "aside")
+    second.rename(first)
+    aside.rename(second)
+
+
+def drop_contract(output: Path) -> None:
+    """Make config.json say nothing of the placement."""
+    config = json.loads((output / "config.json").read_bytes())
+    del config["expert_placement"]
+    (output / "config.json").write_text(json.dumps(config))
+
+
+def test_the_oracle_accepts_a_good_output(good: Path) -> None:
+    assert_resharded(good / "source", good / "output", 3)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (swap_experts, r"down_proj\.weight in model-ep00-of-03-\S+ has other bytes"),
+        (swap_gate_rows, r"mlp\.gate\.weight in model-shared-\S+ has other bytes"),
+        (swap_ranks, r"is in model-ep0\d-\S+, but belongs to rank"),
+        (drop_contract, "without a contract"),
+    ],
+)
+def test_the_oracle_rejects_a_spoilt_output(
+    spoil: Callable[[Path], None], complaint: str, good: Path, spoilt: Path
+) -> None:
+    spoil(spoilt)
+    with pytest.raises(AssertionError, match=complaint):
+        assert_resharded(good / "source", spoilt, 3)
+
+
+def test_the_oracle_rejects_zigzag_where_linear_placement_is_due(good: Path) -> None:
+    with pytest.raises(AssertionError, match="has other bytes"):
+        assert_resharded(good / "source", good / "output", 3, placement=linear)
+
+
+def positions_to_flip(path: Path, count: int, chance: random.Random) -> list[int]:
+    """Byte positions of a file: at least one in a safetensors file's length, header and data each."""
+    size = path.stat().st_size
+    positions = [chance.randrange(size) for _ in range(count)]
+    if path.suffix == ".safetensors":
+        start = min(tensor.start for tensor in read_safetensors(path)[1].values())
+        positions[:3] = chance.randrange(8), chance.randrange(8, start), chance.randrange(start, size)
+    return positions
+
+
+def test_verify_finds_and_names_every_flipped_bit(spoilt: Path) -> None:
+    chance = random.Random(0)
+    files = [path for path in sorted(spoilt.rglob("*")) if path.is_file() and path.stat().st_size]
+    run_well("verify", spoilt)
+    for path in files:
+        data = path.read_bytes()
+        for position in positions_to_flip(path, max(3, FLIPS // len(files)), chance):
+            flipped = bytearray(data)
+            flipped[position] ^= 1 << chance.randrange(8)
+            path.write_bytes(flipped)
+            name = path.relative_to(spoilt).as_posix()
+            result = run("verify", spoilt)
+            assert result.exit_code == 1, f"a bit flipped in byte {position} of {name}: {result.output}"
+            assert name in result.output, f"{name} is not named: {result.output}"
+        path.write_bytes(data)
+    run_well("verify", spoilt)
+
+
+@pytest.mark.parametrize("part", [".experts.5.up_proj.weight", ".mlp.gate.weight", ".o_proj.weight"])
+def test_verify_against_another_source_fails(part: str, good: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(good / "source", tmp_path / "source")
+    path, start, size = find_tensors(other, part)[0]
+    swap(path, start, start + size // 2, size // 2)
+    assert run("verify", good / "output", "--src", other).exit_code == 1
