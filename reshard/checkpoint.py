@@ -51,6 +51,10 @@ class Checkpoint:
         """Every file that is not a shard: config.json and the index among them."""
         return [file for name, file in self.files.items() if name not in self.shards]
 
+    def where(self, tensor: Tensor) -> str:
+        """The beginning of a message about `tensor`: its file and its name."""
+        return f"{self.root / tensor.file}: tensor {tensor.name}"
+
 
 def read_checkpoint(root: Path) -> Checkpoint:
     """Read index, headers and config.json of the checkpoint in `root`; CheckpointError where it is not sound."""
@@ -108,7 +112,9 @@ def _walk(root: Path) -> tuple[dict[str, File], tuple[str, ...]]:
 
 
 def _entries(root: Path, below: str, parents: tuple[os.stat_result, ...]) -> Iterator[tuple[str, os.stat_result]]:
-    for entry in os.scandir(root / below):
+    with os.scandir(root / below) as listing:
+        found = list(listing)
+    for entry in found:
         name = f"{below}{entry.name}"
         try:
             status = entry.stat()  # follows links: a Hugging Face cache is made of them

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__
-from .copy import Outcome, Progress
+from .copy import Outcome, Progress, free_space, refuse_out
 from .errors import ReshardError
 from .inspect import Inspection, inspect
 from .manifest import read_manifest
@@ -40,7 +40,8 @@ class _Commands(click.Group):
         except OSError as error:
             _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
         except KeyboardInterrupt:
-            _fail("interrupted; the same command takes up where this one stopped", EXIT_INTERRUPTED)
+            resumes = ctx.invoked_subcommand in ("zigzag", "restore")
+            _fail("interrupted" + "; the same command takes up from here" * resumes, EXIT_INTERRUPTED)
 
 
 class _Size(click.ParamType[int]):
@@ -91,6 +92,7 @@ def zigzag_command(
     """
     resharding = plan_zigzag(src, ep, max_shard_size=max_shard_size)
     if dry_run:
+        refuse_out(resharding.plan, out)
         _print(_planned(resharding, out), _describe_plan(resharding, out), quiet, as_json)
         return
     with _bar("zigzag", resharding.plan.size, quiet or as_json) as progress:
@@ -193,6 +195,7 @@ def _planned(resharding: Resharding, out: Path) -> dict[str, Any]:
         "plugin_required": resharding.contract is not None,
         "notes": resharding.notes,
         "size": resharding.plan.size,
+        "free": free_space(out),
         "files": [
             {
                 "name": file.name,
@@ -231,7 +234,9 @@ def _describe_plan(resharding: Resharding, out: Path) -> list[str]:
             counts[index] += count
     for label, (files, tensors, size) in groups.items():
         lines.append(f"  {label:22} {files:5} files {tensors:7} tensors {_bytes(size):>10}")
-    lines.append(f"  {'total':22} {len(resharding.plan.files):5} files {'':15} {_bytes(resharding.plan.size):>10}")
+    size, free = resharding.plan.size, free_space(out)
+    lines.append(f"  {'total':22} {len(resharding.plan.files):5} files {'':15} {_bytes(size):>10}")
+    lines.append(f"  {'free there':22} {'':27} {_bytes(free):>10}" + ("" if free > size else "  NOT ENOUGH"))
     return lines
 
 

@@ -56,19 +56,6 @@ def default_workers() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def _check_space(out: Path, files: Iterable[OutputFile]) -> None:
-    """OutputError unless the file system of `out` has room for `files`."""
-    directory = out
-    while not directory.exists():
-        directory = directory.parent
-    needed = sum(file.size for file in files) + SPARE_SPACE
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise OutputError(
-            f"{out}: needs {needed} bytes, {free} are free there; free some space or choose another --out"
-        )
-
-
 def run(
     plan: Plan,
     out: Path,
@@ -92,11 +79,7 @@ def run(
 
     """
     started = time.monotonic()
-    if out.resolve().is_relative_to(plan.source.resolve()):
-        raise OutputError(
-            f"{out}: is {plan.source} or lies in it; choose another --out: the source is never written to"
-        )
-    check_out(out)
+    refuse_out(plan, out)
     if not (out / JOURNAL).exists():
         _check_space(out, plan.files)
     names = [*(file.name for file in plan.files), *plan.last]
@@ -119,6 +102,32 @@ def run(
         seconds=time.monotonic() - started,
         resumed=len(resumed),
     )
+
+
+def refuse_out(plan: Plan, out: Path) -> None:
+    """OutputError unless `plan` may be carried out in `out`: new, empty, or an unfinished run; never in the source."""
+    if out.resolve().is_relative_to(plan.source.resolve()):
+        raise OutputError(
+            f"{out}: is {plan.source} or lies in it; choose another --out: the source is never written to"
+        )
+    check_out(out)
+
+
+def free_space(out: Path) -> int:
+    """Bytes free where `out` is or would be."""
+    directory = out.absolute()
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free
+
+
+def _check_space(out: Path, files: Iterable[OutputFile]) -> None:
+    needed = sum(file.size for file in files) + SPARE_SPACE
+    free = free_space(out)
+    if needed > free:
+        raise OutputError(
+            f"{out}: needs {needed} bytes, {free} are free there; free some space or choose another --out"
+        )
 
 
 def _fingerprint(plan: Plan) -> str:

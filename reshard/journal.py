@@ -52,6 +52,8 @@ class Journal:
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self._path.exists() or not os.path.samestat(os.fstat(self._fd), self._path.stat()):
+                raise OutputError(f"{out}: another run of reshard has just finished there")
             self._begin(_Opening(fingerprint, sorted(names)), restart)
         except BlockingIOError as error:
             os.close(self._fd)

@@ -259,14 +259,15 @@ def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
 def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -> MoeLayer:
     if not block.experts and not block.fused:
         tensor = next(iter(block.router.values()))
-        where = f"{checkpoint.root / tensor.file}: tensor {tensor.name}"
-        raise CheckpointError(f"{where}: a router, but no expert of {name} is there; download the checkpoint again")
+        raise CheckpointError(
+            f"{checkpoint.where(tensor)}: a router, but no expert of {name} is there; download the checkpoint again"
+        )
     if "weight" not in block.router:
         first = next(iter(block.experts.values()), {}).values() or block.fused
         tensor = next(iter(first))
-        where = f"{checkpoint.root / tensor.file}: tensor {tensor.name}"
         raise CheckpointError(
-            f"{where}: {name} has experts, but neither {name}.gate.weight nor {name}.router.weight is there"
+            f"{checkpoint.where(tensor)}: {name} has experts, but neither {name}.gate.weight nor "
+            f"{name}.router.weight is there"
         )
     for tensor in block.unknown:
         if num_experts in tensor.shape:
@@ -281,8 +282,9 @@ def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -
         if known is None:
             _unknown(checkpoint, tensor, f"known beside a router are {', '.join(ROUTER_TENSORS)}")
         if len(tensor.shape) != known.dimensions:
-            where = f"{checkpoint.root / tensor.file}: tensor {tensor.name}"
-            raise CheckpointError(f"{where}: expected {known.dimensions} dimensions, found shape {list(tensor.shape)}")
+            raise CheckpointError(
+                f"{checkpoint.where(tensor)}: expected {known.dimensions} dimensions, found shape {list(tensor.shape)}"
+            )
         if known.indexed is Indexed.ROWS:
             rows.append(_check_rows(checkpoint, tensor, num_experts))
         else:
@@ -294,14 +296,14 @@ def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -
 
 
 def _check_rows(checkpoint: Checkpoint, tensor: Tensor, num_experts: int) -> Tensor:
-    where = f"{checkpoint.root / tensor.file}: tensor {tensor.name}"
     if not tensor.shape or tensor.shape[0] != num_experts:
         raise CheckpointError(
-            f"{where}: expected one row for each of the {num_experts} experts that {CONFIG} gives, found shape "
+            f"{checkpoint.where(tensor)}: expected one row for each of the {num_experts} experts that {CONFIG} "
+            "gives, found shape "
             f"{list(tensor.shape)}"
         )
     if tensor.size % num_experts:
-        raise UnsupportedError(f"{where}: its rows of {tensor.dtype} do not begin at whole bytes")
+        raise UnsupportedError(f"{checkpoint.where(tensor)}: its rows of {tensor.dtype} do not begin at whole bytes")
     return tensor
 
 
@@ -314,8 +316,7 @@ def _check_experts(
     if max(experts) >= num_experts:
         tensor = next(iter(experts[max(experts)].values()))
         raise CheckpointError(
-            f"{checkpoint.root / tensor.file}: tensor {tensor.name}: {CONFIG} gives {num_experts} experts, 0 to "
-            f"{num_experts - 1}"
+            f"{checkpoint.where(tensor)}: {CONFIG} gives {num_experts} experts, 0 to {num_experts - 1}"
         )
     if missing:
         raise CheckpointError(
@@ -330,8 +331,7 @@ def _check_experts(
             like = shapes.setdefault((leaf, tensor.dtype), tensor)
             if like.shape != tensor.shape:
                 raise CheckpointError(
-                    f"{checkpoint.root / tensor.file}: tensor {tensor.name}: shape {list(tensor.shape)}, "
-                    f"but {like.name} has {list(like.shape)}"
+                    f"{checkpoint.where(tensor)}: shape {list(tensor.shape)}, but {like.name} has {list(like.shape)}"
                 )
         for module, found in modules.items():
             variants[module].setdefault(frozenset(found), expert)
@@ -351,6 +351,5 @@ def _check_experts(
 
 def _unknown(checkpoint: Checkpoint, tensor: Tensor, reason: str) -> NoReturn:
     raise UnsupportedError(
-        f"{checkpoint.root / tensor.file}: tensor {tensor.name}: reshard does not know how it depends on the "
-        f"expert ids: {reason}"
+        f"{checkpoint.where(tensor)}: reshard does not know how it depends on the expert ids: {reason}"
     )

@@ -23,7 +23,7 @@ from .copy import BLOCK_SIZE, Progress, default_workers
 from .errors import CheckpointError
 from .header import read_header
 from .manifest import MANIFEST, FileRecord, Manifest, read_manifest
-from .moe import parse_expert_name
+from .moe import parse_expert_name, text_config
 from .placement import rank_slots
 from .source import find_source
 
@@ -163,8 +163,13 @@ def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
             f"{root / CONFIG}: model type {config['model_type']!r:.80}, but by {MANIFEST} the plugin is "
             f"{'' if manifest.plugin_required else 'not '}required"
         )
-    if contract is not None and contract.physical_to_logical != manifest.placement:
-        yield f"{root / CONFIG}: the placement in {CONTRACT_KEY} is not that of {MANIFEST}"
+    if contract is not None:
+        if contract.physical_to_logical != manifest.placement:
+            yield f"{root / CONFIG}: the placement in {CONTRACT_KEY} is not that of {MANIFEST}"
+        asked = text_config(config)
+        groups = (asked.get("n_group"), asked.get("topk_group"))
+        if groups != (contract.n_group, contract.topk_group):
+            yield f"{root / CONFIG}: n_group and topk_group are {groups}, in {CONTRACT_KEY} they are others"
     slots = {layer.name: rank_slots(layer.num_experts, manifest.ep_size) for layer in manifest.moe_layers}
     for record in manifest.files:
         for name in record.tensors:
