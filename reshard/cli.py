@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__
+from .checkpoint import CONFIG, INDEX
 from .copy import Outcome, Progress, free_space, refuse_out
 from .errors import ReshardError
 from .inspect import Inspection, inspect
@@ -142,7 +143,7 @@ def restore_command(resharded: Path, out: Path, restart: bool, quiet: bool, as_j
 
     Interrupted, the same command takes up where it stopped.
     """
-    total = sum(file.size for file in read_manifest(resharded).source.files)
+    total = sum(file.size for file in read_manifest(resharded).source.files if file.name not in (INDEX, CONFIG))
     with _bar("restore", total, quiet or as_json) as progress:
         outcome = restore(resharded, out, restart=restart, progress=progress)
     lines = [

@@ -71,7 +71,7 @@ def run(
         finish: given the records of the plan's files, the files to write last, in order; it may refuse by raising
         restart: discard what an unfinished run left
         workers: threads; None for `default_workers`
-        progress: told the bytes written, a block at a time, by one thread at a time
+        progress: told the bytes written of the plan's files, a block at a time, by one thread at a time
 
     Raises:
         CheckpointError: a source file cannot be read, or changed since the plan was made
@@ -93,7 +93,7 @@ def run(
         records = _copy_files(plan.files, sources, out, journal, workers or default_workers(), progress)
         last = list(finish(records))
         for file in last:
-            write_file(file, sources, out, progress)
+            write_file(file, sources, out, lambda written: None)
         journal.remove()
     return Outcome(
         out=out,
