@@ -7,14 +7,12 @@ disk below the given directory and removes what it wrote. Fails where a limit is
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import deepseek_r1
+from measure import measure
 
 RESHARD = Path(sys.executable).with_name("reshard")
 
@@ -28,16 +26,16 @@ def main() -> None:
         sparse, layer, resharded, restored = (work / folder for folder in ("R1", "layer3", "layer3-zz", "restored"))
         deepseek_r1.build_sparse(sparse)
         rows = [
-            measure("R1, sparse: inspect", 10, 600, "inspect", sparse),
-            measure("R1, sparse: inspect --ep 8", 10, 600, "inspect", sparse, "--ep", "8"),
-            measure("R1, sparse: zigzag --dry-run", 10, 600, *zigzag(sparse, work / "R1-zz"), "--dry-run"),
+            row("R1, sparse: inspect", 10, 600, "inspect", sparse),
+            row("R1, sparse: inspect --ep 8", 10, 600, "inspect", sparse, "--ep", "8"),
+            row("R1, sparse: zigzag --dry-run", 10, 600, *zigzag(sparse, work / "R1-zz"), "--dry-run"),
         ]
         deepseek_r1.build_layer(layer)
         rows += [
-            measure("layer 3, 11.5 GB: zigzag --ep 8", None, 500, *zigzag(layer, resharded)),
-            measure("layer 3: verify", None, 500, "verify", resharded),
-            measure("layer 3: verify --src (routers in torch)", None, 1000, "verify", resharded, "--src", layer),
-            measure("layer 3: restore", None, 500, "restore", resharded, "--out", restored),
+            row("layer 3, 11.5 GB: zigzag --ep 8", None, 500, *zigzag(layer, resharded)),
+            row("layer 3: verify", None, 500, "verify", resharded),
+            row("layer 3: verify --src (routers in torch)", None, 1000, "verify", resharded, "--src", layer),
+            row("layer 3: restore", None, 500, "restore", resharded, "--out", restored),
         ]
         identical = digests(layer) == digests(restored)
         print(f"restored files are {'identical' if identical else 'NOT IDENTICAL'} by sha256")
@@ -50,18 +48,12 @@ def zigzag(source: Path, out: Path) -> list[str | Path]:
     return ["zigzag", "--src", source, "--ep", "8", "--out", out]
 
 
-def measure(label: str, seconds: float | None, megabytes: float, *arguments: str | Path) -> bool:
+def row(label: str, seconds: float | None, megabytes: float, *arguments: str | Path) -> bool:
     """Run reshard, print what it took, and tell whether it kept to its limits."""
-    started = time.monotonic()
-    process = subprocess.Popen([RESHARD, *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    took, peak = time.monotonic() - started, usage.ru_maxrss / 1000
-    kept = process.returncode == 0 and peak <= megabytes and (seconds is None or took <= seconds)
-    print(
-        f"{label:44} {took:8.1f} {seconds or '':>6} {peak:8.0f} {megabytes:6.0f}{'' if kept else '  FAILED'}",
-        flush=True,
-    )
+    took = measure([RESHARD, *arguments])
+    kept = took.status == 0 and took.peak <= megabytes * 1e6 and (seconds is None or took.seconds <= seconds)
+    limits = f"{took.seconds:8.1f} {seconds or '':>6} {took.peak / 1e6:8.0f} {megabytes:6.0f}"
+    print(f"{label:44} {limits}{'' if kept else '  FAILED'}", flush=True)
     return kept
 
 

@@ -258,8 +258,13 @@ def _describe_outcome(resharding: Resharding, outcome: Outcome) -> list[str]:
         f"wrote {outcome.files} files, {_bytes(outcome.size)}, to {outcome.out} in {_time(outcome.seconds)}",
         f"check it:  reshard verify {shlex.quote(str(outcome.out))} --src "
         f"{shlex.quote(str(resharding.checkpoint.root))}",
-        f"serve it:  {_serve(resharding, outcome.out)}",
+        _serve_line(resharding, outcome.out),
     ]
+
+
+def _serve_line(resharding: Resharding, out: Path) -> str:
+    when = " with the plugin, which this version of reshard does not have yet" if resharding.contract else ""
+    return f"serve it{when}:  {_serve(resharding, out)}"
 
 
 def _resumed(outcome: Outcome) -> list[str]:

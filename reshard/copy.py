@@ -32,7 +32,7 @@ from .errors import CheckpointError, OutputError
 from .expert_ids import map_expert_ids
 from .journal import JOURNAL, PARTIAL, Journal, check_out, sync_directory
 from .manifest import FileRecord
-from .plan import Content, ExpertIds, Literal, OutputFile, Plan, Range, Rows
+from .plan import ExpertIds, Literal, OutputFile, Part, Plan, Range, Rows
 
 BLOCK_SIZE = 4 << 20
 SPARE_SPACE = 16 << 20
@@ -179,7 +179,7 @@ def write_file(file: OutputFile, sources: SourceFiles, out: Path, progress: Prog
             tensors = {}
             for part in file.parts:
                 digest = blake3()
-                for size, read in _extents(part.content, opened):
+                for size, read in _extents(part, opened):
                     block.append(size, read, digest)
                 if part.tensor is not None:
                     tensors[part.tensor] = digest.hexdigest()
@@ -257,9 +257,9 @@ _Read = Callable[[int, memoryview], None]
 """Fills a buffer with the bytes from a position on."""
 
 
-def _extents(content: Content, opened: OpenSources) -> Iterator[tuple[int, _Read]]:
-    """What `content` consists of, front to back: sizes, and how to read them."""
-    match content:
+def _extents(part: Part, opened: OpenSources) -> Iterator[tuple[int, _Read]]:
+    """What `part` consists of, front to back: sizes, and how to read them."""
+    match part.content:
         case Literal(data):
             yield len(data), _from_bytes(data)
         case Range(file, offset, size):
@@ -274,7 +274,7 @@ def _extents(content: Content, opened: OpenSources) -> Iterator[tuple[int, _Read
             try:
                 map_expert_ids(ids, dtype, mapping)
             except ValueError as error:
-                raise CheckpointError(f"{opened.root / file}: byte {offset}: {error}") from error
+                raise CheckpointError(f"{opened.root / file}: tensor {part.tensor}: {error}") from error
             yield size, _from_bytes(ids)
 
 

@@ -18,23 +18,25 @@ class Family:
     """One family.
 
     `block` is the module that holds a layer's experts and router (`….<block>.experts.<id>.<anything>`); `scoring` is
-    how router logits become scores where config.json does not say.
+    how router logits become scores where config.json does not say. `assumes_groups`: where config.json does not say
+    how many expert groups there are, some engine assumes eight, so it has to say.
     """
 
     name: str
     block: str
     model_types: tuple[str, ...]
     scoring: str
+    assumes_groups: bool = False
 
 
 FAMILIES = (
     Family("DeepSeek-V2", "mlp", ("deepseek_v2",), "softmax"),
-    Family("DeepSeek-V3, R1, V3.1", "mlp", ("deepseek_v3",), "sigmoid"),
-    Family("DeepSeek-V3.2", "mlp", ("deepseek_v32",), "sigmoid"),
+    Family("DeepSeek-V3, R1, V3.1", "mlp", ("deepseek_v3",), "sigmoid", assumes_groups=True),
+    Family("DeepSeek-V3.2", "mlp", ("deepseek_v32",), "sigmoid", assumes_groups=True),
     Family("DeepSeek-V4", "ffn", ("deepseek_v4",), "sqrtsoftplus"),
-    Family("Kimi-K2", "mlp", ("kimi_k2", "kimi_k25"), "sigmoid"),
+    Family("Kimi-K2", "mlp", ("kimi_k2", "kimi_k25"), "sigmoid", assumes_groups=True),
     Family("GLM-4.5 and later", "mlp", ("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa"), "sigmoid"),
-    Family("Ling 2.0", "mlp", ("bailing_moe_v2",), "sigmoid"),
+    Family("Ling 2.0", "mlp", ("bailing_moe_v2",), "sigmoid", assumes_groups=True),
     Family("Qwen3-MoE", "mlp", ("qwen3_moe", "qwen3_next", "qwen3_vl_moe", "qwen3_5_moe"), "softmax"),
     Family("Mixtral", "block_sparse_moe", ("mixtral",), "softmax"),
     Family("gpt-oss", "mlp", ("gpt_oss",), "softmax of the chosen"),
@@ -77,5 +79,8 @@ SHARED_MODULES = ("shared_experts", "shared_expert", "shared_expert_gate")
 NUM_EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "experts_per_token")
 SCORING_KEYS = ("scoring_func", "score_function")
+# What these may say: ways to choose that treat all experts alike, groups apart. Anything else is refused.
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
+TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 # Models that see or hear keep their language model's config below one of these.
 TEXT_CONFIG_KEYS = ("text_config", "language_config", "llm_config")

@@ -22,9 +22,11 @@ from .families import (
     ROUTER_MODULES,
     ROUTER_TENSORS,
     SCORING_KEYS,
+    SCORINGS,
     SHARED_MODULES,
     TEXT_CONFIG_KEYS,
     TOP_K_KEYS,
+    TOPK_METHODS,
     Family,
     Indexed,
 )
@@ -172,7 +174,7 @@ def read_routing(config: Mapping[str, Any], family: Family, where: str) -> Routi
     """The routing that the (language model's) `config` asks for; `where` names the file in errors."""
     num_experts = _count(config, NUM_EXPERTS_KEYS, where)
     top_k = _count(config, TOP_K_KEYS, where)
-    n_group = _count(config, ("n_group",), where, default=1)
+    n_group = _count(config, ("n_group",), where, default=None if family.assumes_groups else 1)
     topk_group = _count(config, ("topk_group",), where, default=n_group if n_group == 1 else None)
     if top_k > num_experts:
         raise CheckpointError(f"{where}: a token chooses {top_k} experts, but a layer has {num_experts}")
@@ -187,16 +189,35 @@ def read_routing(config: Mapping[str, Any], family: Family, where: str) -> Routi
             f"{where}: a token chooses {top_k} experts, but topk_group = {topk_group} groups "
             f"of {num_experts // n_group} hold fewer"
         )
-    scoring = next((config[key] for key in SCORING_KEYS if config.get(key)), family.scoring)
     return Routing(
         num_experts=num_experts,
         top_k=top_k,
-        scoring=scoring,
+        scoring=_scoring(config, family, where),
         norm_topk_prob=bool(config.get("norm_topk_prob", True)),
-        routed_scaling_factor=float(config.get("routed_scaling_factor") or 1.0),
+        routed_scaling_factor=_scaling_factor(config, where),
         n_group=n_group,
         topk_group=topk_group,
     )
+
+
+def _scoring(config: Mapping[str, Any], family: Family, where: str) -> str:
+    for keys, known in ((SCORING_KEYS, SCORINGS), (("topk_method",), TOPK_METHODS)):
+        for key in keys:
+            if config.get(key) is not None and config[key] not in known:
+                raise UnsupportedError(
+                    f"{where}: {key} = {config[key]!r:.80} is no way to choose experts that reshard knows; "
+                    f"known are {', '.join(known)}"
+                )
+    return next((config[key] for key in SCORING_KEYS if config.get(key) is not None), family.scoring)
+
+
+def _scaling_factor(config: Mapping[str, Any], where: str) -> float:
+    value = config.get("routed_scaling_factor")
+    if value is None:
+        return 1.0
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise CheckpointError(f"{where}: routed_scaling_factor must be a number, found {value!r:.80}")
+    return float(value)
 
 
 def _family(checkpoint: Checkpoint) -> tuple[Family, str, Mapping[str, Any]]:
@@ -221,9 +242,7 @@ def _count(config: Mapping[str, Any], keys: Sequence[str], where: str, default: 
     if not found and default is not None:
         return default
     if not found:
-        raise CheckpointError(
-            f"{where}: expected {' or '.join(keys)}, found neither" if len(keys) > 1 else f"{where}: expected {keys[0]}"
-        )
+        raise CheckpointError(f"{where}: expected a value for {' or '.join(keys)}, found none")
     for key, value in found.items():
         if type(value) is not int or value < 1:
             raise CheckpointError(f"{where}: {key} must be a whole number of at least 1, found {value!r:.80}")
@@ -248,7 +267,7 @@ def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
             else:
                 blocks[block_name].fused.append(tensor)
         elif found and module in ROUTER_MODULES:
-            blocks[block_name].router[rest] = tensor
+            blocks[block_name].router[f"{module}.{rest}"] = tensor
         elif _NAMES_EXPERTS.search(name):
             _unknown(checkpoint, tensor, f"{family.name} keeps its experts in ….{family.block}.experts.…")
         elif found and module not in SHARED_MODULES:
@@ -262,13 +281,15 @@ def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -
         raise CheckpointError(
             f"{checkpoint.where(tensor)}: a router, but no expert of {name} is there; download the checkpoint again"
         )
-    if "weight" not in block.router:
+    if not any(f"{module}.weight" in block.router for module in ROUTER_MODULES):
         first = next(iter(block.experts.values()), {}).values() or block.fused
         tensor = next(iter(first))
         raise CheckpointError(
             f"{checkpoint.where(tensor)}: {name} has experts, but neither {name}.gate.weight nor "
             f"{name}.router.weight is there"
         )
+    if len({leaf.partition(".")[0] for leaf in block.router}) > 1:
+        _unknown(checkpoint, next(iter(block.router.values())), f"{name} has both a gate and a router")
     for tensor in block.unknown:
         if num_experts in tensor.shape:
             _unknown(
@@ -278,7 +299,7 @@ def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -
             )
     rows, ids = [], []
     for leaf, tensor in block.router.items():
-        known = ROUTER_TENSORS.get(leaf)
+        known = ROUTER_TENSORS.get(leaf.partition(".")[2])
         if known is None:
             _unknown(checkpoint, tensor, f"known beside a router are {', '.join(ROUTER_TENSORS)}")
         if len(tensor.shape) != known.dimensions:
@@ -299,8 +320,7 @@ def _check_rows(checkpoint: Checkpoint, tensor: Tensor, num_experts: int) -> Ten
     if not tensor.shape or tensor.shape[0] != num_experts:
         raise CheckpointError(
             f"{checkpoint.where(tensor)}: expected one row for each of the {num_experts} experts that {CONFIG} "
-            "gives, found shape "
-            f"{list(tensor.shape)}"
+            f"gives, found shape {list(tensor.shape)}"
         )
     if tensor.size % num_experts:
         raise UnsupportedError(f"{checkpoint.where(tensor)}: its rows of {tensor.dtype} do not begin at whole bytes")

@@ -33,6 +33,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
 from reshard.cli import main
+from reshard.copy import default_workers
 
 RESHARD = Path(sys.executable).with_name("reshard")
 MANIFEST = "reshard_manifest.json"
@@ -744,14 +745,15 @@ def big_work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+WORKERS = default_workers()
 SMALL_FILES = ("--max-shard-size", "20MB")  # so that some files are complete when the run is interrupted
 
 
 def interrupt(src: Path, out: Path, how: signal.Signals) -> subprocess.CompletedProcess[str]:
-    """Start `reshard zigzag`, and interrupt it once two of its 26 files are there."""
+    """Start `reshard zigzag`, and interrupt it once more files are there than threads, so that the journal has one."""
     command = [RESHARD, "zigzag", "--src", src, "--ep", "2", "--out", out, *SMALL_FILES]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and len(list(out.parent.rglob("model-*.safetensors"))) < 2:
+        while process.poll() is None and len(list(out.parent.rglob("model-*.safetensors"))) < WORKERS + 2:
             time.sleep(0.001)
         process.send_signal(how)
         stdout, stderr = process.communicate(timeout=60)
