@@ -11,7 +11,6 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from .header import Header, Tensor, read_header
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
-# The weights once more in their author's own format, which engines pass over: copied like any other file.
-IGNORED_WEIGHTS = ("consolidated*.safetensors",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +125,7 @@ def _entries(root: Path, below: str, parents: tuple[os.stat_result, ...]) -> Ite
 
 
 def _is_weights(name: str) -> bool:
-    ignored = any(fnmatch(name, pattern) for pattern in IGNORED_WEIGHTS)
-    return name.endswith(".safetensors") and "/" not in name and not ignored
+    return name.endswith(".safetensors") and "/" not in name
 
 
 def _read_index(root: Path, files: dict[str, File], weights: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -141,7 +137,7 @@ def _read_index(root: Path, files: dict[str, File], weights: list[str]) -> tuple
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{path}: expected metadata to be an object, found {metadata!r:.80}")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or "/" in name or not _is_weights(name):
+        if not isinstance(name, str) or not _is_weights(name):
             raise CheckpointError(
                 f"{path}: tensor {tensor}: expected a .safetensors file in this directory, found {name!r:.80}"
             )
@@ -151,8 +147,8 @@ def _read_index(root: Path, files: dict[str, File], weights: list[str]) -> tuple
     for name in weights:
         if name not in named:
             raise CheckpointError(
-                f"{root / name}: {INDEX} does not name this file: an engine would not load it; move it away or "
-                "mend the index"
+                f"{root / name}: {INDEX} does not name this file; weights that stay as they are must not lie beside "
+                "resharded ones, some engine may prefer them: move it away or mend the index"
             )
     return weight_map, metadata
 

@@ -452,9 +452,8 @@ def removed(name: str) -> Damage:
     return lambda folder: (folder / name).unlink()
 
 
-def stray_file(name: str) -> Damage:
+def stray_file(name: str, stray: str = "model-extra.safetensors") -> Damage:
     """Add a sound safetensors file with this one tensor, which the index does not name."""
-    stray = "model-extra.safetensors"
     return lambda folder: (folder / stray).write_bytes(pack({name: tensor(name, (8, 16))}))
 
 
@@ -620,6 +619,11 @@ FILE_ATTACKS = [
     Attack("several files and no index", removed(INDEX), ("index",)),
     Attack("stray file with an unknown tensor", stray_file("x.weight"), ("model-extra.safetensors",)),
     Attack("stray file with a tensor of the model", stray_file(EXPERT), ("model-extra.safetensors",)),
+    Attack(
+        "the weights once more, as vLLM would prefer them",
+        stray_file("x", "consolidated.safetensors"),
+        ("consolidated",),
+    ),
 ]
 
 INDEX_ATTACKS = [
