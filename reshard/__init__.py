@@ -7,8 +7,8 @@
 
 The modules, in the order that data flows: `checkpoint` and `header` (what lies on disk), `moe` with `families` (which
 tensor is which expert's), `placement` (permutations) and `contract` (what an engine must know of them), `plan` (what to
-write), `copy` with `journal` (writing it), `manifest` (the record). `zigzag`, `restore`, `verify` with `compare`, and
-`inspect` are the four things one can do; `cli` parses and prints.
+write), `copy` with `journal` (writing it), `manifest` (the record). `zigzag`, `stage`, `restore`, `verify` with
+`compare`, and `inspect` are the five things one can do; `cli` parses and prints.
 """
 
 from ._version import __version__
@@ -21,6 +21,7 @@ from .inspect import Inspection, inspect
 from .manifest import Manifest, read_manifest
 from .moe import MoeLayer, MoeModel, Routing, read_model
 from .restore import restore
+from .stage import Staging, plan_stage, stage, write_staging
 from .verify import Verification, verify
 from .zigzag import Resharding, plan_zigzag, write_resharding, zigzag
 
@@ -39,16 +40,20 @@ __all__ = [
     "Resharding",
     "RouterComparison",
     "Routing",
+    "Staging",
     "UnsupportedError",
     "Verification",
     "__version__",
     "inspect",
+    "plan_stage",
     "plan_zigzag",
     "read_checkpoint",
     "read_manifest",
     "read_model",
     "restore",
+    "stage",
     "verify",
     "write_resharding",
+    "write_staging",
     "zigzag",
 ]

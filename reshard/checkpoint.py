@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,11 @@ class Checkpoint:
         return f"{self.root / tensor.file}: tensor {tensor.name}"
 
 
-def read_checkpoint(root: Path) -> Checkpoint:
-    """Read index, headers and config.json of the checkpoint in `root`; CheckpointError where it is not sound."""
+def read_checkpoint(root: Path, absent: Container[str] = ()) -> Checkpoint:
+    """Read index, headers and config.json of the checkpoint in `root`; CheckpointError where it is not sound.
+
+    Files in `absent` may be named by the index and not be there; their tensors are then left out.
+    """
     if not root.is_dir():
         fault = "not a directory" if root.exists() else "no such directory"
         raise CheckpointError(f"{root}: {fault}; expected a directory with a Hugging Face checkpoint")
@@ -62,7 +65,11 @@ def read_checkpoint(root: Path) -> Checkpoint:
     config = read_json_object(root / CONFIG)
     weights = [name for name in files if _is_weights(name)]
     if INDEX in files:
-        weight_map, index_metadata = _read_index(root, files, weights)
+        weight_map, index_metadata = _read_index(root, weights)
+        weight_map = {tensor: name for tensor, name in weight_map.items() if name in files or name not in absent}
+        if missing := next(((tensor, name) for tensor, name in weight_map.items() if name not in files), None):
+            tensor, name = missing
+            raise CheckpointError(f"{root / INDEX}: tensor {tensor}: its file {name} is absent; download it again")
         shards = {name: read_header(root / name) for name in weights}
         tensors = _by_name(root, shards)
         _compare(root / INDEX, weight_map, tensors)
@@ -94,7 +101,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def _walk(root: Path) -> tuple[dict[str, File], tuple[str, ...]]:
     files: dict[str, File] = {}
     directories: list[str] = []
-    for name, status in _entries(root, "", (root.stat(),)):
+    for name, status in _entries(root):
         try:
             name.encode()
         except UnicodeEncodeError as error:
@@ -108,27 +115,29 @@ def _walk(root: Path) -> tuple[dict[str, File], tuple[str, ...]]:
     return dict(sorted(files.items())), tuple(sorted(directories))
 
 
-def _entries(root: Path, below: str, parents: tuple[os.stat_result, ...]) -> Iterator[tuple[str, os.stat_result]]:
-    with os.scandir(root / below) as listing:
-        found = list(listing)
-    for entry in found:
-        name = f"{below}{entry.name}"
-        try:
-            status = entry.stat()  # follows links: a Hugging Face cache is made of them
-        except OSError as error:
-            raise CheckpointError(f"{root / name}: cannot be read ({error.strerror}); a dangling link?") from error
-        yield name, status
-        if stat.S_ISDIR(status.st_mode):
-            if any(os.path.samestat(status, parent) for parent in parents):
-                raise CheckpointError(f"{root / name}: a link to a directory that it lies in; remove it")
-            yield from _entries(root, f"{name}/", (*parents, status))
+def _entries(root: Path) -> Iterator[tuple[str, os.stat_result]]:
+    waiting: list[tuple[str, tuple[os.stat_result, ...]]] = [("", (root.stat(),))]
+    while waiting:
+        below, parents = waiting.pop()
+        with os.scandir(root / below) as listing:
+            names = [f"{below}{entry.name}" for entry in listing]
+        for name in names:
+            try:
+                status = (root / name).stat()  # follows links: a Hugging Face cache is made of them
+            except OSError as error:
+                raise CheckpointError(f"{root / name}: cannot be read ({error.strerror}); a dangling link?") from error
+            yield name, status
+            if stat.S_ISDIR(status.st_mode):
+                if any(os.path.samestat(status, parent) for parent in parents):
+                    raise CheckpointError(f"{root / name}: a link to a directory that it lies in; remove it")
+                waiting.append((f"{name}/", (*parents, status)))
 
 
 def _is_weights(name: str) -> bool:
     return name.endswith(".safetensors") and "/" not in name
 
 
-def _read_index(root: Path, files: dict[str, File], weights: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
+def _read_index(root: Path, weights: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
     path = root / INDEX
     index = read_json_object(path)
     weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
@@ -141,8 +150,6 @@ def _read_index(root: Path, files: dict[str, File], weights: list[str]) -> tuple
             raise CheckpointError(
                 f"{path}: tensor {tensor}: expected a .safetensors file in this directory, found {name!r:.80}"
             )
-        if name not in files:
-            raise CheckpointError(f"{path}: tensor {tensor}: its file {name} is absent; download it again")
     named = set(weight_map.values())
     for name in weights:
         if name not in named:

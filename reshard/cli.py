@@ -16,14 +16,16 @@ import click
 
 from . import __version__
 from .checkpoint import CONFIG, INDEX
-from .copy import Outcome, Progress, free_space, refuse_out
+from .copy import SPARE_SPACE, Outcome, Progress, free_space, refuse_out
 from .errors import ReshardError
 from .inspect import Inspection, inspect
 from .manifest import read_manifest
 from .moe import why_plugin
+from .placement import describe_ranks
 from .restore import restore
+from .stage import Staging, plan_stage, write_staging
 from .verify import Verification, verify
-from .zigzag import DEFAULT_MAX_SHARD_SIZE, Resharding, plan_zigzag, write_resharding
+from .zigzag import Resharding, plan_zigzag, write_resharding
 
 EXIT_INTERRUPTED = 130
 LONGEST_LINE = 1600
@@ -41,22 +43,27 @@ class _Commands(click.Group):
         except OSError as error:
             _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
         except KeyboardInterrupt:
-            resumes = ctx.invoked_subcommand in ("zigzag", "restore")
+            resumes = ctx.invoked_subcommand in ("zigzag", "stage", "restore")
             _fail("interrupted" + "; the same command takes up from here" * resumes, EXIT_INTERRUPTED)
 
 
-class _Size(click.ParamType[int]):
+def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
     """A number of bytes such as 5GB (10^9) or 4GiB (2^30)."""
+    match = re.fullmatch(r"([0-9]{1,15})\s*([A-Za-z]*)", value.strip())
+    if not match or match[2].upper() not in SIZE_UNITS or int(match[1]) == 0:
+        raise click.BadParameter(f"{value!r} is not a size; write it like 5GB, 500MB or 4GiB", ctx, param)
+    return int(match[1]) * SIZE_UNITS[match[2].upper()]
 
-    name = "size"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"([0-9]+)\s*([A-Za-z]*)", value.strip())
-        if not match or match[2].upper() not in SIZE_UNITS or int(match[1]) == 0:
-            self.fail(f"{value!r} is not a size; write it like 5GB, 500MB or 4GiB", param, ctx)
-        return int(match[1]) * SIZE_UNITS[match[2].upper()]
+def _ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    """Numbers and ranges of EP ranks such as 0-3,6."""
+    ranks: set[int] = set()
+    for item in value.split(","):
+        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", item.strip())
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise click.BadParameter(f"{item!r} is no rank and no range of ranks; write them like 0-3,6", ctx, param)
+        ranks.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(ranks))
 
 
 _quiet = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -77,9 +84,7 @@ def main() -> None:
 @click.option("--src", required=True, help="Checkpoint directory, or a repository id in the Hugging Face cache.")
 @click.option("--ep", required=True, type=int, help="Number of EP ranks it will be served on.")
 @_out
-@click.option(
-    "--max-shard-size", default=DEFAULT_MAX_SHARD_SIZE, show_default="5GB", type=_Size(), help="Of a file's tensors."
-)
+@click.option("--max-shard-size", default="5GB", show_default=True, callback=_size, help="Of a file's tensors.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @_restart
 @_quiet
@@ -120,9 +125,9 @@ def inspect_command(directory: str, ep: int | None, as_json: bool) -> None:
 def verify_command(out: Path, src: str | None, quiet: bool, as_json: bool) -> None:
     """Check every file and tensor of the output OUT against its manifest."""
     manifest = read_manifest(out)
-    total = sum(record.size for record in manifest.files)
+    total = sum(record.size for record in manifest.expected_files)
     if src is not None:
-        total += sum(file.size for file in manifest.source.files if file.header is not None)
+        total += sum(record.size for record in manifest.expected_files if record.tensors)
     with _bar("verify", total, quiet or as_json) as progress:
         verification = verify(out, src, progress=progress)
     report = {**asdict(verification), "out": str(out), "sound": not verification.problems}
@@ -130,6 +135,27 @@ def verify_command(out: Path, src: str | None, quiet: bool, as_json: bool) -> No
     if verification.problems:
         first, others = verification.problems[0], len(verification.problems) - 1
         _fail(f"{first} (and {others} more problems)" if others else first, 1)
+
+
+@main.command("stage")
+@click.argument("resharded", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--ranks", required=True, callback=_ranks, help="EP ranks that the node holds, like 0-7 or 0-3,6.")
+@_out
+@_restart
+@_quiet
+@_json
+def stage_command(
+    resharded: Path, ranks: tuple[int, ...], out: Path, restart: bool, quiet: bool, as_json: bool
+) -> None:
+    """Copy what a node needs that holds some EP ranks of the output OUT: their files, and those that all ranks need.
+
+    Interrupted, the same command takes up where it stopped.
+    """
+    staging = plan_stage(resharded, ranks)
+    with _bar("stage", staging.plan.size, quiet or as_json) as progress:
+        outcome = write_staging(staging, out, restart=restart, progress=progress)
+    report = {**_written(outcome), "staged_ranks": staging.manifest.staged_ranks, "notes": staging.notes}
+    _print(report, _describe_staging(staging, outcome), quiet, as_json)
 
 
 @main.command("restore")
@@ -235,9 +261,9 @@ def _describe_plan(resharding: Resharding, out: Path) -> list[str]:
             counts[index] += count
     for label, (files, tensors, size) in groups.items():
         lines.append(f"  {label:22} {files:5} files {tensors:7} tensors {_bytes(size):>10}")
-    size, free = resharding.plan.size, free_space(out)
+    size, free = resharding.plan.size, free_space(out) - SPARE_SPACE
     lines.append(f"  {'total':22} {len(resharding.plan.files):5} files {'':15} {_bytes(size):>10}")
-    lines.append(f"  {'free there':22} {'':27} {_bytes(free):>10}" + ("" if free > size else "  NOT ENOUGH"))
+    lines.append(f"  {'room there':22} {'':27} {_bytes(free):>10}" + ("" if free >= size else "  NOT ENOUGH"))
     return lines
 
 
@@ -262,9 +288,20 @@ def _describe_outcome(resharding: Resharding, outcome: Outcome) -> list[str]:
     ]
 
 
+def _describe_staging(staging: Staging, outcome: Outcome) -> list[str]:
+    ranks = staging.manifest.staged_ranks
+    what = "" if ranks is None else f"EP ranks {describe_ranks(ranks)} of {staging.manifest.ep_size}: "
+    return [
+        *_resumed(outcome),
+        *(f"note: {note}" for note in staging.notes),
+        f"staged {what}{outcome.files} files, {_bytes(outcome.size)}, to {outcome.out} in {_time(outcome.seconds)}",
+        f"check it:  reshard verify {shlex.quote(str(outcome.out))}",
+    ]
+
+
 def _serve_line(resharding: Resharding, out: Path) -> str:
-    when = " with the plugin, which this version of reshard does not have yet" if resharding.contract else ""
-    return f"serve it{when}:  {_serve(resharding, out)}"
+    where = " where reshard is installed beside vLLM" if resharding.contract else ""
+    return f"serve it{where}:  {_serve(resharding, out)}"
 
 
 def _resumed(outcome: Outcome) -> list[str]:
@@ -281,9 +318,13 @@ def _describe_verification(verification: Verification, src: str | None) -> list[
     if verification.problems:
         return [*lines, *(f"problem: {problem}" for problem in verification.problems[1:])]
     lines.append("every file and tensor is what was written; headers, index and config agree")
+    of_ranks = ""
+    if verification.staged_ranks is not None:
+        of_ranks = f" that EP ranks {describe_ranks(verification.staged_ranks)} need"
+        lines.append(f"staged: it holds what EP ranks {describe_ranks(verification.staged_ranks)} need")
     if src is not None and verification.routers is not None:
         routers = verification.routers
-        lines.append(f"every tensor of {src} is in it, bit for bit")
+        lines.append(f"every tensor of {src}{of_ranks} is in it, bit for bit")
         lines.append(
             f"{routers.routers} routers on {routers.tokens} random hidden states each: the same logical experts "
             "and weights" + (f" ({routers.ties} choices between equal scores left out)" if routers.ties else "")
@@ -313,6 +354,9 @@ def _describe_inspection(inspection: Inspection) -> list[str]:
     if inspection.ep_size is None:
         return lines
     lines.append(f"  placement    {inspection.strategy} for {inspection.ep_size} EP ranks" + _uniformity(inspection))
+    if inspection.staged_ranks is not None:
+        here = describe_ranks(inspection.staged_ranks)
+        lines.append(f"  staged       EP ranks {here}; the files of the others are not here")
     lines.append("    rank   expert bytes   logical experts, in physical order")
     for rank in inspection.ranks:
         experts = " ".join(map(str, rank.experts))

@@ -19,9 +19,9 @@ from blake3 import blake3
 from .checkpoint import CONFIG, Checkpoint, read_checkpoint, read_json_object
 from .contract import CONTRACT_KEY, contract_from_json, unlock_config
 from .copy import BLOCK_SIZE, OpenSources, Progress, SourceFiles
-from .header import Tensor
-from .manifest import MANIFEST, Manifest
-from .moe import MoeLayer, MoeModel, read_model, read_routing, renumber, text_config
+from .header import Tensor, read_header
+from .manifest import MANIFEST, Manifest, unpack
+from .moe import MoeLayer, MoeModel, read_model, read_routing, renumber
 from .placement import invert
 
 if TYPE_CHECKING:
@@ -57,8 +57,31 @@ class RouterComparison:
     problems: tuple[str, ...]
 
 
-def compare_tensors(source: Original, manifest: Manifest, pool: Executor, progress: Progress) -> list[str]:
-    """Every tensor of `source`, brought into the output's order and hashed, against the digests in `manifest`.
+def compare_files(source: Original, manifest: Manifest) -> list[str]:
+    """Every file of `source` that is no safetensors file, and every header, against what `manifest` has of it."""
+    checkpoint = source.checkpoint
+    recorded = {file.name: file for file in manifest.source.files}
+    digests = {record.name: record.digest for record in manifest.files}
+    problems = [
+        f"{checkpoint.root / name}: only in the source, or only in {MANIFEST}"
+        for name in sorted(recorded.keys() ^ checkpoint.files.keys())
+    ]
+    for name in sorted(recorded.keys() & checkpoint.files.keys()):
+        file = recorded[name]
+        if file.header is not None:
+            same = name in checkpoint.shards and unpack(file.header) == checkpoint.shards[name].raw
+        elif file.content is not None:
+            same = unpack(file.content) == (checkpoint.root / name).read_bytes()
+        else:
+            same = blake3().update_mmap(checkpoint.root / name).hexdigest() == digests.get(name)
+        if not same:
+            problems.append(f"{checkpoint.root / name}: not what it was when the output was made")
+    return problems
+
+
+def compare_tensors(source: Original, out: Path, manifest: Manifest, pool: Executor, progress: Progress) -> list[str]:
+    """Every tensor of `source`, brought into the output's order and hashed, against the digests in `manifest`; its
+    shape and dtype against those in the headers of `out`. For a staged directory, every tensor that must be in it.
 
     `progress` is told the bytes read. Returns the problems found, a sentence each.
     """
@@ -69,9 +92,18 @@ def compare_tensors(source: Original, manifest: Manifest, pool: Executor, progre
     origins = {renumber(name, placement): name for name in digests}
     if strangers := sorted(origins.keys() ^ checkpoint.tensors.keys()):
         return [f"{checkpoint.root}: tensor {name}: only in the source or only in the output" for name in strangers]
+    expected = {name for record in manifest.expected_files for name in record.tensors}
+    for record in manifest.expected_files:
+        for tensor in read_header(out / record.name).tensors if record.tensors else ():
+            origin = checkpoint.tensors[renumber(tensor.name, placement)]
+            if (tensor.dtype, tensor.shape) != (origin.dtype, origin.shape):
+                where = f"{out / record.name}: tensor {tensor.name}"
+                was = f"{origin.dtype} {list(origin.shape)}"
+                return [f"{where}: {tensor.dtype} {list(tensor.shape)}, {origin.name} of the source is {was}"]
     in_shards: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in checkpoint.tensors.values():
-        in_shards[tensor.file].append(tensor)
+        if origins[tensor.name] in expected:
+            in_shards[tensor.file].append(tensor)
     read = _OutputOrder(source, placement)
 
     def compare_shard(tensors: list[Tensor]) -> list[str]:
@@ -138,7 +170,7 @@ def compare_routers(source: Original, out: Path, manifest: Manifest) -> RouterCo
     contract = contract_from_json(config[CONTRACT_KEY], str(path)) if CONTRACT_KEY in config else None
     original_config = unlock_config(config) if contract else config
     model = source.model
-    routing_after = read_routing(text_config(original_config), model.family, str(path))
+    routing_after = read_routing(original_config, model.family, str(path))
     files_after = {name: out / record.name for record in manifest.files for name in record.tensors}
     problems = []
     ties = 0
@@ -154,7 +186,9 @@ def compare_routers(source: Original, out: Path, manifest: Manifest) -> RouterCo
             decided = torch.ones(TOKENS, dtype=torch.bool) if contract else ~expected.tied_T
             ties += int((~decided).sum())
             same_experts = torch.equal(to_logical[found.experts_TK][decided], expected.experts_TK[decided])
-            if not same_experts or not torch.equal(found.weights_TK[decided], expected.weights_TK[decided]):
+            weights, expected_weights = found.weights_TK[decided], expected.weights_TK[decided]
+            same_weights = (weights == expected_weights) | (weights.isnan() & expected_weights.isnan())
+            if not same_experts or not same_weights.all():
                 what = "weights" if same_experts else "experts"
                 problems.append(f"{out}: the router of {layer.name} chooses other {what} than the source's")
                 break

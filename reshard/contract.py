@@ -42,8 +42,10 @@ def lock_config(config: Mapping[str, Any], contract: Contract) -> dict[str, Any]
     """
     locked = {key: value for key, value in config.items() if key != "auto_map"}
     locked["model_type"] = f"reshard_{config['model_type']}"
-    if config.get("architectures"):
-        locked["architectures"] = [f"Reshard{name}" for name in config["architectures"]]
+    if architectures := config.get("architectures"):
+        if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+            raise CheckpointError(f"config.json: architectures must be a list of names, found {architectures!r:.80}")
+        locked["architectures"] = [f"Reshard{name}" for name in architectures]
     locked[CONTRACT_KEY] = contract_to_json(contract)
     return locked
 

@@ -6,9 +6,9 @@
             each full buffer -> digest of the file -> disk
         flush it to disk, rename it to NAME, record it in the journal
 
-One pass: every byte is read once and written once. Memory is one buffer a thread, and a table of expert ids where there
-is one. An interruption leaves complete files that the journal records, at most one NAME.partial a thread, and nothing
-that an engine would load.
+Each byte of an output file is read once and written once. Memory is one buffer a thread, and a table of expert ids
+where there is one. An interruption leaves complete files that the journal records, at most one NAME.partial a thread,
+and nothing that an engine would load.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -106,10 +107,19 @@ def run(
 
 def refuse_out(plan: Plan, out: Path) -> None:
     """OutputError unless `plan` may be carried out in `out`: new, empty, or an unfinished run; never in the source."""
-    if out.resolve().is_relative_to(plan.source.resolve()):
-        raise OutputError(
-            f"{out}: is {plan.source} or lies in it; choose another --out: the source is never written to"
-        )
+    # a folder of the source may be a link to somewhere else
+    for folder in ("", *plan.directories):
+        if out.resolve().is_relative_to((plan.source / folder).resolve()):
+            raise OutputError(
+                f"{out}: is {plan.source / folder} or lies in it; choose another --out: the source is never written to"
+            )
+    names = [*(file.name for file in plan.files), *plan.last, *plan.directories]
+    taken = {JOURNAL, *(f"{name}{PARTIAL}" for name in names)}
+    for name, count in Counter(names).items():
+        if count > 1 or name in taken:
+            raise OutputError(
+                f"{out}: two of its files would be called {name} while it is written; rename the source's"
+            )
     check_out(out)
 
 

@@ -1,4 +1,4 @@
-"""Tensors whose values are expert ids, such as `tid2eid` of DeepSeek-V4's hash layers. The one place that computes."""
+"""Tensors whose values are expert ids, such as `tid2eid` of DeepSeek-V4's hash layers."""
 
 from __future__ import annotations
 

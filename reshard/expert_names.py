@@ -1,12 +1,13 @@
 """Expert ids in config files: quantization ignore lists, per-module schemes and the like.
 
-A string that names one expert (`model.layers.3.mlp.experts.5.down_proj`) gets that expert's new id. One that names all
-of them (`*.experts.*`) stays. A regular expression is judged by what it does: it, or the same with its literal ids
-mapped, must pick exactly the renumbered experts that it picked before; otherwise it is an error that shows it.
+A string that names one expert (`model.layers.3.mlp.experts.5.down_proj`) gets that expert's new id. A pattern, glob or
+regular expression, is judged by what it picks of this checkpoint's experts: it, or the same with its literal ids
+mapped, must pick exactly the renumbered experts that it picked before. What cannot be told is an error that shows it.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -14,51 +15,62 @@ from typing import Any
 
 from .checkpoint import Checkpoint
 from .contract import Placement
-from .errors import UnsupportedError
+from .errors import CheckpointError, UnsupportedError
 from .moe import MoeModel, renumber
 from .placement import invert
 
-# These name tokens or files, never modules; and an index of other weights speaks of files that are not renumbered.
-NOT_CONFIGS = re.compile(r"(tokenizer|vocab|merges|added_tokens|special_tokens).*|.*\.index\.json")
+# The files at the top of a checkpoint in which engines look modules up by name.
+CONFIG_FILES = re.compile(r"config\.json|.*quant.*\.json", re.IGNORECASE)
 REGEX_PREFIXES = ("re:", "+:", "-:")
+LONGEST_PATTERN = 1000
 
-_EXPERTS = re.compile(r"(?<![A-Za-z0-9_])experts(?P<dot>\\?\.)")
-_LITERAL_ID = re.compile(r"(0|[1-9][0-9]*)(?=\\?\.|$)")
-_ALL_OR_NAMED = re.compile(r"[*A-Za-z_]|$")
+_EXPERT_ID = re.compile(r"(?<![A-Za-z0-9_])experts(?:\\?\.|\[\.\])(?P<id>0|[1-9][0-9]{0,8})(?![0-9])")
+_PLAIN = re.compile(r"[\w.\-/]*")
+_MAY_NAME_ONE = re.compile(r"experts\W{0,8}[0-9]")
 
 
 def map_config_files(checkpoint: Checkpoint, model: MoeModel, placement: Placement) -> dict[str, Any]:
-    """The JSON files at the top of `checkpoint` that name experts by id, parsed and with their ids mapped.
+    """The config files of `checkpoint` that name experts by id, parsed and with their ids mapped.
 
     Returns only files that changed, by name. Raises UnsupportedError for a string whose experts cannot be told.
     """
     changed = {}
     for name in checkpoint.files:
-        if "/" in name or not name.endswith(".json") or NOT_CONFIGS.fullmatch(name):
+        if not CONFIG_FILES.fullmatch(name):
             continue
-        data = (checkpoint.root / name).read_bytes()
-        if b"experts" not in data and not any(b'"' + prefix.encode() in data for prefix in REGEX_PREFIXES):
-            continue
+        path = checkpoint.root / name
         try:
-            value = json.loads(data)
-        except (ValueError, RecursionError):
-            continue  # not a config that any engine could read; it is copied as it is
-        mapper = _Mapper(model, placement, str(checkpoint.root / name))
-        mapped = map_strings(value, mapper)
+            value = json.loads(path.read_bytes())
+            mapped = map_strings(value, _Mapper(model, placement, str(path)), str(path))
+        except ValueError:
+            continue  # no config that any engine could read; it is copied as it is
+        except RecursionError as error:
+            raise CheckpointError(f"{path}: nested too deeply to be a config") from error
         if mapped != value:
             changed[name] = mapped
     return changed
 
 
-def map_strings(value: Any, mapper: Callable[[str], str]) -> Any:
-    """JSON `value` with every string in it, keys too, replaced by `mapper`."""
+def map_strings(value: Any, mapper: Callable[[str], str], where: str) -> Any:
+    """JSON `value` with every string in it, keys too, replaced by `mapper`; `where` names the file in errors."""
     if isinstance(value, str):
         return mapper(value)
     if isinstance(value, list):
-        return [map_strings(item, mapper) for item in value]
+        return [map_strings(item, mapper, where) for item in value]
     if isinstance(value, dict):
-        return {mapper(key): map_strings(item, mapper) for key, item in value.items()}
+        for key, item in value.items():
+            if key.rpartition(".")[2] == "experts" and _has_ids(item):
+                raise UnsupportedError(
+                    f"{where}: {key!r:.200} has numbers below it that may be expert ids, in a form that reshard "
+                    "does not "
+                    "know; write the modules' names out"
+                )
+        return {mapper(key): map_strings(item, mapper, where) for key, item in value.items()}
     return value
+
+
+def _has_ids(value: Any) -> bool:
+    return isinstance(value, (list, dict)) and any(type(item) is int or str(item).isdigit() for item in value)
 
 
 class _Mapper:
@@ -68,31 +80,30 @@ class _Mapper:
         self._model = model
         self._logical_to_physical = {layer: invert(order) for layer, order in placement.items()}
         self._where = where
-        self._modules: dict[str, str] | None = None
+        self._names: dict[str, str] | None = None
 
     def __call__(self, text: str) -> str:
-        if text.startswith(REGEX_PREFIXES):
-            return self._regex(text)
-        for match in _EXPERTS.finditer(text):
-            rest = text[match.end() :]
-            if not _LITERAL_ID.match(rest) and not _ALL_OR_NAMED.match(rest):
+        if _PLAIN.fullmatch(text):
+            return self._map_literal_ids(text)
+        if len(text) > LONGEST_PATTERN:
+            if "experts" in text:
                 raise self._unclear(text)
-        return self._map_literal_ids(text)
+            return text
+        return self._map_pattern(text)
 
     def _map_literal_ids(self, text: str) -> str:
-        pieces, position = [], 0
-        for match in _EXPERTS.finditer(text):
-            number = _LITERAL_ID.match(text, match.end())
-            if number is None:
-                continue
+        def new_id(match: re.Match[str]) -> str:
             table = self._table(text[: match.start()].removesuffix("."), text)
-            if int(number[0]) >= len(table):
+            if int(match["id"]) >= len(table):
                 raise UnsupportedError(
-                    f"{self._where}: {text!r:.200} names expert {number[0]}, but a layer has {len(table)} experts"
+                    f"{self._where}: {text!r:.200} names expert {match['id']}, but a layer has {len(table)} experts"
                 )
-            pieces += [text[position : match.end()], str(table[int(number[0])])]
-            position = number.end()
-        return "".join((*pieces, text[position:]))
+            return text[match.start() : match.start("id")] + str(table[int(match["id"])])
+
+        mapped = _EXPERT_ID.sub(new_id, text)
+        if mapped == text and _MAY_NAME_ONE.search(text) and not _EXPERT_ID.search(text):
+            raise self._unclear(text)
+        return mapped
 
     def _table(self, layer: str, text: str) -> tuple[int, ...]:
         if layer in self._logical_to_physical:
@@ -102,31 +113,53 @@ class _Mapper:
             raise self._unclear(text)
         return tables.pop()
 
-    def _regex(self, text: str) -> str:
-        prefix, _, pattern = text.partition(":")
-        try:
-            matches = re.compile(pattern).match
-        except re.error as error:
-            raise self._unclear(text) from error
-        modules = self._expert_modules()
-        wanted = {physical for logical, physical in modules.items() if matches(logical)}
-        for candidate in (pattern, self._map_literal_ids(pattern)):
-            if {module for module in modules if re.match(candidate, module)} == wanted:
-                return f"{prefix}:{candidate}"
+    def _map_pattern(self, text: str) -> str:
+        picks = [readings(pattern) for pattern in (text, self._mapped_or_none(text)) if pattern is not None]
+        names = self._expert_names()
+        before = [{name for name in names if pick(name)} for pick in picks[0]]
+        after = [{names[name] for name in found} for found in before]
+        if before and before == after and (any(before) or not _MAY_NAME_ONE.search(text)):
+            return text
+        if len(picks) == 2 and any(before):
+            mapped = self._map_literal_ids(text)
+            if [{name for name in names if pick(name)} for pick in picks[1]] == after:
+                return mapped
         raise self._unclear(text)
 
-    def _expert_modules(self) -> Mapping[str, str]:
-        """The output's name of every module of an expert, by its name in the source."""
-        if self._modules is None:
-            self._modules = {
-                tensor.name.rpartition(".")[0]: renumber(tensor.name, self._logical_to_physical).rpartition(".")[0]
-                for layer in self._model.layers
-                for tensors in layer.experts
-                for tensor in tensors
-            }
-        return self._modules
+    def _mapped_or_none(self, text: str) -> str | None:
+        try:
+            return self._map_literal_ids(text)
+        except UnsupportedError:
+            return None
+
+    def _expert_names(self) -> Mapping[str, str]:
+        """The output's name of every tensor, module and expert below `experts`, by its name in the source."""
+        if self._names is None:
+            self._names = {}
+            for layer in self._model.layers:
+                for expert, tensors in enumerate(layer.experts):
+                    new = self._logical_to_physical[layer.name][expert]
+                    self._names[f"{layer.name}.experts.{expert}"] = f"{layer.name}.experts.{new}"
+                    for tensor in tensors:
+                        renamed = renumber(tensor.name, self._logical_to_physical)
+                        self._names[tensor.name] = renamed
+                        self._names[tensor.name.rpartition(".")[0]] = renamed.rpartition(".")[0]
+        return self._names
 
     def _unclear(self, text: str) -> UnsupportedError:
         return UnsupportedError(
             f"{self._where}: {text!r:.200}: cannot tell which experts this means after renumbering; write their ids out"
         )
+
+
+def readings(text: str) -> list[Callable[[str], bool]]:
+    """The ways in which engines read the pattern `text`: as a glob, and as a regular expression where it is one."""
+    pattern = text.partition(":")[2] if text.startswith(REGEX_PREFIXES) else text
+    ways: list[Callable[[str], bool]] = []
+    if pattern == text:
+        ways.append(lambda name: fnmatch.fnmatchcase(name, text))
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return ways
+    return [*ways, lambda name: bool(compiled.match(name)), lambda name: bool(compiled.search(name))]

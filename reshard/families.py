@@ -84,3 +84,11 @@ SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 # Models that see or hear keep their language model's config below one of these.
 TEXT_CONFIG_KEYS = ("text_config", "language_config", "llm_config")
+GROUP_KEYS = ("n_group", "topk_group")
+ROUTING_KEYS = (
+    *(*NUM_EXPERTS_KEYS, *TOP_K_KEYS, *SCORING_KEYS, *GROUP_KEYS),
+    *("topk_method", "norm_topk_prob", "routed_scaling_factor"),
+)
+# Routers are computed with, and hash layers hold ids.
+ROUTER_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+EXPERT_ID_DTYPES = ("I64", "I32", "I16", "I8", "U8")

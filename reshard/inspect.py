@@ -15,6 +15,7 @@ from .manifest import MANIFEST, read_manifest, unpack
 from .moe import Kind, Routing, kind_of, parse_expert_name, read_model, why_plugin
 from .placement import invert, rank_slots
 from .source import find_source
+from .zigzag import check_ep_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class RankShare:
 class Inspection:
     """What `inspect` found. Sizes are bytes of tensors of the source: all, of experts, of routers.
 
+    `staged_ranks` is None but for a staged directory; all else then describes the whole output it was staged from.
     `strategy`, `ep_size` and `ranks` are of the output, or of what `zigzag` would do for the `ep_size` asked about,
     else None and empty. `uniform` says that every MoE layer places its experts alike, else `ranks` shows the first.
     """
@@ -53,6 +55,7 @@ class Inspection:
     plugin: str
     strategy: str | None
     ep_size: int | None
+    staged_ranks: tuple[int, ...] | None
     uniform: bool
     ranks: tuple[RankShare, ...]
 
@@ -71,10 +74,8 @@ def inspect(directory: str | Path, ep_size: int | None = None) -> Inspection:
     layers = tuple(layer.name for layer in model.layers)
     order: Placement = {}
     if ep_size is not None:
-        num_experts = model.routing.num_experts
-        if not 2 <= ep_size <= num_experts:
-            raise OutputError(f"{root}: --ep must be from 2 to the {num_experts} experts of a layer, found {ep_size}")
-        order = dict.fromkeys(layers, placement.zigzag(num_experts, ep_size))
+        check_ep_size(ep_size, model.routing.num_experts, root)
+        order = dict.fromkeys(layers, placement.zigzag(model.routing.num_experts, ep_size))
     return _inspection(
         root,
         model.family.name,
@@ -85,6 +86,7 @@ def inspect(directory: str | Path, ep_size: int | None = None) -> Inspection:
         files=len(checkpoint.shards),
         strategy=None if ep_size is None else "zigzag",
         ep_size=ep_size,
+        staged_ranks=None,
         order=order,
         resharded=False,
     )
@@ -110,6 +112,7 @@ def _of_output(root: Path, ep_size: int | None) -> Inspection:
         files=sum(1 for record in manifest.files if record.tensors),
         strategy=manifest.strategy,
         ep_size=manifest.ep_size,
+        staged_ranks=None if manifest.staged_ranks is None else tuple(manifest.staged_ranks),
         order=manifest.placement,
         resharded=True,
     )
@@ -126,6 +129,7 @@ def _inspection(
     files: int,
     strategy: str | None,
     ep_size: int | None,
+    staged_ranks: tuple[int, ...] | None,
     order: Placement,
     resharded: bool,
 ) -> Inspection:
@@ -151,6 +155,7 @@ def _inspection(
         plugin=why_plugin(routing),
         strategy=strategy,
         ep_size=ep_size,
+        staged_ranks=staged_ranks,
         uniform=len(set(order.values())) <= 1,
         ranks=tuple(_ranks(tensors, order, ep_size)) if ep_size is not None else (),
     )

@@ -85,6 +85,9 @@ class Journal:
 
     def _begin(self, opening: _Opening, restart: bool) -> None:
         earlier, done = self._read()
+        if earlier is None and any(path.name != JOURNAL for path in self._out.iterdir()):
+            self._path.unlink()  # made just now: what else is there came between the look at it and the lock
+            raise OutputError(f"{self._out}: not empty any more; another run of reshard may have just finished there")
         if earlier is not None and restart:
             _discard(self._out, earlier.names)
             os.ftruncate(self._fd, 0)
@@ -100,8 +103,10 @@ class Journal:
             self.done = {file.name: file for file in done if _has_size(self._out / file.name, file.size)}
 
     def _read(self) -> tuple[_Opening | None, list[FileRecord]]:
-        lines = self._path.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]  # the last one may be cut short
+        data = self._path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        os.ftruncate(self._fd, end)  # the last line may be cut short
+        whole = data[:end].splitlines()
         if not whole:
             return None, []
         try:

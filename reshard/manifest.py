@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import zlib
 from base64 import b64decode, b64encode
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from blake3 import blake3
 
+from .checkpoint import File
 from .contract import Contract, Placement, contract_from_json, placement_from_json
 from .errors import IntegrityError
 from .moe import Routing
@@ -68,7 +70,7 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: dict[str, Digest] = {}
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """The whole record. `physical_to_logical` is one list, or one for each MoE layer where layers differ."""
 
     version: Positive
@@ -84,7 +86,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     moe_layers: list[LayerRecord]
     source: Source
     files: list[FileRecord]
-    digest: Digest = ""
+    staged_ranks: list[Count] | None = None  # in the file only where `stage` left out the files of other ranks
+    digest: Digest  # no default: `omit_defaults` would leave that out
+
+    @property
+    def expected_files(self) -> list[FileRecord]:
+        """The files that the directory must hold: all of them, or in a staged directory those of its ranks."""
+        return self.files if self.staged_ranks is None else self.files_for(self.staged_ranks)
+
+    def files_for(self, ranks: Container[int]) -> list[FileRecord]:
+        """The files that a node which holds the EP ranks `ranks` needs."""
+        return [record for record in self.files if record.rank is None or record.rank in ranks]
 
     @property
     def placement(self) -> Placement:
@@ -139,6 +151,10 @@ def _inconsistency(manifest: Manifest) -> str | None:
     for record in manifest.files:
         if record.rank is not None and record.rank >= manifest.ep_size:
             return f"{record.name} is of rank {record.rank}, but there are {manifest.ep_size} ranks"
+    if (staged := manifest.staged_ranks) is not None:
+        in_order = staged == sorted(set(staged))
+        if not staged or not in_order or staged[-1] >= manifest.ep_size:
+            return f"staged_ranks is {staged!r:.80}, expected some of the {manifest.ep_size} ranks in ascending order"
     names = [*manifest.source.directories, *(file.name for file in manifest.source.files)]
     names += [record.name for record in manifest.files]
     for name in names:
@@ -150,6 +166,25 @@ def _inconsistency(manifest: Manifest) -> str | None:
 def is_inside(name: str) -> bool:
     """Whether the relative path `name` stays inside the directory that it is joined to."""
     return bool(name) and "\0" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def find_files(root: Path, records: Iterable[FileRecord]) -> dict[str, File]:
+    """The files of `records` in the output `root`, by name; IntegrityError where one is absent or of another size."""
+    files = {}
+    for record in records:
+        path = root / record.name
+        if not path.is_file():
+            raise IntegrityError(f"{path}: absent; expected {record.size} bytes: copy it here from the whole output")
+        status = path.stat()
+        if status.st_size != record.size:
+            raise IntegrityError(f"{path}: damaged: {status.st_size} bytes, expected {record.size}")
+        files[record.name] = File(record.name, status.st_size, status.st_mtime_ns)
+    return files
+
+
+def record_bytes(name: str, data: bytes) -> FileRecord:
+    """The record of a small file that every rank needs."""
+    return FileRecord(name, len(data), None, blake3(data).hexdigest())
 
 
 def pack(data: bytes) -> str:

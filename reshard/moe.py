@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +19,13 @@ from .checkpoint import CONFIG, Checkpoint
 from .errors import CheckpointError, UnsupportedError
 from .families import (
     BY_MODEL_TYPE,
+    EXPERT_ID_DTYPES,
+    GROUP_KEYS,
     NUM_EXPERTS_KEYS,
+    ROUTER_DTYPES,
     ROUTER_MODULES,
     ROUTER_TENSORS,
+    ROUTING_KEYS,
     SCORING_KEYS,
     SCORINGS,
     SHARED_MODULES,
@@ -34,6 +39,11 @@ from .header import Tensor
 
 _EXPERT_ID = re.compile(r"(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
 _NAMES_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+_MAY_ROUTE = re.compile(r"expert|router|(^|\.)gate\.(weight|bias)$", re.IGNORECASE)
+_LIMITS_GROUPS = re.compile(
+    r"(expert|limited|top_?k|moe|rout).*group|group.*(expert|limited|top_?k|moe|rout)", re.IGNORECASE
+)
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +90,6 @@ class _Block:
     experts: dict[int, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     fused: list[Tensor] = field(default_factory=list)
     router: dict[str, Tensor] = field(default_factory=dict)
-    unknown: list[Tensor] = field(default_factory=list)
 
 
 def read_model(checkpoint: Checkpoint) -> MoeModel:
@@ -92,8 +101,8 @@ def read_model(checkpoint: Checkpoint) -> MoeModel:
     """
     if not any(_NAMES_EXPERTS.search(name) for name in checkpoint.tensors):
         raise UnsupportedError(f"{checkpoint.root}: a model without experts: no tensor is named ….experts.…")
-    family, model_type, inner_config = _family(checkpoint)
-    routing = read_routing(inner_config, family, str(checkpoint.root / CONFIG))
+    family, model_type = _family(checkpoint)
+    routing = read_routing(checkpoint.config, family, str(checkpoint.root / CONFIG))
     blocks = _collect(checkpoint, family)
     layers = [_layer(checkpoint, name, block, routing.num_experts) for name, block in blocks.items()]
     layers.sort(key=lambda layer: natural_key(layer.name))
@@ -157,24 +166,40 @@ def kind_of(name: str, layers: Container[str]) -> Kind:
 
 def natural_key(name: str) -> list[tuple[bool, int, str]]:
     """Sorts `layers.10` after `layers.9`, and `mtp.0` after all layers."""
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+    return [(False, int(part), part) if _NUMBER.fullmatch(part) else (True, 0, part) for part in name.split(".")]
 
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of `config` that describes the language model: itself, or where models that see or hear keep it."""
-    sections: list[Mapping[str, Any]] = [config]
-    sections += [config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict)]
+def routing_section(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What `config` says of routing, at its top and where models that see or hear keep their language model's config.
+
+    Raises CheckpointError where two places disagree, since engines differ in which they read, and UnsupportedError
+    where a key that is not known may limit which groups of experts a token can reach.
+    """
+    sections = [config, *(config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict))]
+    found: dict[str, Any] = {}
     for section in sections:
-        if any(section.get(key) is not None for key in NUM_EXPERTS_KEYS):
-            return section
-    return config
+        for key in ROUTING_KEYS:
+            if section.get(key) is not None and found.setdefault(key, section[key]) != section[key]:
+                raise CheckpointError(
+                    f"{where}: {key} is {found[key]!r:.80} in one place and {section[key]!r:.80} in another"
+                )
+        for key, value in section.items():
+            if _LIMITS_GROUPS.search(key) and key not in GROUP_KEYS and value not in (None, False, 0, 1):
+                raise UnsupportedError(
+                    f"{where}: {key} = {value!r:.80} may limit which experts a token can reach, in a way that "
+                    "reshard does "
+                    f"not know; known are {' and '.join(GROUP_KEYS)}"
+                )
+    return found
 
 
-def read_routing(config: Mapping[str, Any], family: Family, where: str) -> Routing:
-    """The routing that the (language model's) `config` asks for; `where` names the file in errors."""
+def read_routing(whole_config: Mapping[str, Any], family: Family, where: str) -> Routing:
+    """The routing that a config.json asks for; `where` names the file in errors."""
+    config = routing_section(whole_config, where)
+    limited = config.get("topk_method") == "group_limited_greedy"
     num_experts = _count(config, NUM_EXPERTS_KEYS, where)
     top_k = _count(config, TOP_K_KEYS, where)
-    n_group = _count(config, ("n_group",), where, default=None if family.assumes_groups else 1)
+    n_group = _count(config, ("n_group",), where, default=None if family.assumes_groups or limited else 1)
     topk_group = _count(config, ("topk_group",), where, default=n_group if n_group == 1 else None)
     if top_k > num_experts:
         raise CheckpointError(f"{where}: a token chooses {top_k} experts, but a layer has {num_experts}")
@@ -215,26 +240,26 @@ def _scaling_factor(config: Mapping[str, Any], where: str) -> float:
     value = config.get("routed_scaling_factor")
     if value is None:
         return 1.0
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise CheckpointError(f"{where}: routed_scaling_factor must be a number, found {value!r:.80}")
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise CheckpointError(f"{where}: routed_scaling_factor must be a number, found {str(value)[:80]!r}")
     return float(value)
 
 
-def _family(checkpoint: Checkpoint) -> tuple[Family, str, Mapping[str, Any]]:
-    """The family, the model type, and the part of config.json that describes the language model."""
+def _family(checkpoint: Checkpoint) -> tuple[Family, str]:
+    """The family, by the model type or that of its language model, and the model type."""
     where, config = checkpoint.root / CONFIG, checkpoint.config
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(f"{where}: expected model_type to name the model's family, found {model_type!r:.80}")
-    inner = text_config(config)
-    inner_type = inner.get("model_type")
-    family = BY_MODEL_TYPE.get(model_type) or BY_MODEL_TYPE.get(str(inner_type).removesuffix("_text"))
+    inner = [config[key].get("model_type") for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict)]
+    names = [model_type, *(str(name).removesuffix("_text") for name in inner)]
+    family = next((BY_MODEL_TYPE[name] for name in names if name in BY_MODEL_TYPE), None)
     if family is None:
         raise UnsupportedError(
             f"{where}: model type {model_type!r:.80} is not one whose router reshard knows; known are "
             f"{', '.join(BY_MODEL_TYPE)}"
         )
-    return family, model_type, inner
+    return family, model_type
 
 
 def _count(config: Mapping[str, Any], keys: Sequence[str], where: str, default: int | None = None) -> int:
@@ -252,27 +277,43 @@ def _count(config: Mapping[str, Any], keys: Sequence[str], where: str, default: 
 
 
 def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
-    """Every tensor below a MoE block, by the block's name. A block without experts is a dense layer, and left out."""
+    """Every tensor of the MoE blocks, by the block's name. Experts or routers elsewhere are refused."""
     blocks: dict[str, _Block] = defaultdict(_Block)
-    infix = f".{family.block}."
+    others: list[Tensor] = []
     for name, tensor in checkpoint.tensors.items():
-        before, found, after = name.partition(infix)
-        module, _, rest = after.partition(".")
-        block_name = before + infix[:-1]
-        if found and module == "experts" and rest:
+        block, found, rest = name.partition(".experts.")
+        if found:
+            if not f".{block}".endswith(f".{family.block}"):
+                _unknown(checkpoint, tensor, f"{family.name} keeps its experts in ….{family.block}.experts.…")
             if match := _EXPERT_ID.fullmatch(rest):
-                blocks[block_name].experts[int(match[1])][match[2]] = tensor
+                blocks[block].experts[int(match[1])][match[2]] = tensor
             elif rest[0].isdigit():
                 _unknown(checkpoint, tensor, "an expert's tensor is named ….experts.<id>.<anything>")
             else:
-                blocks[block_name].fused.append(tensor)
-        elif found and module in ROUTER_MODULES:
-            blocks[block_name].router[f"{module}.{rest}"] = tensor
-        elif _NAMES_EXPERTS.search(name):
-            _unknown(checkpoint, tensor, f"{family.name} keeps its experts in ….{family.block}.experts.…")
-        elif found and module not in SHARED_MODULES:
-            blocks[block_name].unknown.append(tensor)
-    return {name: block for name, block in blocks.items() if block.experts or block.fused or block.router}
+                blocks[block].fused.append(tensor)
+        else:
+            others.append(tensor)
+    for tensor in others:
+        block, _, module = tensor.name.rpartition(".")[0].rpartition(".")
+        if module in ROUTER_MODULES and f".{block}".endswith(f".{family.block}"):
+            blocks[block].router[tensor.name.removeprefix(f"{block}.")] = tensor
+    for tensor in others:
+        _check_other(checkpoint, tensor, blocks)
+    return dict(blocks)
+
+
+def _check_other(checkpoint: Checkpoint, tensor: Tensor, blocks: Mapping[str, _Block]) -> None:
+    """Refuse a tensor that is no expert's, and neither a known router tensor nor one that every token goes through."""
+    parts = tensor.name.split(".")
+    for length in range(1, len(parts)):
+        if (block := ".".join(parts[:length])) in blocks:
+            router = tensor.name.removeprefix(f"{block}.") in blocks[block].router
+            if not router and parts[length] not in SHARED_MODULES:
+                known = ", ".join(SHARED_MODULES)
+                _unknown(checkpoint, tensor, f"known beside the experts of {block} are its router and {known}")
+            return
+    if _MAY_ROUTE.search(tensor.name):
+        _unknown(checkpoint, tensor, "it is named like a router's or an expert's, but stands beside no experts")
 
 
 def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -> MoeLayer:
@@ -290,13 +331,6 @@ def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -
         )
     if len({leaf.partition(".")[0] for leaf in block.router}) > 1:
         _unknown(checkpoint, next(iter(block.router.values())), f"{name} has both a gate and a router")
-    for tensor in block.unknown:
-        if num_experts in tensor.shape:
-            _unknown(
-                checkpoint,
-                tensor,
-                f"its shape {list(tensor.shape)} might be indexed by the {num_experts} experts",
-            )
     rows, ids = [], []
     for leaf, tensor in block.router.items():
         known = ROUTER_TENSORS.get(leaf.partition(".")[2])
@@ -306,6 +340,9 @@ def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -
             raise CheckpointError(
                 f"{checkpoint.where(tensor)}: expected {known.dimensions} dimensions, found shape {list(tensor.shape)}"
             )
+        dtypes = ROUTER_DTYPES if known.indexed is Indexed.ROWS else EXPERT_ID_DTYPES
+        if tensor.dtype not in dtypes:
+            _unknown(checkpoint, tensor, f"expected one of {', '.join(dtypes)}, found {tensor.dtype}")
         if known.indexed is Indexed.ROWS:
             rows.append(_check_rows(checkpoint, tensor, num_experts))
         else:

@@ -7,7 +7,7 @@ permutation is choosing the placement.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def zigzag(num_experts: int, ep_size: int) -> tuple[int, ...]:
@@ -56,3 +56,14 @@ def rank_slots(num_experts: int, ep_size: int) -> tuple[range, ...]:
     base, extra = divmod(num_experts, ep_size)
     starts = [rank * base + min(rank, extra) for rank in range(ep_size + 1)]
     return tuple(range(starts[rank], starts[rank + 1]) for rank in range(ep_size))
+
+
+def describe_ranks(ranks: Iterable[int]) -> str:
+    """EP ranks as one writes them: 0-3,6."""
+    runs: list[tuple[int, int]] = []
+    for rank in sorted(ranks):
+        if runs and runs[-1][1] == rank - 1:
+            runs[-1] = runs[-1][0], rank
+        else:
+            runs.append((rank, rank))
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -143,7 +143,7 @@ def plan_index(files: Iterable[OutputFile], metadata: Mapping[str, Any]) -> byte
                 weight_map[part.tensor] = file.name
                 total_size += part.content.size
     index = {"metadata": {**metadata, "total_size": total_size}, "weight_map": weight_map}
-    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 def whole_file(name: str, size: int) -> OutputFile:

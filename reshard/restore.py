@@ -7,13 +7,13 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from .checkpoint import CONFIG, INDEX, File
-from .copy import BLOCK_SIZE, Outcome, Progress, SourceFiles, run
+from .checkpoint import CONFIG, INDEX
+from .copy import BLOCK_SIZE, OpenSources, Outcome, Progress, SourceFiles, refuse_out, run
 from .errors import IntegrityError
 from .header import Tensor, parse_header, read_header
-from .manifest import MANIFEST, FileRecord, Manifest, SourceFile, read_manifest, unpack
+from .manifest import MANIFEST, FileRecord, Manifest, SourceFile, find_files, read_manifest, unpack
 from .moe import renumber
-from .placement import invert
+from .placement import describe_ranks, invert
 from .plan import Content, ExpertIds, Literal, OutputFile, Part, Plan, Range, Rows, literal_file, whole_file
 
 
@@ -33,9 +33,14 @@ def restore(
     """
     root = Path(resharded)
     manifest = read_manifest(root)
+    if manifest.staged_ranks is not None:
+        missing = describe_ranks(set(range(manifest.ep_size)) - set(manifest.staged_ranks))
+        raise IntegrityError(
+            f"{root}: staged: the files of EP ranks {missing} are missing; restore needs the whole output"
+        )
     restoration = _Restoration(root, manifest)
     files = [restoration.file(file) for file in manifest.source.files]
-    last = [file for file in files if file.name in (INDEX, CONFIG)]
+    last = [file for name in (INDEX, CONFIG) for file in files if file.name == name]
     plan = Plan(
         source=root,
         source_files=restoration.source_files,
@@ -48,6 +53,7 @@ def restore(
         restoration.check(records)
         return last
 
+    refuse_out(plan, Path(out))
     restoration.check_rewritten()
     return run(plan, Path(out), finish, restart=restart, workers=workers, progress=progress)
 
@@ -69,7 +75,7 @@ class _Restoration:
         self._copied = {file.name for file in manifest.source.files if file.header is None and file.content is None}
         self._rows = {name: layer.name for layer in manifest.moe_layers for name in layer.rows}
         self._expert_ids = {name: layer.name for layer in manifest.moe_layers for name in layer.expert_ids}
-        self.source_files = {record.name: self._stat(record) for record in manifest.files}
+        self.source_files = find_files(root, manifest.files)
         self._tensors = {
             tensor.name: tensor
             for record in manifest.files
@@ -91,23 +97,25 @@ class _Restoration:
         return OutputFile(file.name, (Part(None, Literal(raw)), *parts))
 
     def check_rewritten(self) -> None:
-        """IntegrityError unless every tensor that is brought into another order on the way back is what was written."""
+        """IntegrityError unless all that cannot be checked while it is copied is what was written.
+
+        That is every tensor that is brought into another order on the way back, and config.json, which comes last.
+        """
         with SourceFiles(self._root, self.source_files).open() as opened:
             for name in (*self._rows, *self._expert_ids):
                 tensor = self._find(name)
-                digest = blake3()
-                for position in range(0, tensor.size, BLOCK_SIZE):
-                    block = memoryview(bytearray(min(BLOCK_SIZE, tensor.size - position)))
-                    opened.read(tensor.file, tensor.offset + position, block)
-                    digest.update(block)
-                if digest.hexdigest() != self._digests.get(name):
+                if _digest(opened, tensor.file, tensor.offset, tensor.size) != self._digests.get(name):
                     raise self._damaged(tensor)
+            if CONFIG in self._copied and CONFIG in self._records:
+                record = self._records[CONFIG]
+                if _digest(opened, CONFIG, 0, record.size) != record.digest:
+                    raise self._damaged_file(CONFIG)
 
     def check(self, records: list[FileRecord]) -> None:
         """IntegrityError unless all that was copied is what was once written; `records` are of the restored files."""
         for record in records:
             if record.name in self._copied and record.digest != self._records[record.name].digest:
-                raise IntegrityError(f"{self._root / record.name}: damaged: its bytes are not those that were written")
+                raise self._damaged_file(record.name)
             for name, digest in record.tensors.items():
                 if name not in self._rows and name not in self._expert_ids:
                     tensor = self._find(renumber(name, self._to_physical))
@@ -133,16 +141,20 @@ class _Restoration:
             raise IntegrityError(f"{self._root / MANIFEST}: tensor {name} is in none of the files that it lists")
         return self._tensors[name]
 
-    def _stat(self, record: FileRecord) -> File:
-        path = self._root / record.name
-        if not path.is_file():
-            raise IntegrityError(f"{path}: absent; restore needs every file of the output")
-        status = path.stat()
-        if status.st_size != record.size:
-            raise IntegrityError(f"{path}: damaged: {status.st_size} bytes, expected {record.size}")
-        return File(record.name, status.st_size, status.st_mtime_ns)
+    def _damaged_file(self, name: str) -> IntegrityError:
+        return IntegrityError(f"{self._root / name}: damaged: its bytes are not those that were written")
 
     def _damaged(self, tensor: Tensor) -> IntegrityError:
         return IntegrityError(
             f"{self._root / tensor.file}: tensor {tensor.name}: damaged: its bytes are not those that were written"
         )
+
+
+def _digest(opened: OpenSources, file: str, offset: int, size: int) -> str:
+    digest = blake3()
+    buffer = memoryview(bytearray(min(size, BLOCK_SIZE)))
+    for position in range(0, size, BLOCK_SIZE):
+        block = buffer[: min(BLOCK_SIZE, size - position)]
+        opened.read(file, offset + position, block)
+        digest.update(block)
+    return digest.hexdigest()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import CheckpointError
 
-_REPO_ID = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
+_REPO_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -25,11 +25,11 @@ def find_source(src: str | Path) -> Path:
     if Path(src).exists() or not _REPO_ID.fullmatch(str(src)):
         return Path(src)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(src), local_files_only=True))
-    except LocalEntryNotFoundError as error:
+    except (LocalEntryNotFoundError, HFValidationError) as error:
         raise CheckpointError(
             f"{src}: no such directory, and no such repository in the Hugging Face cache; run `hf download {src}` first"
         ) from error

@@ -17,26 +17,27 @@ from typing import BinaryIO
 from blake3 import blake3
 
 from .checkpoint import CONFIG, read_checkpoint
-from .compare import Original, RouterComparison, compare_routers, compare_tensors
+from .compare import Original, RouterComparison, compare_files, compare_routers, compare_tensors
 from .contract import CONTRACT_KEY
 from .copy import BLOCK_SIZE, Progress, default_workers
 from .errors import CheckpointError
 from .header import read_header
 from .manifest import MANIFEST, FileRecord, Manifest, read_manifest
-from .moe import parse_expert_name, text_config
+from .moe import parse_expert_name, routing_section
 from .placement import rank_slots
 from .source import find_source
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was looked at, and every problem found, a sentence each."""
+    """What was looked at, and every problem found, a sentence each. `staged_ranks` is None for a whole output."""
 
     out: Path
     files: int
     tensors: int
     size: int
     seconds: float
+    staged_ranks: tuple[int, ...] | None
     routers: RouterComparison | None
     problems: tuple[str, ...]
 
@@ -50,6 +51,7 @@ def verify(
 ) -> Verification:
     """Check the output directory `out` against its manifest, and with `src` against the checkpoint it was made from.
 
+    A staged directory must hold the files of its ranks; of other ranks' files, those that are there are checked too.
     `progress` is told the bytes read: the output's, then the source's tensors. Raises IntegrityError where the manifest
     itself is absent or damaged, and CheckpointError where `src` is not sound; what is wrong with the output is in the
     result.
@@ -57,6 +59,7 @@ def verify(
     started = time.monotonic()
     root = Path(out)
     manifest = read_manifest(root)
+    records = _records(root, manifest)
     source = None if src is None else Original.read(find_source(src))
     lock = threading.Lock()
 
@@ -66,24 +69,31 @@ def verify(
 
     routers = None
     with ThreadPoolExecutor(workers or default_workers(), thread_name_prefix="reshard") as pool:
-        by_file = pool.map(lambda record: list(_check_file(root, record, report)), manifest.files)
+        by_file = pool.map(lambda record: list(_check_file(root, record, report)), records)
         problems = [problem for of_file in by_file for problem in of_file]
         if not problems:  # the consequences of damage are not worth a second line
             problems = list(_check_consistency(root, manifest))
         if source is not None and not problems:
-            problems = compare_tensors(source, manifest, pool, report)
+            problems = compare_tensors(source, root, manifest, pool, report) or compare_files(source, manifest)
             if not problems:
                 routers = compare_routers(source, root, manifest)
                 problems += routers.problems
     return Verification(
         out=root,
-        files=len(manifest.files) + 1,
-        tensors=sum(len(record.tensors) for record in manifest.files),
-        size=sum(record.size for record in manifest.files),
+        files=len(records) + 1,
+        tensors=sum(len(record.tensors) for record in records),
+        size=sum(record.size for record in records),
         seconds=time.monotonic() - started,
+        staged_ranks=None if manifest.staged_ranks is None else tuple(manifest.staged_ranks),
         routers=routers,
         problems=tuple(problems),
     )
+
+
+def _records(root: Path, manifest: Manifest) -> list[FileRecord]:
+    """The files that must be there, and what is there all the same of ranks that were not staged."""
+    expected = {record.name for record in manifest.expected_files}
+    return [record for record in manifest.files if record.name in expected or (root / record.name).exists()]
 
 
 def _check_file(root: Path, record: FileRecord, progress: Progress) -> Iterator[str]:
@@ -146,10 +156,14 @@ def _blocks(file: BinaryIO, size: int, progress: Progress) -> Iterator[memoryvie
         size -= count
 
 
+def _may_be_absent(manifest: Manifest) -> set[str]:
+    return {record.name for record in manifest.files} - {record.name for record in manifest.expected_files}
+
+
 def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
     """What digests do not say: whether the parts of a sound output fit each other."""
     try:
-        checkpoint = read_checkpoint(root)
+        checkpoint = read_checkpoint(root, absent=_may_be_absent(manifest))
         contract = manifest.parsed_contract(str(root / MANIFEST))
     except CheckpointError as error:
         yield str(error)
@@ -166,10 +180,15 @@ def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
     if contract is not None:
         if contract.physical_to_logical != manifest.placement:
             yield f"{root / CONFIG}: the placement in {CONTRACT_KEY} is not that of {MANIFEST}"
-        asked = text_config(config)
+        asked = routing_section(config, str(root / CONFIG))
         groups = (asked.get("n_group"), asked.get("topk_group"))
         if groups != (contract.n_group, contract.topk_group):
             yield f"{root / CONFIG}: n_group and topk_group are {groups}, in {CONTRACT_KEY} they are others"
+    if manifest.routing.group_limited != manifest.plugin_required:
+        yield f"{root / MANIFEST}: plugin_required is {manifest.plugin_required}, its routing says otherwise"
+    for name in sorted(checkpoint.files.keys() - {record.name for record in manifest.files} - {MANIFEST}):
+        if not any(part.startswith(".") for part in name.split("/")):
+            yield f"{root / name}: not in {MANIFEST}; an engine might read it: move it away"
     slots = {layer.name: rank_slots(layer.num_experts, manifest.ep_size) for layer in manifest.moe_layers}
     for record in manifest.files:
         for name in record.tensors:

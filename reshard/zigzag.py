@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from blake3 import blake3
 
 from . import placement
 from ._version import __version__
@@ -26,8 +25,10 @@ from .manifest import (
     SourceFile,
     encode_manifest,
     pack,
+    record_bytes,
 )
 from .moe import MoeModel, read_model
+from .placement import is_permutation
 from .plan import OutputFile, Plan, literal_file, plan_index, plan_weights, whole_file
 from .source import find_source, identify
 
@@ -74,8 +75,7 @@ def plan_zigzag(src: str | Path, ep_size: int, *, max_shard_size: int = DEFAULT_
     checkpoint = read_checkpoint(root)
     model = read_model(checkpoint)
     num_experts = model.routing.num_experts
-    if not 2 <= ep_size <= num_experts:
-        raise OutputError(f"{root}: --ep must be from 2 to the {num_experts} experts of a layer, found {ep_size}")
+    check_ep_size(ep_size, num_experts, root)
     if max_shard_size < 1:
         raise OutputError(f"{root}: --max-shard-size must be at least 1 byte, found {max_shard_size}")
     order = placement.zigzag(num_experts, ep_size)
@@ -97,6 +97,13 @@ def plan_resharding(
         raise CheckpointError(
             f"{checkpoint.root / CONFIG}: has {CONTRACT_KEY}: already resharded; start from the original"
         )
+    num_experts = model.routing.num_experts
+    layers = [layer.name for layer in model.layers]
+    if sorted(physical_to_logical) != sorted(layers):
+        raise OutputError(f"{checkpoint.root}: expected a placement for each of its {len(layers)} MoE layers")
+    for layer, permutation in physical_to_logical.items():
+        if len(permutation) != num_experts or not is_permutation(permutation):
+            raise OutputError(f"{checkpoint.root}: {layer}: expected a permutation of 0 to {num_experts - 1}")
     contract = None
     if model.routing.group_limited:
         original = {key: checkpoint.config[key] for key in LOCKED_KEYS if key in checkpoint.config}
@@ -168,10 +175,16 @@ def write_resharding(
 
     def finish(records: list[FileRecord]) -> list[OutputFile]:
         index, config = literal_file(INDEX, resharding.index), literal_file(CONFIG, resharding.config)
-        records = [*records, _record(INDEX, resharding.index), _record(CONFIG, resharding.config)]
+        records = [*records, record_bytes(INDEX, resharding.index), record_bytes(CONFIG, resharding.config)]
         return [literal_file(MANIFEST, encode_manifest(_manifest(resharding, records))), index, config]
 
     return run(resharding.plan, out, finish, restart=restart, workers=workers, progress=progress)
+
+
+def check_ep_size(ep_size: int, num_experts: int, root: Path) -> None:
+    """OutputError unless `num_experts` can be dealt to `ep_size` ranks."""
+    if not 2 <= ep_size <= num_experts:
+        raise OutputError(f"{root}: --ep must be from 2 to the {num_experts} experts of a layer, found {ep_size}")
 
 
 def refuse_resharded(root: Path) -> None:
@@ -221,7 +234,7 @@ def _manifest(resharding: Resharding, records: list[FileRecord]) -> Manifest:
     checkpoint, model, routing = resharding.checkpoint, resharding.model, resharding.model.routing
     identity = identify(checkpoint.root)
     source = Source(
-        path=str(checkpoint.root.absolute()),
+        path=os.fsencode(checkpoint.root.absolute()).decode(errors="replace"),
         repo_id=identity.repo_id,
         revision=identity.revision,
         files=[_source_file(resharding, name) for name in checkpoint.files],
@@ -250,6 +263,7 @@ def _manifest(resharding: Resharding, records: list[FileRecord]) -> Manifest:
         moe_layers=layers,
         source=source,
         files=records,
+        digest="",
     )
 
 
@@ -260,7 +274,3 @@ def _source_file(resharding: Resharding, name: str) -> SourceFile:
     if name in resharding.originals:
         return SourceFile(name, size, content=pack(resharding.originals[name]))
     return SourceFile(name, size)
-
-
-def _record(name: str, data: bytes) -> FileRecord:
-    return FileRecord(name, len(data), None, blake3(data).hexdigest())

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 EXPERTS = 8
-DTYPE_BYTES = {"BF16": 2, "F32": 4}
+DTYPE_BYTES = {"BF16": 2, "F32": 4, "I64": 8, "U8": 1}
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -692,6 +692,30 @@ CONFIG_ATTACKS = [
     Attack("scoring a number", config(scoring_func=7), (CONFIG, "scoring_func", "7")),
     Attack("method of choice unknown", config(topk_method="per_group"), (CONFIG, "topk_method", "per_group")),
     Attack("scaling factor a string", config(routed_scaling_factor="2.5"), (CONFIG, "routed_scaling_factor")),
+    Attack(
+        "groups said differently in the language model's config",
+        config(n_group=1, topk_group=1, text_config={"n_group": 4, "topk_group": 2}),
+        (CONFIG, "n_group", "4", "1"),
+    ),
+    Attack(
+        "expert count said differently in the language model's config",
+        config(llm_config={"num_experts": 4, "n_routed_experts": 4}),
+        (CONFIG, "n_routed_experts"),
+    ),
+    Attack("groups under another key", config(num_expert_group=4), (CONFIG, "num_expert_group")),
+    Attack("groups under DeepSeek's own key", config(n_limited_groups=2), (CONFIG, "n_limited_groups")),
+    Attack(
+        "group limits without groups, in a family that need not have any",
+        config(model_type="deepseek_v2", topk_method="group_limited_greedy", n_group=None),
+        (CONFIG, "n_group"),
+    ),
+    Attack("architectures a number", config(architectures=5), (CONFIG, "architectures"), only_for_zigzag=True),
+    Attack(
+        "architectures a string", config(architectures="DeepseekV3"), (CONFIG, "architectures"), only_for_zigzag=True
+    ),
+    Attack(
+        "scaling factor beyond all numbers", config(routed_scaling_factor=10**400), (CONFIG, "routed_scaling_factor")
+    ),
     Attack("no groups", config(n_group=0), (CONFIG, "n_group", "0")),
     Attack("group count negative", config(n_group=-4), (CONFIG, "n_group", "-4")),
     Attack("group count a fraction", config(n_group=4.5), (CONFIG, "n_group", "4.5")),
@@ -736,6 +760,22 @@ EXPERT_ATTACKS = [
     Attack("bias too short", with_tensor(BIAS, (7,), "F32"), (SHARD, BIAS, "7")),
     Attack("bias too long", with_tensor(BIAS, (16,), "F32"), (SHARD, BIAS, "16")),
     Attack("bias is a matrix", with_tensor(BIAS, (1, 8), "F32"), (SHARD, BIAS)),
+    Attack("unknown tensor beside the router", with_tensor(f"{LAYER}.mlp.gains.weight", (3,)), (SHARD, "gains")),
+    Attack(
+        "unknown tensor twice as long as experts are many", with_tensor(f"{LAYER}.mlp.gains", (16,)), (SHARD, "gains")
+    ),
+    Attack("token table beside the gate", with_tensor(f"{LAYER}.mlp.tid2eid", (32, 2), "I64"), (SHARD, "tid2eid")),
+    Attack("router's bias outside the block", with_tensor(f"{LAYER}.router_bias", (8,)), (SHARD, "router_bias")),
+    Attack("experts outside a block", with_tensor(f"{LAYER}.experts.0.weight", (8, 8)), (SHARD, f"{LAYER}.experts.0")),
+    Attack(
+        "experts below something else of that name",
+        with_tensor("model.experts.layers.1.mlp.experts.0.up_proj.weight", (8, 8)),
+        (SHARD, "model.experts.layers.1"),
+    ),
+    Attack("gate of a dtype that is not computed with", with_tensor(GATE, (8, 16), "U8"), (SHARD, GATE, "U8")),
+    Attack(
+        "token table of floats", with_tensor(f"{LAYER}.mlp.gate.tid2eid", (32, 2), "F32"), (SHARD, "tid2eid", "F32")
+    ),
     Attack("two routers", with_tensor(f"{LAYER}.mlp.router.weight", (8, 16)), (SHARD, "mlp.gate", "router")),
     Attack("router with a scale", with_tensor(f"{LAYER}.mlp.gate.weight_scale", (8, 1)), (SHARD, "gate.weight_scale")),
     Attack("router packed", with_tensor(f"{LAYER}.mlp.gate.qweight", (2, 8)), (SHARD, "gate.qweight")),

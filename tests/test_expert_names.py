@@ -35,6 +35,9 @@ def ignored(tmp_path: Path, *strings: str) -> list[str]:
         (rf"re:.*{LAYER}\.experts\.5\.down_proj", rf"re:.*{LAYER}\.experts\.7\.down_proj"),
         (r"re:.*experts\.1\..*", r"re:.*experts\.3\..*"),
         (r"re:.*experts\.1.*", r"re:.*experts\.3.*"),  # with 8 experts there is no 10
+        (r".*\.experts\.5\.down_proj", r".*\.experts\.7\.down_proj"),
+        (r".*\.experts\.1[02]?\..*", r".*\.experts\.3[02]?\..*"),  # nor 12
+        (".*experts[.]5[.].*", ".*experts[.]7[.].*"),
         (r"-:.*\.experts\.5\..*", r"-:.*\.experts\.7\..*"),
     ],
 )
@@ -55,6 +58,8 @@ def test_a_name_of_one_expert_gets_its_new_id(before: str, after: str, tmp_path:
         r"re:.*experts\.\d+\.down_proj",
         r"re:.*\.([0-7])\.down_proj",
         r"re:model\.layers\.[01]\..*",
+        r".*\.experts\..*",
+        f"{LAYER}.experts.1?",  # as a regular expression all of them, as a glob none: there are 8
     ],
 )
 def test_what_names_no_expert_or_all_of_them_stays(text: str, tmp_path: Path) -> None:
@@ -68,7 +73,13 @@ def test_what_names_no_expert_or_all_of_them_stays(text: str, tmp_path: Path) ->
         r"re:.*\.[2-5]\.down_proj",
         "re:.*experts.(",
         f"{LAYER}.experts.[0-3].down_proj",
-        f"{LAYER}.experts.1?",
+        r"re:^model\.language_model\.layers\.1\.mlp\.experts\.5\..*",
+        "*.5.down_proj",
+        "*experts?5.*",
+        "*.mlp.experts*.5.*",
+        f"{LAYER}.experts.*5.down_proj",
+        "re:a{99999999999999999999}",
+        f"{LAYER}.experts.{'9' * 5000}.down_proj",
         f"{LAYER}.experts.8.down_proj",
     ],
 )
@@ -76,7 +87,26 @@ def test_what_cannot_be_told_is_refused_and_shown(text: str, tmp_path: Path) -> 
     with pytest.raises(UnsupportedError) as caught:
         ignored(tmp_path, text)
     assert "config.json" in str(caught.value)
-    assert repr(text) in str(caught.value)
+    assert repr(text)[:150] in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [{"0": 4, "5": 8}, [0, 1, 2]])
+def test_numbers_below_experts_are_refused(value: object, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    build(Spec("qwen3_moe", experts=8), source)
+    for key in ("experts", f"{LAYER}.experts"):
+        (source / "hf_quant_config.json").write_text(json.dumps({key: value}))
+        with pytest.raises(UnsupportedError, match="hf_quant_config"):
+            plan_zigzag(source, 3)
+
+
+@pytest.mark.parametrize("text", [r"re:.*\.experts\.5\..*", "*.experts.5.*"])
+def test_a_pattern_of_one_expert_is_refused_where_experts_are_fused(text: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    build(Spec("gpt_oss", experts=8), source)
+    (source / "hf_quant_config.json").write_text(json.dumps({"ignore": [text]}))
+    with pytest.raises(UnsupportedError, match="cannot tell"):
+        plan_zigzag(source, 3)
 
 
 def test_tokens_and_indices_of_other_weights_are_not_touched(tmp_path: Path) -> None:

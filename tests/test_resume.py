@@ -142,6 +142,57 @@ def test_a_journal_whose_last_line_is_cut_short_is_read_up_to_it(source: Path, w
     assert_identical_trees(whole, out)
 
 
+def test_a_journal_cut_short_is_taken_up_more_than_once(source: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for _ in range(3):
+        with pytest.raises(Cut):
+            zigzag(source, 3, out, max_shard_size=SHARD_SIZE, progress=cut_after(12), workers=1)
+        with (out / JOURNAL).open("ab") as journal:
+            journal.write(b'{"name":"model-')
+    assert zigzag(source, 3, out, max_shard_size=SHARD_SIZE).resumed > 12
+    assert_identical_trees(whole, out)
+
+
+def test_a_run_that_comes_late_does_not_write_into_a_finished_output(
+    source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "out")
+    monkeypatch.setattr("reshard.journal.check_out", lambda out: None)  # as if the other had finished just after it
+    monkeypatch.setattr("reshard.copy.check_out", lambda out: None)
+    with pytest.raises(OutputError, match="not empty"):
+        zigzag(source, 2, out)
+    assert_identical_trees(whole, out)
+
+
+def test_an_output_in_a_folder_that_the_source_links_to_is_refused(tmp_path: Path) -> None:
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    build(Spec("qwen3_moe"), source)
+    elsewhere.mkdir()
+    (source / "linked").symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="never written to"):
+        zigzag(source, 2, elsewhere / "out")
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize(
+    "names", [("big.bin", "big.bin.partial"), (JOURNAL,), ("config.json.partial/x",), ("model-shared.partial", "y")]
+)
+def test_names_that_a_run_itself_uses_are_refused_where_they_would_collide(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    build(Spec("qwen3_moe"), source)
+    for name in names:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(name)
+    if names[0].startswith("model-shared"):  # the control: a name that looks like one and collides with none
+        zigzag(source, 2, tmp_path / "out")
+        return
+    with pytest.raises(OutputError, match=r"rename the source's"):
+        zigzag(source, 2, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_that_lost_bytes_since_is_written_again(source: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Cut):
@@ -174,6 +225,8 @@ def test_restart_removes_what_the_unfinished_run_wrote_and_nothing_else(source: 
     zigzag(source, 2, out, restart=True)
     assert (out / "mine.txt").read_text() == "not reshard's"
     assert not list(out.glob("model-ep*-of-03-*"))
+    assert [problem.split(":")[0] for problem in verify(out, source).problems] == [str(out / "mine.txt")]
+    (out / "mine.txt").unlink()
     assert not verify(out, source).problems
 
 

@@ -13,13 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from checkpoints import FAMILIES, Spec, build
 from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import assert_identical_trees, assert_resharded, linear, read_safetensors, tree
 
+from reshard import OutputError, read_checkpoint, read_model, write_resharding
 from reshard.cli import main
+from reshard.zigzag import plan_resharding
 
 FLIPS = 150
 
@@ -228,3 +231,88 @@ def test_verify_against_another_source_fails(part: str, good: Path, tmp_path: Pa
     path, start, size = find_tensors(other, part)[0]
     swap(path, start, start + size // 2, size // 2)
     assert run("verify", good / "output", "--src", other).exit_code == 1
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "gpt_oss"])
+def test_restore_refuses_every_file_with_a_flipped_bit_and_leaves_nothing_loadable(family: str, tmp_path: Path) -> None:
+    build(Spec(family, experts=8, layers=2), tmp_path / "source")
+    run_well("zigzag", "--src", tmp_path / "source", "--ep", 3, "--out", tmp_path / "output")
+    originals = {"config.json", "model.safetensors.index.json"} & set(tree(tmp_path / "source"))
+    for path in sorted((tmp_path / "output").rglob("*")):
+        name = path.relative_to(tmp_path / "output").as_posix()
+        rewritten = name in originals and (tmp_path / "source" / name).read_bytes() != path.read_bytes()
+        if not path.is_file() or not path.stat().st_size or rewritten:
+            continue  # what was rewritten is taken from the manifest
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        restored = tmp_path / f"restored-{name.replace('/', '-')}"
+        result = run("restore", tmp_path / "output", "--out", restored)
+        assert result.exit_code == 1, name
+        assert name in result.output
+        assert not (restored / "config.json").exists()
+        path.write_bytes(data)
+    run_well("restore", tmp_path / "output", "--out", tmp_path / "restored")
+
+
+def test_verify_finds_a_header_that_was_changed_together_with_its_digests(good: Path, spoilt: Path) -> None:
+    path, start, _ = find_tensors(spoilt, ".mlp.gate.weight")[0]
+    data = path.read_bytes()
+    header = data[:start]
+    name = header.index(b'.mlp.gate.weight"')
+    shape = header.index(b'"shape":[', name) + len(b'"shape":[')
+    end = header.index(b"]", shape)
+    rows, columns = header[shape:end].split(b",")
+    assert rows != columns
+    forged = data[:shape] + columns + b"," + rows + data[end:]
+    path.write_bytes(forged)
+    manifest = json.loads((spoilt / "reshard_manifest.json").read_bytes())
+    for record in manifest["files"]:
+        if record["name"] == path.name:
+            record["digest"] = blake3(forged).hexdigest()
+    manifest["digest"] = ""
+    for _ in range(2):  # the second time with the digest of the first
+        text = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+        manifest["digest"] = manifest["digest"] or blake3(text).hexdigest()
+    (spoilt / "reshard_manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    run_well("verify", spoilt)
+    result = run("verify", spoilt, "--src", good / "source")
+    assert result.exit_code == 1
+    assert ".mlp.gate.weight" in result.output
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "modeling_extra.py", "deep/er.json"])
+def test_verify_reports_a_file_that_the_manifest_does_not_have(name: str, spoilt: Path) -> None:
+    (spoilt / name).parent.mkdir(exist_ok=True)
+    (spoilt / name).write_text("{}")
+    result = run("verify", spoilt)
+    assert result.exit_code == 1
+    assert name in result.output
+
+
+def test_verify_lets_be_what_a_download_leaves_in_hidden_folders(spoilt: Path) -> None:
+    (spoilt / ".cache" / "huggingface").mkdir(parents=True)
+    (spoilt / ".cache" / "huggingface" / "lock").write_text("")
+    run_well("verify", spoilt)
+
+
+@pytest.mark.parametrize("permutation", [(0, 0, 1, 2, 3, 4, 5, 6), (0, 1, 2, 3), tuple(range(9))])
+def test_what_is_no_permutation_is_refused_before_anything_is_planned(permutation: tuple[int, ...], good: Path) -> None:
+    checkpoint = read_checkpoint(good / "source")
+    model = read_model(checkpoint)
+    placement = {layer.name: permutation for layer in model.layers}
+    with pytest.raises(OutputError, match="permutation"):
+        plan_resharding(checkpoint, model, "mine", 2, placement, 10**9)
+    with pytest.raises(OutputError, match="placement for each"):
+        plan_resharding(checkpoint, model, "mine", 2, {}, 10**9)
+
+
+def test_layers_may_each_have_their_own_permutation(good: Path, tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(good / "source")
+    model = read_model(checkpoint)
+    chance = random.Random(0)
+    placement = {layer.name: tuple(chance.sample(range(8), 8)) for layer in model.layers}
+    assert len(set(placement.values())) > 1
+    write_resharding(plan_resharding(checkpoint, model, "mine", 3, placement, 10**9), tmp_path / "output")
+    run_well("verify", tmp_path / "output", "--src", good / "source")
+    run_well("restore", tmp_path / "output", "--out", tmp_path / "restored")
+    assert_identical_trees(good / "source", tmp_path / "restored")

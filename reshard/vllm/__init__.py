@@ -1,0 +1,24 @@
+"""The vLLM plugin: routes a resharded group-limited model as the original, and lets a rank read only its files.
+
+vLLM loads it in every process through the entry point group `vllm.general_plugins`. What it changes in vLLM:
+
+    configs    config.json of an output reads as the original's, with the contract still in it
+    routing    the routers of a model with a contract score groups by logical expert and answer with physical ids
+    loading    a rank opens the shared files and its own ranks' only; nothing serves before every router was checked
+
+Models without a contract, and directories that are no output, go the way they always went. A vLLM that this does not
+fit is told so when a group-limited output is loaded, and not before.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """What the entry point calls, once or many times in a process; imports nothing of vLLM before vLLM does."""
+    from . import configs, loading, routing
+    from .patching import when_imported
+
+    configs.install()
+    when_imported("vllm.model_executor.layers.fused_moe.layer", routing.install)
+    when_imported("vllm.model_executor.model_loader.base_loader", loading.install_check)
+    when_imported("vllm.model_executor.model_loader.default_loader", loading.install_file_choice)

@@ -1,0 +1,195 @@
+"""Which files a rank reads, and the last look at every router before a model serves."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..contract import CONTRACT_KEY, Contract, contract_from_json
+from ..errors import OutputError, UnsupportedError
+from ..placement import rank_slots
+from .patching import replace_once
+from .routing import LogicalOrder
+from .support import what_is_wrong_with_hook
+
+RANK_FILE = re.compile(r"model-ep(\d{2,})-of-(\d{2,})-(\d{5})-of-(\d{5})\.safetensors")
+_ACTIVATION_SCALE = re.compile(r"\.experts\.\d+\..*\binput_\w+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """How experts are spread over this process's EP group, as far as reading files goes."""
+
+    ep_rank: int
+    ep_size: int  # 1 where expert parallelism is off
+    consecutive: bool  # whether a rank owns consecutive physical experts and no others: vLLM's linear rule
+
+
+def install_file_choice(default_loader: ModuleType) -> None:
+    """Make vLLM's default loader open only the files that this rank needs."""
+    replace_once(default_loader, "filter_duplicate_safetensors_files", _with_ranks)
+
+
+def install_check(base_loader: ModuleType) -> None:
+    """Look at every router after a model was loaded."""
+    replace_once(base_loader, "process_weights_after_loading", _with_check)
+
+
+def choose_files(named: list[str], present: list[str], num_experts: int, parallel: Parallel) -> list[str]:
+    """Of the files `named` by the index those that a rank needs: the shared ones, and by rank what holds its experts.
+
+    Raises OutputError where one that it needs is not `present`.
+    """
+    ranks = {file: _rank_of(file) for file in named}
+    sizes = {int(match[2]) for file in named if (match := RANK_FILE.fullmatch(Path(file).name))}
+    needed = needed_ranks(max(sizes), num_experts, parallel)
+    chosen = [file for file, rank in ranks.items() if rank is None or rank in needed]
+    absent = sorted(set(chosen) - set(present)) or [f"model-ep{rank:02}-…" for rank in needed - set(ranks.values())]
+    if absent:
+        raise OutputError(
+            f"{absent[0]}: absent, but EP rank {parallel.ep_rank} of {parallel.ep_size} needs it (EP ranks "
+            f"{', '.join(map(str, sorted(needed)))} of the output); copy them here with `reshard stage`"
+        )
+    return chosen
+
+
+def _rank_of(file: str) -> int | None:
+    match = RANK_FILE.fullmatch(Path(file).name)
+    return int(match[1]) if match else None
+
+
+def needed_ranks(ranks: int, num_experts: int, parallel: Parallel) -> set[int]:
+    """Of the `ranks` that the files were made for, those that hold experts which this process owns."""
+    if parallel.ep_size == 1 or not parallel.consecutive:
+        return set(range(ranks))
+    owned = rank_slots(num_experts, parallel.ep_size)[parallel.ep_rank]
+    made_for = rank_slots(num_experts, ranks)
+    return {rank for rank, slots in enumerate(made_for) if slots.start < owned.stop and owned.start < slots.stop}
+
+
+def words_on(ranks: int, parallel: Parallel, strategy: str, eplb: bool) -> list[str]:
+    """What a user should hear who serves an output made for `ranks` EP ranks like this."""
+    if parallel.ep_size == 1:
+        return [
+            f"resharded for {ranks} EP ranks, but expert parallelism is off: answers are right, the placement is idle"
+        ]
+    words = []
+    if parallel.ep_size != ranks:
+        words.append(
+            f"resharded for {ranks} EP ranks, served on {parallel.ep_size}: answers are right, but the placement is no "
+            f"longer zigzag; run `reshard zigzag --ep {parallel.ep_size}` on the original"
+        )
+    if strategy == "round_robin" and not eplb:
+        words.append(
+            "--expert-placement-strategy round_robin undoes the placement of a resharded checkpoint: answers are "
+            "right, "
+            "but leave that option out"
+        )
+    return words
+
+
+def check_model(model: Any, contract: Contract, is_draft: bool, pipelined: bool) -> None:
+    """UnsupportedError unless every MoE layer of `model` chooses by `contract`, and none lets a kernel choose."""
+    import vllm.model_executor.layers.fused_moe.layer as layer
+
+    fault = what_is_wrong_with_hook(getattr(layer, "create_fused_moe_router", None))
+    runners = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "router") and hasattr(module, "routed_experts")
+    }
+    for name, runner in runners.items():
+        if not isinstance(runner.router, LogicalOrder):
+            raise _refuse(f"layer {name} does not route by the contract" + (f": {fault}" if fault else ""))
+        if runner.routed_experts.quant_method.is_monolithic:
+            raise _refuse(f"layer {name} lets its kernel {type(runner.routed_experts.quant_method).__name__} route")
+    expected = 1 if is_draft or pipelined else _layers_before(contract, model)
+    if len(runners) < expected and not pipelined:
+        raise _refuse(
+            f"{len(runners)} of its {expected} MoE layers are routed by vLLM" + (f": {fault}" if fault else "")
+        )
+
+
+def _layers_before(contract: Contract, model: Any) -> int:
+    """How many MoE layers the contract has below the model's own number of layers: the others are its draft's."""
+    config = getattr(model.config, "text_config", model.config)
+    numbers = [[int(part) for part in layer.split(".") if part.isdigit()] for layer in contract.physical_to_logical]
+    return sum(1 for number in numbers if number and number[0] < config.num_hidden_layers)
+
+
+def _refuse(fault: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"this model was resharded and has expert groups, but {fault}; it would answer wrongly. Serve it with "
+        "other options "
+        "or another vLLM, or restore the original with `reshard restore`"
+    )
+
+
+def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(process)
+    def process_weights_after_loading(model: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        result = process(model, model_config, *args, **kwargs)
+        if (contract := _contract_on_disk(model_config)) is not None:
+            from vllm.config import get_current_vllm_config
+
+            config = get_current_vllm_config()
+            is_draft = getattr(model_config, "runner_type", None) == "draft"
+            check_model(model, contract, is_draft, config.parallel_config.pipeline_parallel_size > 1)
+        return result
+
+    return process_weights_after_loading
+
+
+def _contract_on_disk(model_config: Any) -> Contract | None:
+    """The contract in the model's config.json itself, in case the config object lost it on the way."""
+    from transformers.configuration_utils import PretrainedConfig
+
+    value = getattr(model_config.hf_config, CONTRACT_KEY, None)
+    if value is None:
+        config, _ = PretrainedConfig.get_config_dict(model_config.model, revision=model_config.revision)
+        value = config.get(CONTRACT_KEY)
+    return contract_from_json(value, str(model_config.model)) if value is not None else None
+
+
+def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    @functools.wraps(filter_files)
+    def filter_duplicate_safetensors_files(files: list[str], folder: str, index_file: str) -> list[str]:
+        sizes = {int(match[2]) for file in files if (match := RANK_FILE.fullmatch(Path(file).name))}
+        index = Path(folder, index_file)
+        if len(sizes) != 1 or not index.is_file():
+            return filter_files(files, folder, index_file)
+        from vllm.config import get_current_vllm_config
+        from vllm.logger import init_logger
+
+        config = get_current_vllm_config()
+        weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+        parallel = _parallel(config.parallel_config, weight_map)
+        logger = init_logger("vllm.plugins.reshard")
+        for words in words_on(
+            sizes.pop(), parallel, config.parallel_config.expert_placement_strategy, config.parallel_config.enable_eplb
+        ):
+            logger.warning("%s: %s", folder, words)
+        named = [str(Path(folder, name)) for name in sorted(set(weight_map.values()))]
+        chosen = choose_files(named, files, config.model_config.get_num_experts(), parallel)
+        logger.info("EP rank %d reads %d of %d files", parallel.ep_rank, len(chosen), len(named))
+        return chosen
+
+    return filter_duplicate_safetensors_files
+
+
+def _parallel(config: Any, weight_map: Iterable[str]) -> Parallel:
+    if not config.enable_expert_parallel:
+        return Parallel(ep_rank=0, ep_size=1, consecutive=True)
+    from vllm.distributed.parallel_state import get_ep_group
+
+    group = get_ep_group()
+    # some kernels take the largest activation scale of all experts, so every rank has to see all of those
+    needs_all = any(_ACTIVATION_SCALE.search(name) for name in weight_map)
+    consecutive = not config.enable_eplb and config.expert_placement_strategy == "linear" and not needs_all
+    return Parallel(group.rank_in_group, group.world_size, consecutive)

@@ -1,0 +1,60 @@
+"""Changing a module of vLLM once, whether it is imported already or later: nothing is imported for the sake of it."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+Install = Callable[[ModuleType], None]
+
+
+def when_imported(name: str, install: Install) -> None:
+    """Call `install` with the module `name`: now if it is there, else as soon as it has been imported."""
+    if name in sys.modules:
+        install(sys.modules[name])
+    elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(name, install))
+
+
+def replace_once(module: ModuleType, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put `wrap(old)` in the place of the function `name` of `module`, unless that was done before."""
+    old = getattr(module, name)
+    if not hasattr(old, "replaced_by_reshard"):
+        new = wrap(old)
+        new.replaced_by_reshard = True  # type: ignore[attr-defined]
+        setattr(module, name, new)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, install: Install) -> None:
+        self.name = name
+        self._install = install
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self._install)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader, install: Install) -> None:
+        self._loader = loader
+        self._install = install
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        self._install(module)

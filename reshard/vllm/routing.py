@@ -1,0 +1,134 @@
+"""Routers of a model with a contract: groups by logical expert, ids as physical.
+
+vLLM makes every router in `create_fused_moe_router`. The router it made is kept, with all that it does after choosing
+(EPLB's mapping and its load recording see physical ids); only what it chooses from is put into logical order before,
+and its answer into physical ids after. So ties fall as in the original, and the weights are the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ..contract import CONTRACT_KEY, Contract, contract_from_json
+from ..errors import UnsupportedError
+from ..placement import invert
+from .patching import replace_once
+from .support import what_is_wrong_with_hook
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# Load formats that read what the index names.
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
+
+
+class LogicalOrder:
+    """What is put in front of a router's own class: see the module."""
+
+    _physical_of_logical: Tensor  # [E]
+
+    def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+        logical_logits = router_logits.index_select(1, self._physical_of_logical)
+        weights, ids = super()._compute_routing(hidden_states, logical_logits, *args, **kwargs)  # type: ignore[misc]
+        physical = self._physical_of_logical[ids.clamp(min=0).long()].to(ids.dtype)
+        return weights, physical.where(ids >= 0, ids)  # a negative id marks padding
+
+    @property
+    def e_score_correction_bias(self) -> Tensor | None:
+        """The correction bias in logical order; loaded, as all router tensors, in physical order."""
+        bias = self.__dict__["e_score_correction_bias"]
+        return None if bias is None else bias.index_select(0, self._physical_of_logical)
+
+    @property
+    def routing_method_type(self) -> Any:
+        """None that a kernel could do by itself from the logits."""
+        from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+
+        return RoutingMethodType.Unspecified
+
+    @property
+    def supports_monolithic_kernels(self) -> bool:
+        """Never: such a kernel would route by itself."""
+        return False
+
+
+def install(layer: ModuleType) -> None:
+    """Replace `create_fused_moe_router` in the module that makes MoE layers."""
+    if what_is_wrong_with_hook(getattr(layer, "create_fused_moe_router", None)) is None:
+        replace_once(layer, "create_fused_moe_router", _with_contract)
+
+
+def _with_contract(create: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(create)
+
+    @functools.wraps(create)
+    def create_fused_moe_router(*args: Any, **kwargs: Any) -> Any:
+        router = create(*args, **kwargs)
+        contract = current_contract()
+        if contract is None:
+            return router
+        prefix = sys._getframe(1).f_locals.get("prefix", "")
+        return in_logical_order(router, contract, signature.bind(*args, **kwargs).arguments, prefix)
+
+    return create_fused_moe_router
+
+
+def current_contract() -> Contract | None:
+    """The contract of the model that is being built, None for any other."""
+    from vllm.config import get_current_vllm_config
+
+    config = get_current_vllm_config()
+    value = getattr(config.model_config.hf_config, CONTRACT_KEY, None) if config.model_config is not None else None
+    if value is None:
+        return None
+    if (load_format := str(config.load_config.load_format)) not in LOAD_FORMATS:
+        raise UnsupportedError(
+            f"{config.model_config.model}: load format {load_format} finds weights in its own way, and those might not "
+            f"be the resharded ones; use one of {', '.join(LOAD_FORMATS)}"
+        )
+    return contract_from_json(value, str(config.model_config.model))
+
+
+def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any], prefix: str) -> Any:
+    """`router`, made with `arguments` for the layer `prefix`, made to honour `contract`, or UnsupportedError."""
+    import torch
+
+    groups = (arguments.get("num_expert_group"), arguments.get("topk_group"))
+    faults = {
+        "it does not route by groups": not arguments.get("use_grouped_topk"),
+        f"its groups are {groups}": groups != (contract.n_group, contract.topk_group),
+        "it has a routing function of its own": arguments.get("custom_routing_function") is not None,
+        "it has zero experts": arguments.get("zero_expert_type") is not None,
+        "it routes to fused shared experts": bool(arguments.get("num_fused_shared_experts")),
+        "it is a router without _compute_routing": not hasattr(router, "_compute_routing"),
+        "it simulates routing": type(router).__name__ == "RoutingSimulatorRouter",
+    }
+    for fault, found in faults.items():
+        if found:
+            raise UnsupportedError(
+                f"{prefix}: this layer's router is not one that reshard can keep exact for a resharded model: {fault}; "
+                "serve the original, or use other options"
+            )
+    physical_of_logical = invert(placement_of(contract, prefix))
+    resharded_class = type(f"Resharded{type(router).__name__}", (LogicalOrder, type(router)), {})
+    resharded: Any = object.__new__(resharded_class)
+    resharded.__dict__ = {**vars(router), "_physical_of_logical": torch.tensor(physical_of_logical)}
+    return resharded
+
+
+def placement_of(contract: Contract, prefix: str) -> tuple[int, ...]:
+    """physical_to_logical [E] of the layer that vLLM calls `prefix` (`model.layers.3.mlp.experts`)."""
+    permutations = set(contract.physical_to_logical.values())
+    if len(permutations) == 1:
+        return permutations.pop()
+    numbers = [part for part in prefix.split(".") if part.isdigit()]
+    for layer, permutation in contract.physical_to_logical.items():
+        if numbers and [part for part in layer.split(".") if part.isdigit()] == numbers:
+            return permutation
+    raise UnsupportedError(f"{prefix}: the contract has a placement for each layer, and none for this one")

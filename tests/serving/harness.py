@@ -1,0 +1,304 @@
+"""Real vLLM on the CPU, as a subprocess in its own environment, from tests that run where there is no vLLM.
+
+One vLLM runs at a time, and each request is answered once: answers and models are kept in one directory, under a lock,
+for all of pytest's workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner
+
+from reshard.cli import main
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+BIN = ROOT / ".venv-vllm" / "bin"
+SHIM_ONLY = "cpu_experts_shim"  # a value of VLLM_PLUGINS, under which reshard's plugin is not loaded
+TIMEOUT = 240  # seconds; a start takes about 30
+
+PROMPTS = ((5,), (7, 11), (3, 201, 45, 90), tuple(range(20, 31)), tuple(range(250, 100, -7)))
+MAX_TOKENS = 24
+
+Logprobs = list[list[dict[str, float]]]
+"""For each prompt and position: log-probabilities of some token ids."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a vLLM process answered and printed. Where `status` is not 0 there are no tokens."""
+
+    status: int
+    seconds: float
+    log: str
+    opened: dict[str, set[str]]  # names of the safetensors files that each process opened, by its rank or "engine"
+    tokens: list[list[int]]
+    raw_logprobs: list[list[dict[str, str]]]  # as `float.hex`, of generated tokens
+    raw_prompt_logprobs: list[list[dict[str, str]]] | None
+    accepted_drafts: int
+
+    @property
+    def logprobs(self) -> Logprobs:
+        """Of generated tokens."""
+        return _from_hex(self.raw_logprobs)
+
+    @property
+    def prompt_logprobs(self) -> Logprobs:
+        """Of the prompts' tokens, each prompt's first left out."""
+        assert self.raw_prompt_logprobs is not None
+        return _from_hex(self.raw_prompt_logprobs)
+
+    @property
+    def bits(self) -> object:
+        """All tokens and log-probabilities: equal if and only if they are equal to the last bit."""
+        return self.tokens, self.raw_logprobs, self.raw_prompt_logprobs
+
+
+def _from_hex(raw: list[list[dict[str, str]]]) -> Logprobs:
+    return [[{token: float.fromhex(value) for token, value in at.items()} for at in prompt] for prompt in raw]
+
+
+class Serving:
+    """Models, their resharded outputs, and answers, kept in `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        if not (BIN.parent / ".ready").exists():
+            raise RuntimeError(f"no {BIN.parent.name}: run `make {BIN.parent.name}/.ready`, or `make test`")
+        self.directory = directory
+        directory.mkdir(exist_ok=True)
+
+    def model(self, kind: str, *, mtp: bool = False, seed: int = 0, **config: Any) -> Path:
+        """A tiny random model of `models.py`; `config` overrides keys of its config.json."""
+
+        def make(directory: Path) -> None:
+            options = ["--config", json.dumps(config), "--seed", str(seed), *(["--mtp"] if mtp else [])]
+            command = [str(BIN / "python"), str(HERE / "models.py"), kind, str(directory), *options]
+            subprocess.run(command, env=_environment(), check=True, capture_output=True, timeout=TIMEOUT)
+
+        return self._made(f"{kind}-{_digest([mtp, seed, config])}", make)
+
+    def resharded(self, model: Path, ep: int) -> Path:
+        """`reshard zigzag` of a model."""
+
+        def make(directory: Path) -> None:
+            arguments = ["zigzag", "--src", str(model), "--ep", str(ep), "--out", str(directory), "--quiet"]
+            result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+            assert result.exit_code == 0, result.output
+
+        return self._made(f"{model.name}-zz{ep}", make)
+
+    def edited(self, model: Path, name: str, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
+        """A copy of a model whose config.json went through `edit`."""
+
+        def make(directory: Path) -> None:
+            shutil.copytree(model, directory)
+            path = directory / "config.json"
+            path.write_text(json.dumps(edit(json.loads(path.read_text())), indent=2))
+
+        return self._made(f"{model.name}-{name}", make)
+
+    def generate(
+        self,
+        model: Path,
+        *,
+        ranks: int = 1,
+        expert_parallel: bool = True,
+        placement: str = "linear",
+        plugins: str | None = None,
+        prompts: Sequence[Sequence[int]] = PROMPTS,
+        max_tokens: int = MAX_TOKENS,
+        again: int = 0,
+        **llm: Any,
+    ) -> Result:
+        """Greedy decoding of `model` on some ranks; `llm` are further arguments of `vllm.LLM`.
+
+        `plugins` is VLLM_PLUGINS. The same call gives the same answer without another run, unless `again` differs.
+        """
+        llm["tensor_parallel_size"] = ranks
+        if expert_parallel and ranks > 1:
+            llm.update(enable_expert_parallel=True, expert_placement_strategy=placement)
+        request = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": llm}
+        path = self.directory / f"{_digest([request, plugins, again])}.json"
+        with self._lock():
+            if not path.exists():
+                path.write_text(json.dumps(asdict(self._run(request, ranks, plugins)), default=sorted))
+        answer = json.loads(path.read_text())
+        return Result(**{**answer, "opened": {who: set(names) for who, names in answer["opened"].items()}})
+
+    def _run(self, request: Mapping[str, Any], ranks: int, plugins: str | None) -> Result:
+        opened, log = self.directory / "opened", self.directory / "log"
+        opened.write_text("")
+        environment = {
+            **_environment(ranks, plugins),
+            "OPENED_SAFETENSORS_LOG": str(opened),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the calling process starts sooner
+        }
+        start = time.monotonic()
+        with (
+            log.open("w") as errors,
+            _process([BIN / "python", HERE / "generate.py"], environment, subprocess.PIPE, errors) as process,
+        ):
+            try:
+                output, _ = process.communicate(json.dumps(request), timeout=TIMEOUT)
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"vLLM took more than {TIMEOUT} s:\n{log.read_text()[-4000:]}") from None
+        answer = json.loads(output) if process.returncode == 0 else {}
+        return Result(
+            status=process.returncode,
+            seconds=time.monotonic() - start,
+            log=log.read_text(),
+            opened=_opened(opened),
+            tokens=answer.get("tokens", []),
+            raw_logprobs=answer.get("logprobs", []),
+            raw_prompt_logprobs=answer.get("prompt_logprobs"),
+            accepted_drafts=int(answer.get("accepted_drafts", 0)),
+        )
+
+    def complete(self, model: Path, prompt: str, max_tokens: int, *, ranks: int, placement: str = "linear") -> str:
+        """One completion from `vllm serve`, over HTTP, with the model's tokenizer."""
+        environment = _environment(ranks)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        arguments = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --no-enable-prefix-caching"
+        arguments += " --max-model-len 128 --max-num-seqs 1 --attention-backend CPU_MLA"
+        arguments += ' --compilation-config {"custom_ops":["-rotary_embedding"]}'  # see generate.py
+        arguments += f" --tensor-parallel-size {ranks} --enable-expert-parallel --expert-placement-strategy {placement}"
+        body = {"model": str(model), "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        body["skip_special_tokens"] = False
+        log = self.directory / "serve-log"
+        with (
+            self._lock(),
+            log.open("w") as errors,
+            _process([BIN / "vllm", "serve", model, *arguments.split()], environment, errors, errors) as server,
+        ):
+            address = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + TIMEOUT
+            while not _answers(f"{address}/health"):
+                assert server.poll() is None, f"vllm serve ended with {server.returncode}:\n{log.read_text()[-4000:]}"
+                assert time.monotonic() < deadline, f"vllm serve is not up:\n{log.read_text()[-4000:]}"
+                time.sleep(0.5)
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                text: str = json.load(response)["choices"][0]["text"]
+        return text
+
+    def reference(self, model: Path, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[list[list[float]]]:
+        """Log-probabilities by Transformers: [prompt][position, the first left out][token id]."""
+        code = (
+            "import json, sys, torch, transformers\n"
+            "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
+            "with torch.no_grad():\n"
+            "    logits = [model(torch.tensor([ids])).logits[0, :-1] for ids in json.loads(sys.argv[2])]\n"
+            "print(json.dumps([torch.log_softmax(prompt, -1).tolist() for prompt in logits]))\n"
+        )
+        answer = self.python(code, model, json.dumps(prompts))
+        assert answer.returncode == 0, answer.stderr
+        result: list[list[list[float]]] = json.loads(answer.stdout.splitlines()[-1])
+        return result
+
+    def python(self, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Run Python code in vLLM's environment."""
+        command = [str(BIN / "python"), "-c", code, *map(str, arguments)]
+        return subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT)
+
+    def _made(self, name: str, make: Callable[[Path], None]) -> Path:
+        directory = self.directory / name
+        with self._lock():
+            if not directory.exists():
+                unfinished = self.directory / "unfinished"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                make(unfinished)
+                unfinished.rename(directory)
+        return directory
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        with (self.directory / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+@contextlib.contextmanager
+def _process(
+    command: Sequence[object], environment: Mapping[str, str], output: Any, errors: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """A process in a session of its own, whose workers do not outlive it."""
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=errors,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            if process.poll() is None:  # let it end its workers, and wait for them
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def _environment(ranks: int = 1, plugins: str | None = None) -> dict[str, str]:
+    """For a vLLM that says what it does and asks nothing of the network."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "HF_", "PYTEST"))}
+    kept.pop("PYTHONPATH", None)
+    return {
+        **kept,
+        "PATH": f"{BIN}:{os.environ.get('PATH', '')}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(
+            map(str, sorted(os.sched_getaffinity(0))[:ranks])
+        ),  # a core for each rank
+        **({} if plugins is None else {"VLLM_PLUGINS": plugins}),
+    }
+
+
+def _opened(path: Path) -> dict[str, set[str]]:
+    opened: dict[str, set[str]] = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        who = "engine" if record["rank"] is None else str(record["rank"])
+        opened.setdefault(who, set()).add(record["file"])
+    return opened
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

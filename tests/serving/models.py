@@ -1,0 +1,158 @@
+"""Tiny random MoE checkpoints by Transformers' own classes, for vLLM to serve. Runs in vLLM's environment.
+
+    python models.py KIND DIRECTORY [--config JSON] [--mtp] [--seed N]
+
+KIND is one of `KINDS`; `--config` overrides keys of its config.json, `--mtp` adds a draft layer as DeepSeek-V3 has it.
+Experts are saved one by one and in several files, as published checkpoints are. Routers and experts are made large
+enough that another choice of experts gives other tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 256
+GATE_STD = 0.5
+BIAS_STD = 0.1
+LARGER = 8  # experts and output embeddings, beside Transformers' initial values
+FILE_SIZE = "400KB"
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,  # vLLM's CPU kernels want multiples of 32
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+DEEPSEEK: dict[str, Any] = {
+    **COMMON,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 512,  # with 64 for RoPE, the one size of latent that vLLM's CPU attention has
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+V3: dict[str, Any] = {**DEEPSEEK, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 0}
+
+# Model type, its config, and what published config.json files say beside what Transformers keeps.
+KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "deepseek_v3": ("deepseek_v3", V3, {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}),
+    "kimi_k2": (
+        "deepseek_v3",
+        {**V3, "n_group": 1, "topk_group": 1},
+        {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {**DEEPSEEK, "norm_topk_prob": False, "routed_scaling_factor": 4.0, "topk_method": "group_limited_greedy"},
+        {"scoring_func": "softmax", "moe_layer_freq": 1},
+    ),
+    "qwen3_moe": ("qwen3_moe", {**COMMON, "num_experts": 16, "head_dim": 32, "norm_topk_prob": True}, {}),
+}
+
+
+def make(kind: str, directory: Path, overrides: dict[str, Any], mtp: bool, seed: int) -> None:
+    """Write a checkpoint with a tokenizer into `directory`, which is created or replaced."""
+    torch.manual_seed(seed)
+    model_type, values, published = KINDS[kind]
+    config = AutoConfig.for_model(model_type, **{**values, **overrides})
+    if mtp:  # a draft layer is one more MoE layer, and a few tensors of its own
+        config.num_hidden_layers += 1
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    enlarge(model)
+    shutil.rmtree(directory, ignore_errors=True)
+    model.save_pretrained(directory, max_shard_size=FILE_SIZE)
+    save_tokenizer(directory)
+    path = directory / "config.json"
+    saved = json.loads(path.read_text())
+    saved.update(published)
+    if mtp:
+        saved["num_hidden_layers"] -= 1
+        saved["num_nextn_predict_layers"] = 1
+        add_draft_tensors(directory, layer=saved["num_hidden_layers"], hidden=saved["hidden_size"])
+    path.write_text(json.dumps(saved, indent=2) + "\n")
+    check(directory)
+
+
+def enlarge(model: torch.nn.Module) -> None:
+    """Make routing matter."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("mlp.gate.weight"):
+                tensor.normal_(std=GATE_STD)
+            elif name.endswith("e_score_correction_bias"):
+                tensor.normal_(std=BIAS_STD)
+            elif ".experts." in name or name == "lm_head.weight":
+                tensor.mul_(LARGER)
+
+
+def add_draft_tensors(directory: Path, layer: int, hidden: int) -> None:
+    """Make the last layer a multi-token-prediction layer: DeepSeek-V3's names, one more file."""
+    index_path = directory / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    head = load_file(directory / index["weight_map"]["lm_head.weight"])["lm_head.weight"]
+    embedding = load_file(directory / index["weight_map"]["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+    prefix = f"model.layers.{layer}"
+    tensors = {
+        f"{prefix}.embed_tokens.weight": embedding,
+        f"{prefix}.enorm.weight": torch.ones(hidden),
+        f"{prefix}.hnorm.weight": torch.ones(hidden),
+        # Mostly the previous hidden state: some drafts are then accepted and some are not.
+        f"{prefix}.eh_proj.weight": torch.cat([torch.eye(hidden) * 0.1, torch.eye(hidden)], dim=1),
+        f"{prefix}.shared_head.norm.weight": torch.ones(hidden),
+        f"{prefix}.shared_head.head.weight": head,
+    }
+    save_file(tensors, directory / "model-mtp.safetensors", metadata={"format": "pt"})
+    index["weight_map"].update(dict.fromkeys(tensors, "model-mtp.safetensors"))
+    index_path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_tokenizer(directory: Path) -> None:
+    """One word per id: w000 w001 w002 …"""
+    words = {f"w{number:03}": number for number in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="w000", eos_token="w001", unk_token="w002", pad_token="w001"
+    ).save_pretrained(directory)
+
+
+def check(directory: Path) -> None:
+    """Refuse to have made what published checkpoints do not look like."""
+    names = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(names.values())) >= 2, "one file only"
+    assert any(name.endswith(".mlp.experts.0.gate_proj.weight") for name in names), "experts are fused"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--config", type=json.loads, default={})
+    parser.add_argument("--mtp", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    make(arguments.kind, arguments.directory, arguments.config, arguments.mtp, arguments.seed)
+    sys.exit(0)

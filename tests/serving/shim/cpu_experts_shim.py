@@ -1,0 +1,81 @@
+"""A vLLM general plugin for tests: expert parallelism on the CPU, and a record of the weight files that are opened.
+
+vLLM's unquantized CPU experts ignore `expert_map`: under expert parallelism they index a rank's weights with global
+expert ids. `_apply_locally` gives them local ids, and weight 0 to experts of other ranks (their slot then holds local
+expert 0, whose output counts nothing). The order in which a token's experts are summed stays that of the router.
+
+Where OPENED_SAFETENSORS_LOG names a file, each process appends to it a line of JSON for each safetensors file it opens.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_done: list[bool] = []
+
+
+def install() -> None:
+    """The entry point, called once or more in every vLLM process."""
+    if _done:
+        return
+    _done.append(True)
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    CPUUnquantizedExperts.apply = _apply_locally(CPUUnquantizedExperts.apply)
+    if path := os.environ.get("OPENED_SAFETENSORS_LOG"):
+        _record_opened(path)
+
+
+def _apply_locally(apply: Callable[..., None]) -> Callable[..., None]:
+    """`CPUUnquantizedExperts.apply` that honours `expert_map` [E]: local id of each expert, -1 if not of this rank."""
+
+    @functools.wraps(apply)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        assert not args, "vLLM passes all arguments by name"
+        expert_map = kwargs["expert_map"]
+        if expert_map is not None:
+            local_ids = expert_map[kwargs["topk_ids"].long()]
+            kwargs["topk_weights"] = kwargs["topk_weights"].masked_fill(local_ids < 0, 0.0)
+            kwargs["topk_ids"] = local_ids.clamp(min=0).to(kwargs["topk_ids"].dtype)
+        apply(self, **kwargs)
+
+    return wrapper
+
+
+def _record_opened(path: str) -> None:
+    """Record opening by the safetensors library, whose Rust code Python's audit events do not see, and by Python."""
+    import safetensors
+    import safetensors.torch
+    from vllm.model_executor.model_loader import weight_utils
+
+    def record(name: object) -> None:
+        if isinstance(name, (str, os.PathLike)) and os.fspath(name).endswith(".safetensors"):
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else None
+            line = json.dumps({"pid": os.getpid(), "rank": rank, "file": Path(name).name})
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            os.write(descriptor, f"{line}\n".encode())
+            os.close(descriptor)
+
+    safe_open = safetensors.safe_open
+
+    @functools.wraps(safe_open, updated=())
+    def recording_safe_open(filename: Any, *args: Any, **kwargs: Any) -> Any:
+        record(filename)
+        return safe_open(filename, *args, **kwargs)
+
+    for module in (safetensors, safetensors.torch, weight_utils):
+        setattr(module, "safe_open", recording_safe_open)  # noqa: B010
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            record(arguments[0])
+
+    sys.addaudithook(audit)

@@ -1,0 +1,204 @@
+"""Real vLLM on the CPU: what it answers from a resharded checkpoint, beside what it answers from the original.
+
+"Equal" is to the last bit of all tokens and log-probabilities that vLLM returns. That is possible where both runs do
+the same sums in the same order: an output under linear placement, beside its source under vLLM's own round-robin
+placement. Where the order of sums differs, the answers are *close*: the same tokens, log-probabilities within `CLOSE`.
+
+The first part needs no plugin and shows that the means are sound; the second is what the plugin has to do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import PROMPTS, SHIM_ONLY, Result, Serving
+
+CLOSE = 1e-4  # seen: 4e-6; another choice of experts: 1e-1 and more
+
+Model = Callable[[Serving], Path]
+
+
+def v3(serving: Serving) -> Path:
+    """16 experts in 4 groups, by sigmoid and with a bias."""
+    return serving.model("deepseek_v3")
+
+
+def v2(serving: Serving) -> Path:
+    """12 experts in 3 groups, by softmax and without a bias."""
+    return serving.model("deepseek_v2", n_routed_experts=12, n_group=3, num_experts_per_tok=3)
+
+
+def uneven_mtp(serving: Serving) -> Path:
+    """15 experts in 5 groups, which two ranks do not divide, and a draft layer."""
+    return serving.model("deepseek_v3", mtp=True, n_routed_experts=15, n_group=5)
+
+
+def kimi(serving: Serving) -> Path:
+    """16 experts in one group."""
+    return serving.model("kimi_k2")
+
+
+def qwen3(serving: Serving) -> Path:
+    """16 experts without groups, by softmax."""
+    return serving.model("qwen3_moe")
+
+
+# The draft's choice of attention is its own: see generate.py.
+MTP = {"method": "mtp", "num_speculative_tokens": 1, "attention_backend": "CPU_MLA"}
+
+
+def assert_answered(result: Result) -> None:
+    assert result.status == 0, result.log[-6000:]
+
+
+def assert_equal(result: Result, expected: Result) -> None:
+    assert_answered(result)
+    assert_answered(expected)
+    assert result.tokens == expected.tokens
+    assert result.bits == expected.bits, (
+        f"same tokens, log-probabilities differ by {largest_difference(result, expected)}"
+    )
+
+
+def assert_close(result: Result, expected: Result) -> None:
+    assert_answered(result)
+    assert_answered(expected)
+    assert result.tokens == expected.tokens
+    assert largest_difference(result, expected) < CLOSE
+
+
+def largest_difference(result: Result, expected: Result) -> float:
+    """Over all positions, and there over the token ids that both runs returned: the most likely ones."""
+    return max(
+        abs(at[token] - expected_at[token])
+        for prompts, expected_prompts in (
+            (result.logprobs, expected.logprobs),
+            (result.prompt_logprobs, expected.prompt_logprobs),
+        )
+        for prompt, expected_prompt in zip(prompts, expected_prompts, strict=True)
+        for at, expected_at in zip(prompt, expected_prompt, strict=True)
+        for token in at.keys() & expected_at.keys()
+    )
+
+
+def round_robin(serving: Serving, model: Path) -> Result:
+    """The original, as stock vLLM serves it under its own zigzag placement on two ranks."""
+    result = serving.generate(model, ranks=2, placement="round_robin", plugins=SHIM_ONLY)
+    assert "Expert placement strategy: round_robin" in result.log
+    return result
+
+
+# Without the plugin
+
+
+def test_the_same_run_gives_the_same_bits_again(serving: Serving) -> None:
+    model = v3(serving)
+    assert_equal(serving.generate(model, plugins=SHIM_ONLY, again=1), serving.generate(model, plugins=SHIM_ONLY))
+
+
+def test_two_expert_parallel_ranks_answer_as_one_process_does(serving: Serving) -> None:
+    model = v3(serving)
+    alone = serving.generate(model, plugins=SHIM_ONLY)
+    assert_close(serving.generate(model, ranks=2, plugins=SHIM_ONLY), alone)
+    assert_close(round_robin(serving, model), alone)
+
+
+@pytest.mark.parametrize("model", [v3, v2], ids=["V3", "V2"])
+def test_vllm_on_two_ranks_answers_as_transformers_does(model: Model, serving: Serving) -> None:
+    answer = round_robin(serving, model(serving))
+    assert_answered(answer)
+    reference = serving.reference(model(serving))
+    assert [len(prompt) for prompt in reference] == [len(prompt) - 1 for prompt in PROMPTS]
+    for prompt, expected_prompt in zip(answer.prompt_logprobs, reference, strict=True):
+        for at, expected_at in zip(prompt, expected_prompt, strict=True):
+            assert at == pytest.approx({token: expected_at[int(token)] for token in at}, rel=0, abs=CLOSE)
+
+
+@pytest.mark.parametrize("model", [kimi, qwen3], ids=["Kimi-K2", "Qwen3-MoE"])
+def test_without_expert_groups_the_output_needs_no_plugin(model: Model, serving: Serving) -> None:
+    source = model(serving)
+    answer = serving.generate(serving.resharded(source, 2), ranks=2, plugins=SHIM_ONLY)
+    assert_close(answer, serving.generate(source, plugins=SHIM_ONLY))
+
+
+def test_without_the_contract_the_same_permutation_gives_other_tokens(serving: Serving) -> None:
+    source = v3(serving)
+    config = json.loads((source / "config.json").read_text())
+    spoilt = serving.edited(serving.resharded(source, 2), "no-contract", lambda _: config)
+    answer = serving.generate(spoilt, ranks=2, plugins=SHIM_ONLY)
+    assert_answered(answer)
+    original = round_robin(serving, source)
+    tokens, other = ([token for prompt in result.tokens for token in prompt] for result in (answer, original))
+    agreeing = sum(token == other_token for token, other_token in zip(tokens, other, strict=True))
+    assert agreeing < len(tokens) / 2
+    assert largest_difference(answer, original) > 1000 * CLOSE
+
+
+def test_without_the_plugin_vllm_refuses_a_group_limited_output_at_once(serving: Serving) -> None:
+    refusal = serving.generate(serving.resharded(v3(serving), 2), ranks=2, plugins=SHIM_ONLY)
+    assert refusal.status != 0
+    assert "reshard_deepseek_v3" in refusal.log
+    assert not refusal.opened, "it began to load"
+    assert refusal.seconds < 60
+
+
+@pytest.mark.parametrize("loader", ["AutoConfig", "AutoModelForCausalLM"])
+def test_transformers_refuses_a_group_limited_output(loader: str, serving: Serving) -> None:
+    code = f"import sys, transformers; transformers.{loader}.from_pretrained(sys.argv[1])"
+    refusal = serving.python(code, serving.resharded(v3(serving), 2))
+    assert refusal.returncode != 0
+    assert "reshard_deepseek_v3" in refusal.stderr
+
+
+# With the plugin
+
+
+@pytest.mark.parametrize("model", [v3, v2], ids=["V3", "V2"])
+def test_on_two_ranks_the_output_equals_the_original_under_round_robin(model: Model, serving: Serving) -> None:
+    source = model(serving)
+    answer = serving.generate(serving.resharded(source, 2), ranks=2)
+    assert_equal(answer, round_robin(serving, source))
+    assert "Expert placement strategy: linear" in answer.log
+
+
+def test_on_two_ranks_drafts_and_uneven_ranks_equal_the_original_under_round_robin(serving: Serving) -> None:
+    source = uneven_mtp(serving)
+    original = serving.generate(source, ranks=2, placement="round_robin", plugins=SHIM_ONLY, speculative_config=MTP)
+    answer = serving.generate(serving.resharded(source, 2), ranks=2, speculative_config=MTP)
+    assert_equal(answer, original)
+    assert answer.accepted_drafts == original.accepted_drafts > 0
+
+
+def test_on_one_rank_the_output_equals_the_original(serving: Serving) -> None:
+    source = v3(serving)
+    answer = serving.generate(serving.resharded(source, 2))
+    assert_equal(answer, serving.generate(source, plugins=SHIM_ONLY))
+
+
+def test_on_fewer_ranks_than_it_was_made_for_the_output_is_right_and_the_log_says_to_reshard(serving: Serving) -> None:
+    source = v3(serving)
+    answer = serving.generate(serving.resharded(source, 4), ranks=2)
+    assert_close(answer, round_robin(serving, source))
+    warnings = [line for line in answer.log.splitlines() if "WARNING" in line and "reshard" in line]
+    assert any(re.search(r"\b4\b", line) and re.search(r"reshard zigzag|--ep", line) for line in warnings), warnings
+
+
+def test_a_rank_opens_the_shared_files_and_its_own_only(serving: Serving) -> None:
+    output = serving.resharded(v3(serving), 2)
+    opened = serving.generate(output, ranks=2).opened
+    for rank in ("0", "1"):
+        own = {path.name for pattern in ("model-shared-*", f"model-ep0{rank}-of-02-*") for path in output.glob(pattern)}
+        assert opened[rank] == own
+    assert opened.keys() == {"0", "1"}
+
+
+def test_vllm_serve_completes_over_http_as_it_does_from_the_original(serving: Serving) -> None:
+    source = v3(serving)
+    prompt = " ".join(f"w{token:03}" for token in PROMPTS[3])
+    original = serving.complete(source, prompt, 16, ranks=2, placement="round_robin")
+    assert original.split() == [f"w{token:03}" for token in round_robin(serving, source).tokens[3][:16]]
+    assert serving.complete(serving.resharded(source, 2), prompt, 16, ranks=2) == original

@@ -1,0 +1,168 @@
+"""The plugin's own decisions, without vLLM: which files, which words, which placement, which versions."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from reshard import CheckpointError, OutputError, UnsupportedError
+from reshard.contract import Contract, contract_to_json, lock_config
+from reshard.placement import zigzag
+from reshard.vllm import support
+from reshard.vllm.configs import read_config
+from reshard.vllm.loading import Parallel, choose_files, needed_ranks, words_on
+from reshard.vllm.patching import replace_once, when_imported
+from reshard.vllm.routing import placement_of
+
+SHARED = ["/m/model-shared-00001-of-00002.safetensors", "/m/model-shared-00002-of-00002.safetensors"]
+RANKED = [f"/m/model-ep{rank:02}-of-04-{n:05}-of-00002.safetensors" for rank in range(4) for n in (1, 2)]
+NAMED = SHARED + RANKED
+
+
+def contract(placement: dict[str, tuple[int, ...]] | None = None) -> Contract:
+    """A contract of 8 experts in 4 groups."""
+    placement = placement or {"model.layers.1.mlp": zigzag(8, 2)}
+    original = {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "auto_map": {"AutoConfig": "x.Y"},
+    }
+    return Contract("zigzag", 2, 4, 2, placement, original)
+
+
+def test_importing_and_registering_the_plugin_imports_nothing_of_vllm_or_torch() -> None:
+    script = "import sys, reshard.vllm; print(sorted({'vllm', 'torch', 'transformers'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_rank_chooses_the_shared_files_and_its_own() -> None:
+    for rank in range(4):
+        chosen = choose_files(NAMED, NAMED, 8, Parallel(rank, 4, consecutive=True))
+        assert chosen == SHARED + RANKED[2 * rank : 2 * rank + 2]
+
+
+@pytest.mark.parametrize("parallel", [Parallel(0, 1, True), Parallel(1, 4, False)])
+def test_without_expert_parallelism_or_with_eplb_every_file_is_chosen(parallel: Parallel) -> None:
+    assert choose_files(NAMED, NAMED, 8, parallel) == NAMED
+
+
+@pytest.mark.parametrize("experts", [8, 9, 10, 15])
+@pytest.mark.parametrize("served_on", [2, 3, 4, 5, 8])
+def test_with_another_ep_size_the_chosen_ranks_hold_all_experts_owned_and_none_is_chosen_for_nothing(
+    experts: int, served_on: int
+) -> None:
+    def slots(size: int) -> list[set[int]]:
+        ends = [rank * (experts // size) + min(rank, experts % size) for rank in range(size + 1)]
+        return [set(range(ends[rank], ends[rank + 1])) for rank in range(size)]
+
+    for rank, owned in enumerate(slots(served_on)):
+        needed = needed_ranks(4, experts, Parallel(rank, served_on, consecutive=True))
+        assert needed == {holder for holder, held in enumerate(slots(4)) if held & owned}
+
+
+def test_a_needed_file_that_is_absent_is_named_with_the_way_to_get_it() -> None:
+    present = [file for file in NAMED if file != RANKED[5]]
+    assert choose_files(NAMED, present, 8, Parallel(1, 4, consecutive=True))
+    with pytest.raises(OutputError, match=r"model-ep02-of-04-00002-of-00002.*EP rank 2 of 4.*reshard stage"):
+        choose_files(NAMED, present, 8, Parallel(2, 4, consecutive=True))
+    staged = [file for file in NAMED if "ep02" not in file]
+    with pytest.raises(OutputError, match="reshard stage"):
+        choose_files(staged, staged, 8, Parallel(2, 4, consecutive=True))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "strategy", "eplb", "expected"),
+    [
+        (Parallel(0, 4, True), "linear", False, []),
+        (Parallel(0, 1, True), "linear", False, ["expert parallelism is off"]),
+        (Parallel(0, 2, True), "linear", False, ["reshard zigzag --ep 2"]),
+        (Parallel(0, 4, False), "round_robin", False, ["undoes the placement"]),
+        (Parallel(0, 4, False), "round_robin", True, []),
+        (Parallel(0, 2, False), "round_robin", False, ["reshard zigzag --ep 2", "undoes the placement"]),
+    ],
+)
+def test_a_user_who_goes_astray_is_told(parallel: Parallel, strategy: str, eplb: bool, expected: list[str]) -> None:
+    words = words_on(4, parallel, strategy, eplb)
+    assert len(words) == len(expected)
+    assert all(part in word for part, word in zip(expected, words, strict=True))
+
+
+def test_a_layer_is_found_by_its_numbers_where_layers_differ() -> None:
+    one, other = zigzag(8, 2), zigzag(8, 4)
+    both = contract({"model.layers.1.mlp": one, "model.layers.2.mlp": other})
+    assert placement_of(both, "model.layers.2.mlp.experts") == other
+    assert placement_of(both, "language_model.model.layers.1.mlp.experts") == one
+    with pytest.raises(UnsupportedError, match=r"layers\.3"):
+        placement_of(both, "model.layers.3.mlp.experts")
+    assert placement_of(contract(), "anything") == zigzag(8, 2)
+
+
+def test_a_locked_config_reads_as_the_original_and_keeps_its_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reshard.vllm.configs.require_support", lambda where: None)
+    original = {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "auto_map": {"AutoConfig": "x.Y"},
+    }
+    original |= {"n_group": 4, "hidden_size": 16}
+    locked = lock_config(original, contract())
+    assert "auto_map" not in locked
+    read = read_config(locked, "here")
+    assert read.pop("expert_placement") == contract_to_json(contract())
+    assert read == original
+    assert read_config(original, "here") is original
+    locked["expert_placement"] = {**locked["expert_placement"], "version": 2}
+    with pytest.raises(CheckpointError, match="version 2"):
+        read_config(locked, "here")
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("0.26.0", True), ("0.32.0+cpu", True), ("0.33.1", True), ("0.25.2", False), ("0.34.0", False), ("dev", False)],
+)
+def test_a_vllm_that_was_not_read_is_refused_with_the_versions_that_were(
+    version: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))  # type: ignore[arg-type]
+    assert (support.what_is_wrong() is None) == fits
+    if not fits:
+        with pytest.raises(UnsupportedError, match=rf"0\.26 to 0\.33.*{version}"):
+            support.require_support("here")
+
+
+def test_a_hook_that_takes_other_arguments_is_told_from_the_one_that_was_read() -> None:
+    arguments = ", ".join(f"{name}=None" for name in support.ROUTER_ARGUMENTS)
+    functions: dict[str, object] = {}
+    exec(
+        f"def same({arguments}, more=None): ...\ndef other({arguments.replace('topk_group=None, ', '')}): ...",
+        functions,
+    )
+    assert support.what_is_wrong_with_hook(functions["same"]) is None
+    assert "topk_group" in str(support.what_is_wrong_with_hook(functions["other"]))
+    assert support.what_is_wrong_with_hook(None)
+
+
+def test_a_module_is_changed_once_whether_it_is_imported_before_or_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "late_module.py").write_text("def double(x):\n    return 2 * x\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def add_one(module: object) -> None:
+        replace_once(module, "double", lambda old: lambda x: old(x) + 1)  # type: ignore[arg-type]
+
+    finders = len(sys.meta_path)
+    when_imported("late_module", add_one)
+    when_imported("late_module", add_one)
+    assert "late_module" not in sys.modules
+    late_module = importlib.import_module("late_module")
+    assert late_module.double(3) == 7
+    when_imported("late_module", add_one)
+    assert late_module.double(3) == 7
+    assert len(sys.meta_path) == finders
+    del sys.modules["late_module"]
