@@ -103,6 +103,16 @@ class Serving:
 
         return self._made(f"{model.name}-zz{ep}", make)
 
+    def staged(self, output: Path, ranks: str) -> Path:
+        """`reshard stage` of an output."""
+
+        def make(directory: Path) -> None:
+            arguments = ["stage", str(output), "--ranks", ranks, "--out", str(directory), "--quiet"]
+            result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+            assert result.exit_code == 0, result.output
+
+        return self._made(f"{output.name}-ranks{ranks}", make)
+
     def edited(self, model: Path, name: str, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
         """A copy of a model whose config.json went through `edit`."""
 
@@ -121,6 +131,7 @@ class Serving:
         expert_parallel: bool = True,
         placement: str = "linear",
         plugins: str | None = None,
+        environment: Mapping[str, str] | None = None,
         prompts: Sequence[Sequence[int]] = PROMPTS,
         max_tokens: int = MAX_TOKENS,
         again: int = 0,
@@ -128,25 +139,28 @@ class Serving:
     ) -> Result:
         """Greedy decoding of `model` on some ranks; `llm` are further arguments of `vllm.LLM`.
 
-        `plugins` is VLLM_PLUGINS. The same call gives the same answer without another run, unless `again` differs.
+        `plugins` is VLLM_PLUGINS, `environment` what else is set. The same call gives the same answer without another
+        run, unless `again` differs.
         """
         llm["tensor_parallel_size"] = ranks
         if expert_parallel and ranks > 1:
             llm.update(enable_expert_parallel=True, expert_placement_strategy=placement)
         request = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": llm}
-        path = self.directory / f"{_digest([request, plugins, again])}.json"
+        more = dict(environment or {})
+        path = self.directory / f"{_digest([request, plugins, again, more])}.json"
         with self._lock():
             if not path.exists():
-                path.write_text(json.dumps(asdict(self._run(request, ranks, plugins)), default=sorted))
+                path.write_text(json.dumps(asdict(self._run(request, ranks, plugins, more)), default=sorted))
         answer = json.loads(path.read_text())
         return Result(**{**answer, "opened": {who: set(names) for who, names in answer["opened"].items()}})
 
-    def _run(self, request: Mapping[str, Any], ranks: int, plugins: str | None) -> Result:
+    def _run(self, request: Mapping[str, Any], ranks: int, plugins: str | None, more: Mapping[str, str]) -> Result:
         opened, log = self.directory / "opened", self.directory / "log"
         opened.write_text("")
         environment = {
             **_environment(ranks, plugins),
             "OPENED_SAFETENSORS_LOG": str(opened),
+            **more,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the calling process starts sooner
         }
         start = time.monotonic()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import PROMPTS, SHIM_ONLY, Result, Serving
+from harness import HERE, PROMPTS, SHIM_ONLY, Result, Serving
 
 CLOSE = 1e-4  # seen: 4e-6; another choice of experts: 1e-1 and more
 
@@ -177,6 +177,14 @@ def test_on_one_rank_the_output_equals_the_original(serving: Serving) -> None:
     source = v3(serving)
     answer = serving.generate(serving.resharded(source, 2))
     assert_equal(answer, serving.generate(source, plugins=SHIM_ONLY))
+    assert "expert parallelism is off" in answer.log
+
+
+def test_round_robin_on_top_of_an_output_is_right_and_the_log_says_to_leave_it_out(serving: Serving) -> None:
+    source = v3(serving)
+    answer = serving.generate(serving.resharded(source, 2), ranks=2, placement="round_robin")
+    assert_close(answer, round_robin(serving, source))
+    assert "round_robin undoes the placement" in answer.log
 
 
 def test_on_fewer_ranks_than_it_was_made_for_the_output_is_right_and_the_log_says_to_reshard(serving: Serving) -> None:
@@ -202,3 +210,61 @@ def test_vllm_serve_completes_over_http_as_it_does_from_the_original(serving: Se
     original = serving.complete(source, prompt, 16, ranks=2, placement="round_robin")
     assert original.split() == [f"w{token:03}" for token in round_robin(serving, source).tokens[3][:16]]
     assert serving.complete(serving.resharded(source, 2), prompt, 16, ranks=2) == original
+
+
+def test_nodes_that_hold_only_their_ranks_files_answer_as_one_that_holds_all(serving: Serving) -> None:
+    source = v3(serving)
+    nodes = [serving.staged(serving.resharded(source, 2), rank) for rank in "01"]
+    answer = serving.generate(nodes[0], ranks=2, environment={"NODES": json.dumps([str(node) for node in nodes])})
+    assert_equal(answer, round_robin(serving, source))
+    for rank in "01":
+        assert answer.opened[rank] == {path.name for path in nodes[int(rank)].glob("*.safetensors")}
+
+
+def test_a_node_that_lacks_a_ranks_files_is_told_how_to_get_them(serving: Serving) -> None:
+    refusal = serving.generate(serving.staged(serving.resharded(v3(serving), 2), "0"), ranks=2)
+    assert refusal.status != 0
+    assert re.search(r"model-ep01-of-02\S*: absent, but EP rank 1 of 2 needs it.*reshard stage", refusal.log)
+
+
+def test_without_the_plugin_a_staged_directory_is_refused_where_the_whole_output_is_not(serving: Serving) -> None:
+    staged = serving.staged(serving.resharded(kimi(serving), 2), "0")
+    refusal = serving.generate(staged, plugins=SHIM_ONLY)
+    assert refusal.status != 0
+    assert "model-ep01-of-02" in refusal.log
+
+
+# Fail closed, where the plugin is there and cannot do its work
+
+
+def refused(serving: Serving, environment: dict[str, str]) -> str:
+    """The log of a start that must fail."""
+    refusal = serving.generate(serving.resharded(v3(serving), 2), environment=environment)
+    assert refusal.status != 0
+    assert not refusal.tokens
+    return refusal.log
+
+
+def test_a_plugin_that_does_not_import_leaves_the_output_refused(serving: Serving) -> None:
+    log = refused(serving, {"PYTHONPATH": str(HERE / "broken")})
+    assert "Failed to load plugin reshard" in log
+    assert "reshard_deepseek_v3" in log
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0"])
+def test_a_vllm_that_was_not_read_is_refused_with_the_versions_that_were(version: str, serving: Serving) -> None:
+    log = refused(serving, {"VLLM_IS": version})
+    assert re.search(rf"needs vLLM 0\.26 to 0\.33: found {version}.*reshard restore", log)
+
+
+def test_a_vllm_whose_hook_is_another_is_refused_before_it_serves(serving: Serving) -> None:
+    log = refused(serving, {"HOOK_IS_GONE": "1"})
+    assert re.search(
+        r"does not route by the contract: its create_fused_moe_router takes no top_k.*reshard restore", log
+    )
+
+
+def test_models_without_a_contract_go_on_with_a_vllm_that_the_plugin_does_not_fit(serving: Serving) -> None:
+    source = v3(serving)
+    answer = serving.generate(source, environment={"VLLM_IS": "0.34.0", "HOOK_IS_GONE": "1"})
+    assert_equal(answer, serving.generate(source, plugins=SHIM_ONLY))

@@ -5,11 +5,14 @@ expert ids. `_apply_locally` gives them local ids, and weight 0 to experts of ot
 expert 0, whose output counts nothing). The order in which a token's experts are summed stays that of the router.
 
 Where OPENED_SAFETENSORS_LOG names a file, each process appends to it a line of JSON for each safetensors file it opens.
+Where NODES is a JSON list of directories, rank i reads its weights from the i-th, as on a node of its own. VLLM_IS and
+HOOK_IS_GONE make vLLM look like one that reshard's plugin does not fit.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import sys
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 
 _done: list[bool] = []
 
@@ -32,6 +36,12 @@ def install() -> None:
     CPUUnquantizedExperts.apply = _apply_locally(CPUUnquantizedExperts.apply)
     if path := os.environ.get("OPENED_SAFETENSORS_LOG"):
         _record_opened(path)
+    if nodes := os.environ.get("NODES"):
+        _read_from_nodes(json.loads(nodes))
+    if version := os.environ.get("VLLM_IS"):
+        vllm.__version__ = version
+    if "HOOK_IS_GONE" in os.environ:
+        _change_hook()
 
 
 def _apply_locally(apply: Callable[..., None]) -> Callable[..., None]:
@@ -48,6 +58,26 @@ def _apply_locally(apply: Callable[..., None]) -> Callable[..., None]:
         apply(self, **kwargs)
 
     return wrapper
+
+
+def _read_from_nodes(nodes: list[str]) -> None:
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    prepare = DefaultModelLoader._prepare_weights
+
+    @functools.wraps(prepare)
+    def wrapper(self: Any, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        return prepare(self, nodes[torch.distributed.get_rank()], *args, **kwargs)
+
+    DefaultModelLoader._prepare_weights = wrapper
+
+
+def _change_hook() -> None:
+    """Make `create_fused_moe_router` another function with other arguments, whether or not it was replaced before."""
+    from vllm.model_executor.layers.fused_moe import layer
+
+    create = inspect.unwrap(layer.create_fused_moe_router)
+    layer.create_fused_moe_router = lambda **arguments: create(**arguments)
 
 
 def _record_opened(path: str) -> None:
