@@ -15,30 +15,15 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 from checkpoints import FAMILIES, Spec, build
-from click.testing import CliRunner, Result
+from command_line import run, run_well
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import assert_identical_trees, assert_resharded, linear, read_safetensors, tree
 
 from reshard import OutputError, read_checkpoint, read_model, write_resharding
-from reshard.cli import main
 from reshard.zigzag import plan_resharding
 
 FLIPS = 150
-
-
-def run(*arguments: object) -> Result:
-    """Run `reshard` in this process; an exception that no user should see fails the test."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def run_well(*arguments: object) -> None:
-    """Run `reshard` and expect exit status 0."""
-    result = run(*arguments)
-    assert result.exit_code == 0, f"reshard {' '.join(map(str, arguments))}: {result.output}"
 
 
 def assert_round_trip(spec: Spec, ranks: int, max_shard_kb: int, directory: Path) -> None:

@@ -13,13 +13,12 @@ from typing import Any
 import jsonschema
 import pytest
 from checkpoints import FAMILIES, Spec, build
-from click.testing import CliRunner, Result
+from command_line import run, run_well
 from oracle import assert_identical_trees, assert_resharded, read_safetensors, tree
 from safetensors import safe_open
 
 import reshard.copy
 from reshard import stage
-from reshard.cli import main
 from reshard.manifest import FileRecord, manifest_schema
 from reshard.plan import OutputFile
 
@@ -31,21 +30,6 @@ JOURNAL = ".reshard-journal"
 SPLIT = [name for name, family in FAMILIES.items() if family.fused is None]
 FUSED = [name for name, family in FAMILIES.items() if family.fused is not None]
 FLIPS = 90
-
-
-def run(*arguments: object) -> Result:
-    """Run `reshard` in this process; an exception that no user should see fails the test."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def run_well(*arguments: object) -> str:
-    """What `reshard` prints; it must succeed."""
-    result = run(*arguments)
-    assert result.exit_code == 0, f"reshard {' '.join(map(str, arguments))}: {result.output}"
-    return result.output
 
 
 def complaint(*arguments: object, status: int = 1) -> str:

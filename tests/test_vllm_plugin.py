@@ -15,7 +15,7 @@ from reshard.contract import Contract, contract_to_json, lock_config
 from reshard.placement import zigzag
 from reshard.vllm import support
 from reshard.vllm.configs import read_config
-from reshard.vllm.loading import Parallel, choose_files, needed_ranks, words_on
+from reshard.vllm.loading import Parallel, _parallel, choose_files, needed_ranks, words_on
 from reshard.vllm.patching import replace_once, when_imported
 from reshard.vllm.routing import placement_of
 
@@ -166,3 +166,28 @@ def test_a_module_is_changed_once_whether_it_is_imported_before_or_after(
     assert late_module.double(3) == 7
     assert len(sys.meta_path) == finders
     del sys.modules["late_module"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "consecutive"),
+    [
+        ({}, True),
+        ({"enable_eplb": True}, False),
+        ({"expert_placement_strategy": "round_robin"}, False),
+        ({"load_format": "fastsafetensors"}, False),
+        ({"tensor": "model.layers.1.mlp.experts.0.w1.input_scale"}, False),
+    ],
+)
+def test_a_rank_reads_all_files_where_it_may_need_any_expert(
+    changes: dict[str, object], consecutive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"load_format": "auto", "tensor": "model.layers.1.mlp.experts.0.w1.weight_scale", **changes}
+    group = SimpleNamespace(rank_in_group=1, world_size=4)
+    module = SimpleNamespace(get_ep_group=lambda: group)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", module)  # type: ignore[arg-type]
+    config = SimpleNamespace(
+        enable_expert_parallel=True,
+        enable_eplb=settings.get("enable_eplb", False),
+        expert_placement_strategy=settings.get("expert_placement_strategy", "linear"),
+    )
+    assert _parallel(config, str(settings["load_format"]), [str(settings["tensor"])]) == Parallel(1, 4, consecutive)

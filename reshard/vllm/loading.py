@@ -19,6 +19,8 @@ from .routing import LogicalOrder
 from .support import what_is_wrong_with_hook
 
 RANK_FILE = re.compile(r"model-ep(\d{2,})-of-(\d{2,})-(\d{5})-of-(\d{5})\.safetensors")
+# Load formats in which the ranks share out all files and pass the tensors round: each has to name the same files.
+TOGETHER = ("fastsafetensors", "instanttensor")
 _ACTIVATION_SCALE = re.compile(r"\.experts\.\d+\..*\binput_\w+$")
 
 
@@ -147,13 +149,11 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _contract_on_disk(model_config: Any) -> Contract | None:
-    """The contract in the model's config.json itself, in case the config object lost it on the way."""
-    from transformers.configuration_utils import PretrainedConfig
-
+    """The model's contract, from its config.json itself in case the config object lost it on the way."""
+    path = Path(model_config.model, "config.json")
     value = getattr(model_config.hf_config, CONTRACT_KEY, None)
-    if value is None:
-        config, _ = PretrainedConfig.get_config_dict(model_config.model, revision=model_config.revision)
-        value = config.get(CONTRACT_KEY)
+    if value is None and path.is_file():
+        value = json.loads(path.read_bytes()).get(CONTRACT_KEY)
     return contract_from_json(value, str(model_config.model)) if value is not None else None
 
 
@@ -169,7 +169,7 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
 
         config = get_current_vllm_config()
         weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-        parallel = _parallel(config.parallel_config, weight_map)
+        parallel = _parallel(config.parallel_config, str(config.load_config.load_format), weight_map)
         logger = init_logger("vllm.plugins.reshard")
         for words in words_on(
             sizes.pop(), parallel, config.parallel_config.expert_placement_strategy, config.parallel_config.enable_eplb
@@ -183,7 +183,7 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
     return filter_duplicate_safetensors_files
 
 
-def _parallel(config: Any, weight_map: Iterable[str]) -> Parallel:
+def _parallel(config: Any, load_format: str, weight_map: Iterable[str]) -> Parallel:
     if not config.enable_expert_parallel:
         return Parallel(ep_rank=0, ep_size=1, consecutive=True)
     from vllm.distributed.parallel_state import get_ep_group
@@ -191,5 +191,6 @@ def _parallel(config: Any, weight_map: Iterable[str]) -> Parallel:
     group = get_ep_group()
     # some kernels take the largest activation scale of all experts, so every rank has to see all of those
     needs_all = any(_ACTIVATION_SCALE.search(name) for name in weight_map)
-    consecutive = not config.enable_eplb and config.expert_placement_strategy == "linear" and not needs_all
+    alone = load_format not in TOGETHER and not needs_all
+    consecutive = not config.enable_eplb and config.expert_placement_strategy == "linear" and alone
     return Parallel(group.rank_in_group, group.world_size, consecutive)

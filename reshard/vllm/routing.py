@@ -98,6 +98,7 @@ def current_contract() -> Contract | None:
 def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any], prefix: str) -> Any:
     """`router`, made with `arguments` for the layer `prefix`, made to honour `contract`, or UnsupportedError."""
     import torch
+    from vllm.config import get_current_vllm_config
 
     groups = (arguments.get("num_expert_group"), arguments.get("topk_group"))
     faults = {
@@ -118,7 +119,8 @@ def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any],
     physical_of_logical = invert(placement_of(contract, prefix))
     resharded_class = type(f"Resharded{type(router).__name__}", (LogicalOrder, type(router)), {})
     resharded: Any = object.__new__(resharded_class)
-    resharded.__dict__ = {**vars(router), "_physical_of_logical": torch.tensor(physical_of_logical)}
+    order = torch.tensor(physical_of_logical, device=get_current_vllm_config().device_config.device)
+    resharded.__dict__ = {**vars(router), "_physical_of_logical": order}
     return resharded
 
 
