@@ -89,7 +89,7 @@ class Serving:
         def make(directory: Path) -> None:
             options = ["--config", json.dumps(config), "--seed", str(seed), *(["--mtp"] if mtp else [])]
             command = [str(BIN / "python"), str(HERE / "models.py"), kind, str(directory), *options]
-            subprocess.run(command, env=_environment(), check=True, capture_output=True, timeout=TIMEOUT)
+            subprocess.run(command, env=self._environment(), check=True, capture_output=True, timeout=TIMEOUT)
 
         return self._made(f"{kind}-{_digest([mtp, seed, config])}", make)
 
@@ -158,7 +158,7 @@ class Serving:
         opened, log = self.directory / "opened", self.directory / "log"
         opened.write_text("")
         environment = {
-            **_environment(ranks, plugins),
+            **self._environment(ranks, plugins),
             "OPENED_SAFETENSORS_LOG": str(opened),
             **more,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the calling process starts sooner
@@ -186,7 +186,7 @@ class Serving:
 
     def complete(self, model: Path, prompt: str, max_tokens: int, *, ranks: int, placement: str = "linear") -> str:
         """One completion from `vllm serve`, over HTTP, with the model's tokenizer."""
-        environment = _environment(ranks)
+        environment = self._environment(ranks)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -231,7 +231,25 @@ class Serving:
     def python(self, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Run Python code in vLLM's environment."""
         command = [str(BIN / "python"), "-c", code, *map(str, arguments)]
-        return subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT)
+        return subprocess.run(command, env=self._environment(), capture_output=True, text=True, timeout=TIMEOUT)
+
+    def _environment(self, ranks: int = 1, plugins: str | None = None) -> dict[str, str]:
+        """For a vLLM that says what it does and asks nothing of the network."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "HF_", "PYTEST"))}
+        kept.pop("PYTHONPATH", None)
+        return {
+            **kept,
+            "TMPDIR": str(self.directory),  # sockets of processes that were killed stay behind
+            "PATH": f"{BIN}:{os.environ.get('PATH', '')}",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(
+                map(str, sorted(os.sched_getaffinity(0))[:ranks])
+            ),  # a core for each rank
+            **({} if plugins is None else {"VLLM_PLUGINS": plugins}),
+        }
 
     def _made(self, name: str, make: Callable[[Path], None]) -> Path:
         directory = self.directory / name
@@ -277,24 +295,6 @@ def _process(
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
-
-
-def _environment(ranks: int = 1, plugins: str | None = None) -> dict[str, str]:
-    """For a vLLM that says what it does and asks nothing of the network."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "HF_", "PYTEST"))}
-    kept.pop("PYTHONPATH", None)
-    return {
-        **kept,
-        "PATH": f"{BIN}:{os.environ.get('PATH', '')}",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(
-            map(str, sorted(os.sched_getaffinity(0))[:ranks])
-        ),  # a core for each rank
-        **({} if plugins is None else {"VLLM_PLUGINS": plugins}),
-    }
 
 
 def _opened(path: Path) -> dict[str, set[str]]:
