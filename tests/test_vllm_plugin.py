@@ -9,15 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from reshard import CheckpointError, OutputError, UnsupportedError
 from reshard.contract import Contract, contract_to_json, lock_config
 from reshard.placement import zigzag
 from reshard.vllm import support
 from reshard.vllm.configs import read_config
-from reshard.vllm.loading import Parallel, _parallel, choose_files, needed_ranks, words_on
+from reshard.vllm.loading import Parallel, _parallel, check_model, choose_files, needed_ranks, words_on
 from reshard.vllm.patching import replace_once, when_imported
-from reshard.vllm.routing import placement_of
+from reshard.vllm.routing import current_contract, in_logical_order, placement_of
 
 SHARED = ["/m/model-shared-00001-of-00002.safetensors", "/m/model-shared-00002-of-00002.safetensors"]
 RANKED = [f"/m/model-ep{rank:02}-of-04-{n:05}-of-00002.safetensors" for rank in range(4) for n in (1, 2)]
@@ -191,3 +192,110 @@ def test_a_rank_reads_all_files_where_it_may_need_any_expert(
         expert_placement_strategy=settings.get("expert_placement_strategy", "linear"),
     )
     assert _parallel(config, str(settings["load_format"]), [str(settings["tensor"])]) == Parallel(1, 4, consecutive)
+
+
+class Chooser:
+    """Stands for a router of vLLM."""
+
+    def _compute_routing(self, hidden_states: object, logits: torch.Tensor, indices_type: object = None) -> object:
+        weights, ids = logits.topk(2, dim=1)
+        return weights, ids.int()
+
+
+@pytest.fixture
+def vllm_config(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What stands for vLLM's own configuration; its model has a contract."""
+    hf_config = SimpleNamespace(expert_placement=contract_to_json(contract()))
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=hf_config, model="here"),
+        load_config=SimpleNamespace(load_format="auto"),
+        device_config=SimpleNamespace(device="cpu"),
+    )
+    module = SimpleNamespace(get_current_vllm_config=lambda: config)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(config=module))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm.config", module)  # type: ignore[arg-type]
+    return config
+
+
+GROUPED = {"use_grouped_topk": True, "num_expert_group": 4, "topk_group": 2}
+
+
+def test_a_router_sees_logits_in_logical_order_and_answers_in_physical_ids(vllm_config: SimpleNamespace) -> None:
+    found = current_contract()
+    assert found is not None
+    router = in_logical_order(Chooser(), found, GROUPED, "layer")
+    logical = torch.tensor([[0.0, 0.1, 0.9, 0.2, 0.3, 0.8, 0.4, 0.5]])
+    order = list(zigzag(8, 2))
+    weights, ids = router._compute_routing(None, logical[:, order])
+    assert [order[physical] for physical in ids[0].tolist()] == [2, 5]
+    assert weights.tolist() == logical[:, [2, 5]].tolist()
+    assert ids.dtype == torch.int32
+    assert not router.supports_monolithic_kernels
+
+
+def test_an_id_that_marks_padding_stays_what_it_is(vllm_config: SimpleNamespace) -> None:
+    class Padding(Chooser):
+        def _compute_routing(self, *arguments: object, **more: object) -> object:
+            return torch.ones(1, 2), torch.tensor([[-1, 3]])
+
+    router = in_logical_order(Padding(), contract(), GROUPED, "layer")
+    _, ids = router._compute_routing(None, torch.zeros(1, 8))
+    assert ids.tolist() == [[-1, zigzag(8, 2).index(3)]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        ({"use_grouped_topk": False}, "does not route by groups"),
+        ({"topk_group": 3}, r"its groups are \(4, 3\)"),
+        ({"custom_routing_function": print}, "a routing function of its own"),
+        ({"num_fused_shared_experts": 1}, "fused shared experts"),
+        ({"zero_expert_type": "identity"}, "zero experts"),
+    ],
+)
+def test_a_router_that_cannot_be_kept_exact_is_refused(
+    arguments: dict[str, object], fault: str, vllm_config: SimpleNamespace
+) -> None:
+    with pytest.raises(UnsupportedError, match=rf"^layer.*{fault}"):
+        in_logical_order(Chooser(), contract(), {**GROUPED, **arguments}, "layer")
+
+
+@pytest.mark.parametrize("load_format", ["pt", "npcache", "mistral", "gguf", "tensorizer"])
+def test_a_load_format_that_does_not_read_the_index_is_refused(load_format: str, vllm_config: SimpleNamespace) -> None:
+    assert current_contract() == contract()
+    vllm_config.load_config.load_format = load_format
+    with pytest.raises(UnsupportedError, match=load_format):
+        current_contract()
+    del vllm_config.model_config.hf_config.expert_placement
+    assert current_contract() is None
+
+
+def test_the_last_look_refuses_every_layer_that_does_not_route_by_the_contract(
+    vllm_config: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = in_logical_order(Chooser(), contract(), GROUPED, "layer")
+    layer = SimpleNamespace(create_fused_moe_router=None)
+    module: object = layer
+    for name in ("layer", "fused_moe", "layers", "model_executor"):
+        module = SimpleNamespace(**{name: module})
+    for package in ("", ".model_executor", ".model_executor.layers", ".model_executor.layers.fused_moe"):
+        monkeypatch.setitem(sys.modules, f"vllm{package}", module)  # type: ignore[arg-type]
+        module = next(iter(vars(module).values()))
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.fused_moe.layer", layer)  # type: ignore[arg-type]
+
+    def runner(router: object, monolithic: bool) -> SimpleNamespace:
+        method = SimpleNamespace(is_monolithic=monolithic)
+        return SimpleNamespace(router=router, routed_experts=SimpleNamespace(quant_method=method))
+
+    def model(*runners: SimpleNamespace) -> SimpleNamespace:
+        modules = [(f"model.layers.{number}.mlp.experts", module) for number, module in enumerate(runners)]
+        return SimpleNamespace(named_modules=lambda: modules, config=SimpleNamespace(num_hidden_layers=2))
+
+    check_model(model(runner(ours, False)), contract(), is_draft=False, pipelined=False)
+    for bad, fault in (
+        (model(runner(Chooser(), False)), "does not route by the contract"),
+        (model(runner(ours, True)), "lets its kernel .* route"),
+        (model(), "0 of its 1 MoE layers"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"{fault}.*reshard restore"):
+            check_model(bad, contract(), is_draft=False, pipelined=False)
