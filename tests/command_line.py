@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from click.testing import CliRunner, Result
 
 from reshard.cli import main
@@ -20,3 +22,22 @@ def run_well(*arguments: object) -> str:
     result = run(*arguments)
     assert result.exit_code == 0, f"reshard {' '.join(map(str, arguments))}: {result.output}"
     return result.output
+
+
+def slowly(seconds: float, *arguments: object) -> list[str]:
+    """A command that runs `reshard` in a process of its own, and rests after each file that it writes.
+
+    So it can be interrupted before its end, however busy the machine is.
+    """
+    script = (
+        "import sys, time, reshard.copy\n"
+        "from reshard.cli import main\n"
+        "write_file = reshard.copy.write_file\n"
+        "def write_and_rest(*arguments):\n"
+        "    record = write_file(*arguments)\n"
+        "    time.sleep(float(sys.argv[1]))\n"
+        "    return record\n"
+        "reshard.copy.write_file = write_and_rest\n"
+        "main(sys.argv[2:])\n"
+    )
+    return [sys.executable, "-c", script, str(seconds), *map(str, arguments)]

@@ -28,6 +28,7 @@ import hostile
 import pytest
 from blake3 import blake3
 from click.testing import CliRunner, Result
+from command_line import slowly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
@@ -751,7 +752,7 @@ SMALL_FILES = ("--max-shard-size", "20MB")  # so that some files are complete wh
 
 def interrupt(src: Path, out: Path, how: signal.Signals) -> subprocess.CompletedProcess[str]:
     """Start `reshard zigzag`, and interrupt it once more files are there than threads, so that the journal has one."""
-    command = [RESHARD, "zigzag", "--src", src, "--ep", "2", "--out", out, *SMALL_FILES]
+    command = slowly(0.5, "zigzag", "--src", src, "--ep", 2, "--out", out, *SMALL_FILES)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and len(list(out.parent.rglob("model-*.safetensors"))) < WORKERS + 2:
             time.sleep(0.001)

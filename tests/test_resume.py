@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from checkpoints import Spec, build
+from command_line import run_well, slowly
 from oracle import assert_identical_trees, tree
 
 import reshard.copy
@@ -23,7 +23,6 @@ from reshard import OutputError, restore, verify, zigzag
 from reshard.manifest import FileRecord
 from reshard.plan import OutputFile
 
-RESHARD = Path(sys.executable).with_name("reshard")
 JOURNAL = ".reshard-journal"
 SHARD_SIZE = 1_000  # makes some eighty files
 
@@ -118,15 +117,16 @@ def test_a_killed_process_leaves_what_the_same_command_finishes(source: Path, wh
     killed = 0
     for number in range(8):
         out = tmp_path / f"out{number}"
-        command = [RESHARD, "zigzag", "--src", source, "--ep", "3", "--out", out, "--max-shard-size", "1KB", "--quiet"]
+        arguments = ["zigzag", "--src", source, "--ep", 3, "--out", out, "--max-shard-size", "1KB", "--quiet"]
+        command = slowly(0.02, *arguments)
         process = subprocess.Popen(command)
         while not (out / JOURNAL).exists() and process.poll() is None:
             time.sleep(0.001)
-        time.sleep(chance.random() * 0.05)
+        time.sleep(chance.random() * 0.4)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         if (out / JOURNAL).exists():
-            subprocess.run(command, check=True)
+            run_well(*arguments)
         assert_identical_trees(whole, out)
     assert killed >= 4
 
