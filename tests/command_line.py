@@ -27,10 +27,12 @@ def run_well(*arguments: object) -> str:
 def slowly(seconds: float, *arguments: object) -> list[str]:
     """A command that runs `reshard` in a process of its own, and rests after each file that it writes.
 
-    So it can be interrupted before its end, however busy the machine is.
+    So it can be interrupted before its end, however busy the machine is, and also where the tests themselves run in the
+    background of a shell, which has its children ignore SIGINT.
     """
     script = (
-        "import sys, time, reshard.copy\n"
+        "import signal, sys, time, reshard.copy\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from reshard.cli import main\n"
         "write_file = reshard.copy.write_file\n"
         "def write_and_rest(*arguments):\n"
