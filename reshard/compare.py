@@ -1,7 +1,7 @@
 """An output held against the checkpoint that it was made from: every tensor's bytes, and what the routers choose.
 
-Works backwards from the output's names with the manifest's placement, and shares no code with the plan. The manifest's
-digests are taken as true of the output, which `verify` has just shown.
+Works backwards from the output's names with the manifest's placement, and shares no code with the plan but how an
+expert's name is taken apart. The manifest's digests are taken as true of the output, which `verify` has just shown.
 """
 
 from __future__ import annotations

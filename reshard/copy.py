@@ -107,9 +107,9 @@ def run(
 
 def refuse_out(plan: Plan, out: Path) -> None:
     """OutputError unless `plan` may be carried out in `out`: new, empty, or an unfinished run; never in the source."""
-    # a folder of the source may be a link to somewhere else
-    for folder in ("", *plan.directories):
-        if out.resolve().is_relative_to((plan.source / folder).resolve()):
+    resolved = out.resolve()
+    for folder in ("", *plan.directories):  # a folder of the source may be a link to somewhere else
+        if resolved.is_relative_to((plan.source / folder).resolve()):
             raise OutputError(
                 f"{out}: is {plan.source / folder} or lies in it; choose another --out: the source is never written to"
             )

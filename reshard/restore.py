@@ -58,11 +58,6 @@ def restore(
     return run(plan, Path(out), finish, restart=restart, workers=workers, progress=progress)
 
 
-def restored_size(resharded: str | Path) -> int:
-    """Bytes that `restore` would write."""
-    return sum(file.size for file in read_manifest(Path(resharded)).source.files)
-
-
 class _Restoration:
     """Where in the output `root` each byte of the source is."""
 

@@ -52,7 +52,7 @@ def plan_stage(out: str | Path, ranks: Iterable[int]) -> Staging:
         source=root,
         source_files=find_files(root, records),
         directories=tuple(manifest.source.directories),
-        files=tuple(_copy_of(record) for record in records if record.name not in (INDEX, CONFIG)),
+        files=tuple(whole_file(record.name, record.size) for record in records if record.name not in (INDEX, CONFIG)),
         last=(MANIFEST, INDEX, CONFIG),
     )
     return Staging(
@@ -119,10 +119,6 @@ def _refuse_ranks(root: Path, manifest: Manifest, ranks: Collection[int]) -> Non
             f"{root}: staged: it holds EP ranks {describe_ranks(manifest.staged_ranks)}, not {describe_ranks(absent)}; "
             "stage these from the whole output"
         )
-
-
-def _copy_of(record: FileRecord) -> OutputFile:
-    return whole_file(record.name, record.size)
 
 
 def _read_small(root: Path, manifest: Manifest, name: str) -> bytes:

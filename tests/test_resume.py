@@ -9,44 +9,18 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checkpoints import Spec, build
 from command_line import run_well, slowly
+from interruption import Cut, cut_after, cut_before, is_loadable
 from oracle import assert_identical_trees, tree
 
-import reshard.copy
 from reshard import OutputError, restore, verify, zigzag
-from reshard.manifest import FileRecord
-from reshard.plan import OutputFile
 
 JOURNAL = ".reshard-journal"
 SHARD_SIZE = 1_000  # makes some eighty files
-
-
-class Cut(BaseException):
-    """What stops a run from inside, as Ctrl-C would."""
-
-
-def cut_after(blocks: int) -> Callable[[int], None]:
-    """A progress callback that stops the run at its nth block."""
-    left = blocks
-
-    def progress(written: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Cut
-
-    return progress
-
-
-def is_loadable(out: Path) -> bool:
-    """Whether an engine would find a model there."""
-    return (out / "config.json").exists() or (out / "model.safetensors.index.json").exists()
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +61,9 @@ def test_a_run_cut_anywhere_is_taken_up_and_ends_the_same(source: Path, whole: P
 
 @pytest.mark.parametrize("name", ["reshard_manifest.json", "model.safetensors.index.json", "config.json"])
 def test_a_run_cut_before_a_last_file_is_not_loadable_and_ends_the_same(
-    name: str, source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, source: Path, whole: Path, tmp_path: Path
 ) -> None:
-    write_file = reshard.copy.write_file
-
-    def write_all_but_it(file: OutputFile, *rest: Any) -> FileRecord:
-        if file.name == name:
-            raise Cut
-        return write_file(file, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(reshard.copy, "write_file", write_all_but_it)
+    with cut_before(name):
         zigzag(source, 3, tmp_path / "out", max_shard_size=SHARD_SIZE)
     assert not (tmp_path / "out" / "config.json").exists()
     zigzag(source, 3, tmp_path / "out", max_shard_size=SHARD_SIZE)

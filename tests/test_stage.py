@@ -8,19 +8,17 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
 from checkpoints import FAMILIES, Spec, build
 from command_line import run, run_well
+from interruption import Cut, cut_after, cut_before, is_loadable
 from oracle import assert_identical_trees, assert_resharded, read_safetensors, tree
 from safetensors import safe_open
 
-import reshard.copy
 from reshard import stage
-from reshard.manifest import FileRecord, manifest_schema
-from reshard.plan import OutputFile
+from reshard.manifest import manifest_schema
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "reshard_manifest.json"
@@ -72,11 +70,6 @@ def assert_indexed(staged: Path) -> None:
                 assert list(opened.get_slice(tensor).get_shape()) == list(files[file][tensor].shape)
     there = {tensor: file for file, tensors in files.items() for tensor in tensors}
     assert there.items() <= weight_map.items()
-
-
-def is_loadable(directory: Path) -> bool:
-    """Whether an engine would find a model there."""
-    return (directory / "config.json").exists() or (directory / INDEX).exists()
 
 
 @pytest.fixture(scope="module")
@@ -270,10 +263,6 @@ def test_a_damaged_file_that_was_replaced_is_staged_afresh(good: Path, tmp_path:
     assert_identical_trees(good / "staged", tmp_path / "out")
 
 
-class Cut(BaseException):
-    """What stops a run from inside, as Ctrl-C would."""
-
-
 def test_a_run_cut_anywhere_is_taken_up_and_ends_the_same(good: Path, tmp_path: Path) -> None:
     written: list[int] = []
     stage(good / "output", [1, 2, 4], tmp_path / "count", progress=written.append)
@@ -282,14 +271,8 @@ def test_a_run_cut_anywhere_is_taken_up_and_ends_the_same(good: Path, tmp_path: 
     resumed = []
     for last in range(0, blocks, 4):
         out = tmp_path / "out"
-        left = iter(range(last))
-
-        def progress(_: int, left: Any = left) -> None:
-            if next(left, None) is None:
-                raise Cut
-
         with pytest.raises(Cut):
-            stage(good / "output", [1, 2, 4], out, progress=progress, workers=1)
+            stage(good / "output", [1, 2, 4], out, progress=cut_after(last), workers=1)
         assert not is_loadable(out)
         report = json.loads(run_well("stage", good / "output", "--ranks", "1-2,4", "--out", out, "--json"))
         resumed.append(report["resumed_files"])
@@ -301,18 +284,8 @@ def test_a_run_cut_anywhere_is_taken_up_and_ends_the_same(good: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("name", [MANIFEST, INDEX, "config.json"])
-def test_a_run_cut_before_a_last_file_is_not_loadable_and_ends_the_same(
-    name: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_file = reshard.copy.write_file
-
-    def write_all_but_it(file: OutputFile, *rest: Any) -> FileRecord:
-        if file.name == name:
-            raise Cut
-        return write_file(file, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(reshard.copy, "write_file", write_all_but_it)
+def test_a_run_cut_before_a_last_file_is_not_loadable_and_ends_the_same(name: str, good: Path, tmp_path: Path) -> None:
+    with cut_before(name):
         stage(good / "output", [1, 2, 4], tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
     assert "resumed" in run_well("stage", good / "output", "--ranks", "1-2,4", "--out", tmp_path / "out")

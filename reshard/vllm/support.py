@@ -26,8 +26,7 @@ def require_support(where: str) -> None:
         raise UnsupportedError(
             f"{where}: this model was resharded and has expert groups; serving it needs vLLM "
             f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}: {fault}. Install one of these, or restore the "
-            "original "
-            "with `reshard restore`"
+            "original with `reshard restore`"
         )
 
 
