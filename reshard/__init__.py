@@ -6,9 +6,10 @@
     assert not verify("R1-zz", "DeepSeek-R1").problems
 
 The modules, in the order that data flows: `checkpoint` and `header` (what lies on disk), `moe` with `families` (which
-tensor is which expert's), `placement` (permutations) and `contract` (what an engine must know of them), `plan` (what to
-write), `copy` with `journal` (writing it), `manifest` (the record). `zigzag`, `stage`, `restore`, `verify` with
-`compare`, and `inspect` are the five things one can do; `cli` parses and prints.
+tensor is which expert's), `placement` (permutations) and `contract` (what an engine must know of them), `plan` with
+`layouts`, `extents` and `sharing` (what to write, and what need not be), `copy` with `sources`, `kernel` and `journal`
+(writing it), `manifest` (the record). `zigzag`, `stage`, `restore`, `verify` with `compare`, and `inspect` are the five
+things one can do; `cli` parses and prints.
 """
 
 from ._version import __version__
@@ -20,6 +21,7 @@ from .errors import CheckpointError, IntegrityError, OutputError, ReshardError, 
 from .inspect import Inspection, inspect
 from .manifest import Manifest, read_manifest
 from .moe import MoeLayer, MoeModel, Routing, read_model
+from .plan import Digests
 from .restore import restore
 from .stage import Staging, plan_stage, stage, write_staging
 from .verify import Verification, verify
@@ -29,6 +31,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Contract",
+    "Digests",
     "Inspection",
     "IntegrityError",
     "Manifest",

@@ -16,13 +16,15 @@ import click
 
 from . import __version__
 from .checkpoint import CONFIG, INDEX
-from .copy import SPARE_SPACE, Outcome, Progress, free_space, refuse_out
+from .copy import SPARE_SPACE, Outcome, Progress, free_space, needed_space, refuse_out, shareable_size
 from .errors import ReshardError
 from .inspect import Inspection, inspect
-from .manifest import read_manifest
+from .manifest import LAYOUTS, Layout, read_manifest
 from .moe import why_plugin
 from .placement import describe_ranks
+from .plan import Digests
 from .restore import restore
+from .sharing import REFLINK, Reflink
 from .stage import Staging, plan_stage, write_staging
 from .verify import Verification, verify
 from .zigzag import Resharding, plan_zigzag, write_resharding
@@ -68,6 +70,16 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
 
 _quiet = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+_workers = click.option(
+    "--workers", type=click.IntRange(1, 1024), help="Threads.  [default: one a processor, at most 8]"
+)
+_reflink = click.option(
+    "--reflink",
+    type=click.Choice(REFLINK),
+    default="auto",
+    show_default=True,
+    help="Share disk blocks instead of copying them, where the file system can (XFS, Btrfs).",
+)
 _restart = click.option("--restart", is_flag=True, help="Discard what an interrupted run left and begin afresh.")
 _out = click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Directory to write; absent or empty."
@@ -84,25 +96,61 @@ def main() -> None:
 @click.option("--src", required=True, help="Checkpoint directory, or a repository id in the Hugging Face cache.")
 @click.option("--ep", required=True, type=int, help="Number of EP ranks it will be served on.")
 @_out
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="ranks",
+    show_default=True,
+    help="Files by EP rank, or one for each file of the source.",
+)
 @click.option("--max-shard-size", default="5GB", show_default=True, callback=_size, help="Of a file's tensors.")
+@_reflink
+@click.option(
+    "--digests",
+    type=click.Choice([digests.value for digests in Digests]),
+    help="Of all tensors, of those whose blocks are copied and not shared, or of those that are rewritten.  "
+    "[default: all; copied with --layout source]",
+)
+@_workers
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @_restart
 @_quiet
 @_json
 def zigzag_command(
-    src: str, ep: int, out: Path, max_shard_size: int, dry_run: bool, restart: bool, quiet: bool, as_json: bool
+    src: str,
+    ep: int,
+    out: Path,
+    layout: Layout,
+    max_shard_size: int,
+    reflink: Reflink,
+    digests: str | None,
+    workers: int | None,
+    dry_run: bool,
+    restart: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Write OUT: the checkpoint SRC with its experts dealt round-robin to EP ranks.
 
     Interrupted, the same command takes up where it stopped. The source is never written to.
     """
-    resharding = plan_zigzag(src, ep, max_shard_size=max_shard_size)
+    resharding = plan_zigzag(
+        src,
+        ep,
+        out,
+        layout=layout,
+        max_shard_size=max_shard_size,
+        reflink=reflink,
+        digests=Digests(digests) if digests else None,
+    )
     if dry_run:
         refuse_out(resharding.plan, out)
-        _print(_planned(resharding, out), _describe_plan(resharding, out), quiet, as_json)
+        shareable, needed = shareable_size(resharding.plan), needed_space(resharding.plan)
+        report = {**_planned(resharding, out), "shareable": shareable, "needed": needed}
+        _print(report, _describe_plan(resharding, out, shareable, needed), quiet, as_json)
         return
     with _bar("zigzag", resharding.plan.size, quiet or as_json) as progress:
-        outcome = write_resharding(resharding, out, restart=restart, progress=progress)
+        outcome = write_resharding(resharding, out, restart=restart, workers=workers, progress=progress)
     report = {**_planned(resharding, out), **_written(outcome), "serve": _serve(resharding, out)}
     _print(report, _describe_outcome(resharding, outcome), quiet, as_json)
 
@@ -120,18 +168,22 @@ def inspect_command(directory: str, ep: int | None, as_json: bool) -> None:
 @main.command("verify")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--src", help="Also compare every tensor and router with this checkpoint, which it was made from.")
+@click.option("--quick", is_flag=True, help="Look at sizes, headers, index and configs only.")
+@_workers
 @_quiet
 @_json
-def verify_command(out: Path, src: str | None, quiet: bool, as_json: bool) -> None:
+def verify_command(out: Path, src: str | None, quick: bool, workers: int | None, quiet: bool, as_json: bool) -> None:
     """Check every file and tensor of the output OUT against its manifest."""
+    if quick and src is not None:
+        raise click.UsageError("--quick reads no tensors: leave it out to compare with --src")
     manifest = read_manifest(out)
     total = sum(record.size for record in manifest.expected_files)
     if src is not None:
         total += sum(record.size for record in manifest.expected_files if record.tensors)
     with _bar("verify", total, quiet or as_json) as progress:
-        verification = verify(out, src, progress=progress)
+        verification = verify(out, src, quick=quick, workers=workers, progress=progress)
     report = {**asdict(verification), "out": str(out), "sound": not verification.problems}
-    _print(report, _describe_verification(verification, src), quiet, as_json)
+    _print(report, _describe_verification(verification, src, quick), quiet, as_json)
     if verification.problems:
         first, others = verification.problems[0], len(verification.problems) - 1
         _fail(f"{first} (and {others} more problems)" if others else first, 1)
@@ -141,19 +193,28 @@ def verify_command(out: Path, src: str | None, quiet: bool, as_json: bool) -> No
 @click.argument("resharded", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--ranks", required=True, callback=_ranks, help="EP ranks that the node holds, like 0-7 or 0-3,6.")
 @_out
+@_reflink
+@_workers
 @_restart
 @_quiet
 @_json
 def stage_command(
-    resharded: Path, ranks: tuple[int, ...], out: Path, restart: bool, quiet: bool, as_json: bool
+    resharded: Path,
+    ranks: tuple[int, ...],
+    out: Path,
+    reflink: Reflink,
+    workers: int | None,
+    restart: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Copy what a node needs that holds some EP ranks of the output OUT: their files, and those that all ranks need.
 
     Interrupted, the same command takes up where it stopped.
     """
-    staging = plan_stage(resharded, ranks)
+    staging = plan_stage(resharded, ranks, out, reflink=reflink)
     with _bar("stage", staging.plan.size, quiet or as_json) as progress:
-        outcome = write_staging(staging, out, restart=restart, progress=progress)
+        outcome = write_staging(staging, out, restart=restart, workers=workers, progress=progress)
     report = {**_written(outcome), "staged_ranks": staging.manifest.staged_ranks, "notes": staging.notes}
     _print(report, _describe_staging(staging, outcome), quiet, as_json)
 
@@ -161,20 +222,25 @@ def stage_command(
 @main.command("restore")
 @click.argument("resharded", metavar="OUT", type=click.Path(path_type=Path))
 @_out
+@_reflink
+@_workers
 @_restart
 @_quiet
 @_json
-def restore_command(resharded: Path, out: Path, restart: bool, quiet: bool, as_json: bool) -> None:
+def restore_command(
+    resharded: Path, out: Path, reflink: Reflink, workers: int | None, restart: bool, quiet: bool, as_json: bool
+) -> None:
     """Rebuild the source of the output OUT, every file byte-identical.
 
     Interrupted, the same command takes up where it stopped.
     """
     total = sum(file.size for file in read_manifest(resharded).source.files if file.name not in (INDEX, CONFIG))
     with _bar("restore", total, quiet or as_json) as progress:
-        outcome = restore(resharded, out, restart=restart, progress=progress)
+        outcome = restore(resharded, out, reflink=reflink, restart=restart, workers=workers, progress=progress)
     lines = [
         *_resumed(outcome),
         f"restored {outcome.files} files, {_bytes(outcome.size)}, to {out} in {_time(outcome.seconds)}",
+        *_sharing(outcome, resharded),
     ]
     _print(_written(outcome), lines, quiet, as_json)
 
@@ -215,6 +281,7 @@ def _planned(resharding: Resharding, out: Path) -> dict[str, Any]:
         "src": str(resharding.checkpoint.root),
         "out": str(out),
         "strategy": resharding.strategy,
+        "layout": resharding.layout,
         "ep_size": resharding.ep_size,
         "family": resharding.model.family.name,
         "moe_layers": len(resharding.model.layers),
@@ -222,6 +289,7 @@ def _planned(resharding: Resharding, out: Path) -> dict[str, Any]:
         "plugin_required": resharding.contract is not None,
         "notes": resharding.notes,
         "size": resharding.plan.size,
+        "why_not_shared": resharding.plan.sharing.why_not or None,
         "free": free_space(out),
         "files": [
             {
@@ -239,6 +307,8 @@ def _written(outcome: Outcome) -> dict[str, Any]:
     return {
         "out": str(outcome.out),
         "size": outcome.size,
+        "shared": outcome.shared,
+        "undigested_tensors": outcome.undigested,
         "seconds": round(outcome.seconds, 3),
         "resumed_files": outcome.resumed,
     }
@@ -250,7 +320,7 @@ def _serve(resharding: Resharding, out: Path) -> str:
     )
 
 
-def _describe_plan(resharding: Resharding, out: Path) -> list[str]:
+def _describe_plan(resharding: Resharding, out: Path, shareable: int, needed: int) -> list[str]:
     lines = [*_describe_model(resharding), f"would write to {out}:"]
     groups: dict[str, list[int]] = {}
     for file in resharding.plan.files:
@@ -263,7 +333,11 @@ def _describe_plan(resharding: Resharding, out: Path) -> list[str]:
         lines.append(f"  {label:22} {files:5} files {tensors:7} tensors {_bytes(size):>10}")
     size, free = resharding.plan.size, free_space(out) - SPARE_SPACE
     lines.append(f"  {'total':22} {len(resharding.plan.files):5} files {'':15} {_bytes(size):>10}")
-    lines.append(f"  {'room there':22} {'':27} {_bytes(free):>10}" + ("" if free >= size else "  NOT ENOUGH"))
+    sharing = resharding.plan.sharing
+    why = f"  ({sharing.why_not})" if sharing.why_not else ""
+    lines.append(f"  {'blocks to share':22} {'':27} {_bytes(shareable):>10}{why}")
+    lines.append(f"  {'room needed':22} {'':27} {_bytes(needed):>10}")
+    lines.append(f"  {'room there':22} {'':27} {_bytes(free):>10}" + ("" if free >= needed else "  NOT ENOUGH"))
     return lines
 
 
@@ -282,6 +356,7 @@ def _describe_outcome(resharding: Resharding, outcome: Outcome) -> list[str]:
         *_resumed(outcome),
         *_describe_model(resharding),
         f"wrote {outcome.files} files, {_bytes(outcome.size)}, to {outcome.out} in {_time(outcome.seconds)}",
+        *_sharing(outcome, resharding.checkpoint.root),
         f"check it:  reshard verify {shlex.quote(str(outcome.out))} --src "
         f"{shlex.quote(str(resharding.checkpoint.root))}",
         _serve_line(resharding, outcome.out),
@@ -295,6 +370,7 @@ def _describe_staging(staging: Staging, outcome: Outcome) -> list[str]:
         *_resumed(outcome),
         *(f"note: {note}" for note in staging.notes),
         f"staged {what}{outcome.files} files, {_bytes(outcome.size)}, to {outcome.out} in {_time(outcome.seconds)}",
+        *_sharing(outcome, staging.plan.source),
         f"check it:  reshard verify {shlex.quote(str(outcome.out))}",
     ]
 
@@ -310,14 +386,36 @@ def _resumed(outcome: Outcome) -> list[str]:
     return [f"resumed an interrupted run: {outcome.resumed} files were already complete"]
 
 
-def _describe_verification(verification: Verification, src: str | None) -> list[str]:
+def _sharing(outcome: Outcome, source: Path) -> list[str]:
+    """What the user should know of where the bytes lie, and of what was not looked at."""
+    if outcome.why_not_shared:
+        lines = [f"no disk blocks shared with {source}: {outcome.why_not_shared}"]
+    else:
+        lines = [f"{_bytes(outcome.shared)} of it are disk blocks shared with {source}"]
+    if outcome.undigested:
+        lines.append(
+            f"{outcome.undigested} tensors were not read, so have no digest: verify can compare them with the source "
+            "(--src), and finds no later damage to them by itself (--digests all)"
+        )
+    return lines
+
+
+def _describe_verification(verification: Verification, src: str | None, quick: bool) -> list[str]:
     lines = [
-        f"{verification.out}: read {verification.files} files, {verification.tensors} tensors, "
+        f"{verification.out}: looked at {verification.files} files, {verification.tensors} tensors, read "
         f"{_bytes(verification.size)}, in {_time(verification.seconds)}"
     ]
     if verification.problems:
         return [*lines, *(f"problem: {problem}" for problem in verification.problems[1:])]
-    lines.append("every file and tensor is what was written; headers, index and config agree")
+    if quick:
+        lines.append("sizes, headers, index and configs are what was written; no tensor was read")
+    elif verification.unread and verification.routers is None:
+        lines.append(
+            f"all but {verification.unread} tensors, which have no digest and were not read, are what was written; "
+            "compare those with --src; headers, index and config agree"
+        )
+    else:
+        lines.append("every file and tensor is what was written; headers, index and config agree")
     of_ranks = ""
     if verification.staged_ranks is not None:
         of_ranks = f" that EP ranks {describe_ranks(verification.staged_ranks)} need"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,12 @@ from blake3 import blake3
 
 from .checkpoint import CONFIG, Checkpoint, read_checkpoint, read_json_object
 from .contract import CONTRACT_KEY, contract_from_json, unlock_config
-from .copy import BLOCK_SIZE, OpenSources, Progress, SourceFiles
+from .copy import Progress
 from .header import Tensor, read_header
-from .manifest import MANIFEST, Manifest, unpack
+from .manifest import MANIFEST, Manifest, find_files, unpack
 from .moe import MoeLayer, MoeModel, read_model, read_routing, renumber
 from .placement import invert
+from .sources import BLOCK_SIZE, OpenSources, SourceFiles
 
 if TYPE_CHECKING:
     from .router import Router
@@ -80,8 +81,9 @@ def compare_files(source: Original, manifest: Manifest) -> list[str]:
 
 
 def compare_tensors(source: Original, out: Path, manifest: Manifest, pool: Executor, progress: Progress) -> list[str]:
-    """Every tensor of `source`, brought into the output's order and hashed, against the digests in `manifest`; its
-    shape and dtype against those in the headers of `out`. For a staged directory, every tensor that must be in it.
+    """Every tensor of `source`, brought into the output's order and hashed, against the digests in `manifest`, or
+    where it has none against the bytes in `out`; its shape and dtype against those in the headers of `out`. For a
+    staged directory, every tensor that must be in it.
 
     `progress` is told the bytes read. Returns the problems found, a sentence each.
     """
@@ -92,9 +94,10 @@ def compare_tensors(source: Original, out: Path, manifest: Manifest, pool: Execu
     origins = {renumber(name, placement): name for name in digests}
     if strangers := sorted(origins.keys() ^ checkpoint.tensors.keys()):
         return [f"{checkpoint.root}: tensor {name}: only in the source or only in the output" for name in strangers]
-    expected = {name for record in manifest.expected_files for name in record.tensors}
+    written: dict[str, Tensor] = {}
     for record in manifest.expected_files:
         for tensor in read_header(out / record.name).tensors if record.tensors else ():
+            written[tensor.name] = tensor
             origin = checkpoint.tensors[renumber(tensor.name, placement)]
             if (tensor.dtype, tensor.shape) != (origin.dtype, origin.shape):
                 where = f"{out / record.name}: tensor {tensor.name}"
@@ -102,26 +105,40 @@ def compare_tensors(source: Original, out: Path, manifest: Manifest, pool: Execu
                 return [f"{where}: {tensor.dtype} {list(tensor.shape)}, {origin.name} of the source is {was}"]
     in_shards: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in checkpoint.tensors.values():
-        if origins[tensor.name] in expected:
+        if origins[tensor.name] in written:
             in_shards[tensor.file].append(tensor)
     read = _OutputOrder(source, placement)
+    files = find_files(out, manifest.expected_files)
 
     def compare_shard(tensors: list[Tensor]) -> list[str]:
         problems = []
-        with SourceFiles(checkpoint.root, checkpoint.files).open() as opened:
+        with (
+            SourceFiles(checkpoint.root, checkpoint.files).open() as opened,
+            SourceFiles(out, files).open() as reopened,
+        ):
             for tensor in tensors:
-                digest = blake3()
-                for block in read.blocks(opened, tensor):
-                    digest.update(block)
-                progress(tensor.size)
                 name = origins[tensor.name]
-                if digest.hexdigest() != digests[name]:
+                found = _digest(read.blocks(opened, tensor))
+                if found != (digests[name] or _digest(_as_it_is(reopened, written[name]))):
                     where = f"{checkpoint.root / tensor.file}: tensor {tensor.name}"
                     problems.append(f"{where}: tensor {name} of the output does not hold its bytes")
+                progress(tensor.size)
             opened.check_unchanged()
         return problems
 
     return [problem for problems in pool.map(compare_shard, in_shards.values()) for problem in problems]
+
+
+def _digest(blocks: Iterable[bytes | memoryview]) -> str:
+    digest = blake3()
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _as_it_is(opened: OpenSources, tensor: Tensor) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(tensor.size, BLOCK_SIZE)))
+    return opened.blocks(tensor.file, tensor.offset, tensor.size, buffer, tensor.name)
 
 
 class _OutputOrder:
@@ -138,17 +155,14 @@ class _OutputOrder:
         """The tensor's bytes; a block is gone when the next is asked for."""
         if tensor.name in self._ids:
             data = bytearray(tensor.size)
-            opened.read(tensor.file, tensor.offset, memoryview(data))
+            opened.read(tensor.file, tensor.offset, memoryview(data), tensor.name)
             yield _renumber_ids(data, _ID_FORMATS[tensor.dtype], self._ids[tensor.name])
             return
         order = self._rows.get(tensor.name, (0,))
         size = tensor.size // len(order)
         buffer = memoryview(bytearray(min(size, BLOCK_SIZE)))
         for row in order:
-            for position in range(0, size, BLOCK_SIZE):
-                block = buffer[: min(BLOCK_SIZE, size - position)]
-                opened.read(tensor.file, tensor.offset + row * size + position, block)
-                yield block
+            yield from opened.blocks(tensor.file, tensor.offset + row * size, size, buffer, tensor.name)
 
 
 def _renumber_ids(data: bytes | bytearray, format_: str, table: Sequence[int]) -> bytes:

@@ -100,10 +100,13 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     return Header(raw, metadata, tuple(tensors))
 
 
-def build_header(tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> bytes:
+def build_header(
+    tensors: Iterable[Tensor], metadata: Mapping[str, str], *, start: int = 0, alignment: int = ALIGNMENT
+) -> bytes:
     """The header bytes (length prefix included) of a file that holds `tensors` one after the other, in this order.
 
-    Their `file` and `offset` are not looked at. Padded with spaces so that the data begins at a multiple of 8.
+    Their `file` and `offset` are not looked at. Padded with spaces so that the data begins `start` bytes after a
+    multiple of `alignment`.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -115,7 +118,7 @@ def build_header(tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> byte
         }
         end += tensor.size
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+    text += b" " * ((start - 8 - len(text)) % alignment)
     if len(text) > MAX_HEADER_SIZE:
         raise CheckpointError(
             f"a header of {len(text)} bytes for {len(entries)} tensors exceeds what safetensors allows "

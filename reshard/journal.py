@@ -30,6 +30,13 @@ class _Opening(msgspec.Struct, frozen=True):
     names: list[str]
 
 
+class Written(msgspec.Struct, frozen=True):
+    """A file that is complete: its record, and how many of its bytes lie in blocks of the source."""
+
+    record: FileRecord
+    shared: int
+
+
 class Journal:
     """A run's hold on the output directory `out`: a context manager, closed but not removed on failure.
 
@@ -46,9 +53,9 @@ class Journal:
         """
         self._out = out
         self._path = out / JOURNAL
-        self.done: dict[str, FileRecord] = {}
+        self.done: dict[str, Written] = {}
         check_out(out)
-        out.mkdir(parents=True, exist_ok=True)
+        make_directory(out)
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,14 +81,15 @@ class Journal:
         """Let go; the next run finds what this one did."""
         os.close(self._fd)
 
-    def record(self, file: FileRecord) -> None:
-        """Remember that `file` is complete and on disk."""
-        self._append(msgspec.json.encode(file))
-        self.done[file.name] = file
+    def record(self, written: Written) -> None:
+        """Remember a file that is complete and on disk."""
+        self._append(msgspec.json.encode(written))
+        self.done[written.record.name] = written
 
     def remove(self) -> None:
         """The run is finished: nothing of the journal stays."""
         self._path.unlink()
+        sync_directory(self._out)
 
     def _begin(self, opening: _Opening, restart: bool) -> None:
         earlier, done = self._read()
@@ -100,9 +108,13 @@ class Journal:
                 "run that command again to finish it, or add --restart to discard it"
             )
         else:
-            self.done = {file.name: file for file in done if _has_size(self._out / file.name, file.size)}
+            self.done = {
+                written.record.name: written
+                for written in done
+                if _has_size(self._out / written.record.name, written.record.size)
+            }
 
-    def _read(self) -> tuple[_Opening | None, list[FileRecord]]:
+    def _read(self) -> tuple[_Opening | None, list[Written]]:
         data = self._path.read_bytes()
         end = data.rfind(b"\n") + 1
         os.ftruncate(self._fd, end)  # the last line may be cut short
@@ -111,7 +123,7 @@ class Journal:
             return None, []
         try:
             return msgspec.json.decode(whole[0], type=_Opening), [
-                msgspec.json.decode(line, type=FileRecord) for line in whole[1:]
+                msgspec.json.decode(line, type=Written) for line in whole[1:]
             ]
         except msgspec.DecodeError as error:
             raise OutputError(f"{self._path}: damaged ({error}); remove {self._out} and start again") from error
@@ -129,6 +141,14 @@ def check_out(out: Path) -> None:
         raise OutputError(f"{out}: not a directory; choose another --out")
     if any(out.iterdir()) and not (out / JOURNAL).is_file():
         raise OutputError(f"{out}: not empty, and no unfinished run of reshard; choose another --out or empty it")
+
+
+def make_directory(directory: Path) -> None:
+    """Make `directory` and those above it, so that they last a power loss."""
+    absent = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in absent:
+        sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

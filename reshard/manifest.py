@@ -10,7 +10,7 @@ import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from blake3 import blake3
@@ -22,6 +22,11 @@ from .moe import Routing
 
 MANIFEST = "reshard_manifest.json"
 MANIFEST_VERSION = 1
+
+Layout = Literal["ranks", "source"]
+"""Files by EP rank, or one for each file of the source."""
+
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -59,15 +64,18 @@ class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file of the output: `rank` is the EP rank that alone needs it, `digest` is BLAKE3 over the whole file, and
-    `tensors` has the BLAKE3 of each tensor's bytes.
+    """A file of the output: `rank` is the EP rank that alone needs it, `digest` is BLAKE3 over the whole file. Of a
+    safetensors file, `header` is the BLAKE3 of its header (the length before it included), and `tensors` has that of
+    each tensor's bytes. A digest is null where not all the bytes were read: blocks shared with the source, or copied by
+    the kernel.
     """
 
     name: str
     size: Count
     rank: Count | None
-    digest: Digest
-    tensors: dict[str, Digest] = {}
+    digest: Digest | None
+    header: Digest | None = None
+    tensors: dict[str, Digest | None] = {}
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -76,6 +84,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     version: Positive
     reshard_version: str
     strategy: str
+    layout: Layout
     ep_size: Positive
     family: str
     model_type: str
@@ -104,8 +113,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return placement_from_json(self.physical_to_logical, [layer.name for layer in self.moe_layers], MANIFEST)
 
     @property
-    def digests(self) -> dict[str, str]:
-        """The digest of each tensor of the output, by its name there."""
+    def digests(self) -> dict[str, str | None]:
+        """The digest of each tensor of the output, by its name there; None where none was taken."""
         return {name: digest for record in self.files for name, digest in record.tensors.items()}
 
     def parsed_contract(self, where: str) -> Contract | None:

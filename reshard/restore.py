@@ -8,28 +8,32 @@ from pathlib import Path
 from blake3 import blake3
 
 from .checkpoint import CONFIG, INDEX
-from .copy import BLOCK_SIZE, OpenSources, Outcome, Progress, SourceFiles, refuse_out, run
+from .copy import Outcome, Progress, refuse_out, run
 from .errors import IntegrityError
 from .header import Tensor, parse_header, read_header
 from .manifest import MANIFEST, FileRecord, Manifest, SourceFile, find_files, read_manifest, unpack
 from .moe import renumber
 from .placement import describe_ranks, invert
-from .plan import Content, ExpertIds, Literal, OutputFile, Part, Plan, Range, Rows, literal_file, whole_file
+from .plan import Content, Digests, ExpertIds, Literal, OutputFile, Part, Plan, Range, Rows, literal_file, whole_file
+from .sharing import Reflink, find_sharing
+from .sources import BLOCK_SIZE, OpenSources, SourceFiles
 
 
 def restore(
     resharded: str | Path,
     out: str | Path,
     *,
+    reflink: Reflink = "auto",
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
 ) -> Outcome:
     """Rebuild in `out` the source that the output `resharded` was made from: the same files, bytes and sub-folders.
 
-    Every byte taken from `resharded` is checked against the manifest's digests. Interrupted, the same call takes up
-    where it stopped; with `restart` it begins afresh. `progress` is told the bytes written. Raises IntegrityError where
-    `resharded` is damaged or incomplete, OutputError where `out` is refused or cannot be written.
+    Every byte taken from `resharded` is checked against the manifest's digests, where it has them. Blocks are shared
+    where the file system can and `reflink` allows it. Interrupted, the same call takes up where it stopped; with
+    `restart` it begins afresh. `progress` is told the bytes that are done. Raises IntegrityError where `resharded` is
+    damaged or incomplete, OutputError where `out` is refused or cannot be written.
     """
     root = Path(resharded)
     manifest = read_manifest(root)
@@ -44,6 +48,8 @@ def restore(
     plan = Plan(
         source=root,
         source_files=restoration.source_files,
+        headers=restoration.headers,
+        sharing=find_sharing(root, restoration.headers, manifest.source.directories, Path(out), reflink),
         directories=tuple(manifest.source.directories),
         files=tuple(file for file in files if file not in last),
         last=tuple(file.name for file in last),
@@ -71,12 +77,9 @@ class _Restoration:
         self._rows = {name: layer.name for layer in manifest.moe_layers for name in layer.rows}
         self._expert_ids = {name: layer.name for layer in manifest.moe_layers for name in layer.expert_ids}
         self.source_files = find_files(root, manifest.files)
-        self._tensors = {
-            tensor.name: tensor
-            for record in manifest.files
-            if record.tensors
-            for tensor in read_header(root / record.name).tensors
-        }
+        headers = {record.name: read_header(root / record.name) for record in manifest.files if record.tensors}
+        self._tensors = {tensor.name: tensor for header in headers.values() for tensor in header.tensors}
+        self.headers = {name: header.raw for name, header in headers.items()}
 
     def file(self, file: SourceFile) -> OutputFile:
         """The plan of one file of the source."""
@@ -88,8 +91,7 @@ class _Restoration:
             return whole_file(file.name, file.size)
         raw = unpack(file.header)
         header = parse_header(raw, file.size, Path(file.name))
-        parts = (Part(tensor.name, self._content(tensor)) for tensor in header.tensors)
-        return OutputFile(file.name, (Part(None, Literal(raw)), *parts))
+        return OutputFile(file.name, (Part(None, Literal(raw)), *map(self._part, header.tensors)))
 
     def check_rewritten(self) -> None:
         """IntegrityError unless all that cannot be checked while it is copied is what was written.
@@ -99,7 +101,8 @@ class _Restoration:
         with SourceFiles(self._root, self.source_files).open() as opened:
             for name in (*self._rows, *self._expert_ids):
                 tensor = self._find(name)
-                if _digest(opened, tensor.file, tensor.offset, tensor.size) != self._digests.get(name):
+                found = _digest(opened, tensor.file, tensor.offset, tensor.size)
+                if self._digests[name] not in (None, found):
                     raise self._damaged(tensor)
             if CONFIG in self._copied and CONFIG in self._records:
                 record = self._records[CONFIG]
@@ -114,12 +117,16 @@ class _Restoration:
             for name, digest in record.tensors.items():
                 if name not in self._rows and name not in self._expert_ids:
                     tensor = self._find(renumber(name, self._to_physical))
-                    if digest != self._digests.get(tensor.name):
+                    if self._digests[tensor.name] not in (None, digest):
                         raise self._damaged(tensor)
 
-    def _content(self, original: Tensor) -> Content:
+    def _part(self, original: Tensor) -> Part:
+        tensor = self._find(renumber(original.name, self._to_physical))
+        digests = Digests.COPIED if self._digests[tensor.name] is None else Digests.ALL
+        return Part(original.name, self._content(original, tensor), digests)
+
+    def _content(self, original: Tensor, tensor: Tensor) -> Content:
         name = original.name
-        tensor = self._find(renumber(name, self._to_physical))
         if tensor.size != original.size:
             raise IntegrityError(
                 f"{self._root / tensor.file}: tensor {tensor.name}: {tensor.size} bytes, {name} had {original.size}"
@@ -132,7 +139,7 @@ class _Restoration:
         return Range(tensor.file, tensor.offset, tensor.size)
 
     def _find(self, name: str) -> Tensor:
-        if name not in self._tensors:
+        if name not in self._tensors or name not in self._digests:
             raise IntegrityError(f"{self._root / MANIFEST}: tensor {name} is in none of the files that it lists")
         return self._tensors[name]
 
@@ -148,8 +155,6 @@ class _Restoration:
 def _digest(opened: OpenSources, file: str, offset: int, size: int) -> str:
     digest = blake3()
     buffer = memoryview(bytearray(min(size, BLOCK_SIZE)))
-    for position in range(0, size, BLOCK_SIZE):
-        block = buffer[: min(BLOCK_SIZE, size - position)]
-        opened.read(file, offset + position, block)
+    for block in opened.blocks(file, offset, size, buffer):
         digest.update(block)
     return digest.hexdigest()

@@ -8,7 +8,7 @@ must, since it might go on with experts missing. Only the manifest is written an
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -17,9 +17,11 @@ from blake3 import blake3
 from .checkpoint import CONFIG, INDEX
 from .copy import Outcome, Progress, run
 from .errors import IntegrityError, OutputError
+from .header import Header, read_header
 from .manifest import MANIFEST, FileRecord, Manifest, encode_manifest, find_files, read_manifest
 from .placement import describe_ranks
-from .plan import OutputFile, Plan, literal_file, whole_file
+from .plan import Digests, OutputFile, Part, Plan, Range, literal_file, whole_file
+from .sharing import Reflink, find_sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +39,29 @@ class Staging:
     notes: tuple[str, ...]
 
 
-def plan_stage(out: str | Path, ranks: Iterable[int]) -> Staging:
+def plan_stage(out: str | Path, ranks: Iterable[int], dest: str | Path, *, reflink: Reflink = "auto") -> Staging:
     """Decide what a node that holds the EP ranks `ranks` of the output `out` needs. Reads no weights, writes nothing.
 
-    Raises IntegrityError where `out` is damaged or incomplete, OutputError where it does not have one of `ranks`.
+    `dest` is looked at only to see whether it can share blocks with `out`. Raises IntegrityError where `out` is damaged
+    or incomplete, OutputError where it does not have one of `ranks`, or `reflink` asks for what cannot be.
     """
     root = Path(out)
     manifest = read_manifest(root)
     wanted = sorted(set(ranks))
     _refuse_ranks(root, manifest, wanted)
     records = manifest.files_for(wanted)
+    found = find_files(root, records)
+    headers = {record.name: read_header(root / record.name) for record in records if record.tensors}
     staged = wanted if len(records) < len(manifest.files) else None
     plan = Plan(
         source=root,
-        source_files=find_files(root, records),
+        source_files=found,
+        headers={name: header.raw for name, header in headers.items()},
+        sharing=find_sharing(root, headers, manifest.source.directories, Path(dest), reflink),
         directories=tuple(manifest.source.directories),
-        files=tuple(whole_file(record.name, record.size) for record in records if record.name not in (INDEX, CONFIG)),
+        files=tuple(
+            _copy_of(record, headers.get(record.name)) for record in records if record.name not in (INDEX, CONFIG)
+        ),
         last=(MANIFEST, INDEX, CONFIG),
     )
     return Staging(
@@ -69,6 +78,7 @@ def stage(
     ranks: Iterable[int],
     dest: str | Path,
     *,
+    reflink: Reflink = "auto",
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
@@ -76,7 +86,8 @@ def stage(
     """Copy to `dest` what a node that holds the EP ranks `ranks` of the output `out` needs.
 
     Interrupted, the same call takes up where it stopped; with `restart` it begins afresh. `progress` is told the bytes
-    written. `out` may itself be staged, then `ranks` must be among its own.
+    that are done. Blocks are shared where the file system can and `reflink` allows it. `out` may itself be staged, then
+    `ranks` must be among its own.
 
     Raises:
         IntegrityError: `out` is damaged or incomplete; nothing loadable is then in `dest`
@@ -84,7 +95,8 @@ def stage(
         CheckpointError: a file of `out` cannot be read, or changed meanwhile
 
     """
-    return write_staging(plan_stage(out, ranks), Path(dest), restart=restart, workers=workers, progress=progress)
+    staging = plan_stage(out, ranks, dest, reflink=reflink)
+    return write_staging(staging, Path(dest), restart=restart, workers=workers, progress=progress)
 
 
 def write_staging(
@@ -133,14 +145,32 @@ def _read_small(root: Path, manifest: Manifest, name: str) -> bytes:
 
 
 def _refuse_damaged(staging: Staging, copied: Iterable[FileRecord]) -> None:
-    """IntegrityError unless every byte that was copied is what was once written."""
-    digests = {record.name: record.digest for record in staging.manifest.files}
+    """IntegrityError unless every byte that was copied is what was once written, as far as digests tell."""
+    records = {record.name: record for record in staging.manifest.files}
     for record in copied:
-        if record.digest != digests[record.name]:
-            raise _damaged(staging.plan.source / record.name)
+        written = records[record.name]
+        path = str(staging.plan.source / record.name)
+        if written.header != record.header or (not written.tensors and written.digest != record.digest):
+            raise _damaged(path)
+        for name, digest in record.tensors.items():
+            if written.tensors[name] not in (None, digest):
+                raise _damaged(f"{path}: tensor {name}")
 
 
-def _damaged(path: Path) -> IntegrityError:
+def _copy_of(record: FileRecord, header: Header | None) -> OutputFile:
+    """The file of `record` as it is; of a safetensors file, `header`, and each tensor."""
+    if header is None:
+        return replace(whole_file(record.name, record.size), rank=record.rank)
+    parts = [Part(None, Range(record.name, 0, len(header.raw)))]
+    for tensor in header.tensors:
+        if tensor.name not in record.tensors:
+            raise _damaged(f"{record.name}: tensor {tensor.name}")
+        digests = Digests.COPIED if record.tensors[tensor.name] is None else Digests.ALL
+        parts.append(Part(tensor.name, Range(record.name, tensor.offset, tensor.size), digests))
+    return OutputFile(record.name, tuple(parts), record.rank)
+
+
+def _damaged(path: str | Path) -> IntegrityError:
     return IntegrityError(
         f"{path}: damaged: its bytes are not those that were written; replace it, then stage again with --restart"
     )
@@ -149,7 +179,9 @@ def _damaged(path: Path) -> IntegrityError:
 def _notes(manifest: Manifest, staged: Collection[int] | None) -> list[str]:
     if staged is not None:
         return []
-    if all(record.rank is None for record in manifest.files):
+    if manifest.layout == "source":
+        why = "its files are those of the source, not by rank"
+    elif all(record.rank is None for record in manifest.files):
         why = "its experts are fused into one tensor a layer, so every rank reads all of them: no files by rank"
     else:
         why = "these are all of its ranks"

@@ -1,7 +1,8 @@
 """Is an output what its manifest says, and what its source says? Trusts neither the plan nor the copy that made it.
 
-The output is read once: the digest of every file and tensor, its headers, index and config. With the source, `compare`
-then holds the source against the same manifest. Every problem found is reported, not only the first.
+The output is read once: the digest of every file and tensor, its headers, index and config. A tensor without a digest,
+whose blocks are the source's, is not read, and counted. With the source, `compare` then holds the source against the
+same manifest. Every problem found is reported, not only the first.
 """
 
 from __future__ import annotations
@@ -12,29 +13,37 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 from blake3 import blake3
 
-from .checkpoint import CONFIG, read_checkpoint
+from .checkpoint import CONFIG, File, read_checkpoint
 from .compare import Original, RouterComparison, compare_files, compare_routers, compare_tensors
 from .contract import CONTRACT_KEY
-from .copy import BLOCK_SIZE, Progress, default_workers
-from .errors import CheckpointError
+from .copy import Progress, default_workers
+from .errors import CheckpointError, OutputError
 from .header import read_header
 from .manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from .moe import parse_expert_name, routing_section
 from .placement import rank_slots
 from .source import find_source
+from .sources import BLOCK_SIZE, OpenSources, SourceFiles
+
+LARGEST_SMALL_FILE = 64 << 20  # bytes; what a quick look still reads
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was looked at, and every problem found, a sentence each. `staged_ranks` is None for a whole output."""
+    """What was looked at, and every problem found, a sentence each.
+
+    Of `tensors`, `unread` have no digest, or were not asked for; `size` is the bytes read.
+    `staged_ranks` is None for a whole output.
+    """
 
     out: Path
     files: int
     tensors: int
+    unread: int
     size: int
     seconds: float
     staged_ranks: tuple[int, ...] | None
@@ -46,10 +55,13 @@ def verify(
     out: str | Path,
     src: str | Path | None = None,
     *,
+    quick: bool = False,
     workers: int | None = None,
     progress: Progress = lambda read: None,
 ) -> Verification:
     """Check the output directory `out` against its manifest, and with `src` against the checkpoint it was made from.
+
+    With `quick` no tensor is read, nor a large file: only sizes, headers, the index and the configs.
 
     A staged directory must hold the files of its ranks; of other ranks' files, those that are there are checked too.
     `progress` is told the bytes read: the output's, then the source's tensors. Raises IntegrityError where the manifest
@@ -61,15 +73,20 @@ def verify(
     manifest = read_manifest(root)
     records = _records(root, manifest)
     source = None if src is None else Original.read(find_source(src))
+    if quick and source is not None:
+        raise OutputError(f"{root}: a quick look reads no tensors, so there is nothing to compare with {src}")
     lock = threading.Lock()
+    looked = 0
 
-    def report(read: int) -> None:
+    def report(read: int, unread: int = 0) -> None:
+        nonlocal looked
         with lock:
-            progress(read)
+            looked += read
+            progress(read + unread)
 
     routers = None
     with ThreadPoolExecutor(workers or default_workers(), thread_name_prefix="reshard") as pool:
-        by_file = pool.map(lambda record: list(_check_file(root, record, report)), records)
+        by_file = pool.map(lambda record: list(_check_file(root, record, report, quick)), records)
         problems = [problem for of_file in by_file for problem in of_file]
         if not problems:  # the consequences of damage are not worth a second line
             problems = list(_check_consistency(root, manifest))
@@ -78,11 +95,13 @@ def verify(
             if not problems:
                 routers = compare_routers(source, root, manifest)
                 problems += routers.problems
+    digests = [digest for record in records for digest in record.tensors.values()]
     return Verification(
         out=root,
         files=len(records) + 1,
-        tensors=sum(len(record.tensors) for record in records),
-        size=sum(record.size for record in records),
+        tensors=len(digests),
+        unread=len(digests) if quick else digests.count(None),
+        size=looked,
         seconds=time.monotonic() - started,
         staged_ranks=None if manifest.staged_ranks is None else tuple(manifest.staged_ranks),
         routers=routers,
@@ -96,64 +115,75 @@ def _records(root: Path, manifest: Manifest) -> list[FileRecord]:
     return [record for record in manifest.files if record.name in expected or (root / record.name).exists()]
 
 
-def _check_file(root: Path, record: FileRecord, progress: Progress) -> Iterator[str]:
+class _Report(Protocol):
+    """Told how many bytes were read, and how many passed over."""
+
+    def __call__(self, read: int, unread: int = 0) -> None: ...
+
+
+def _check_file(root: Path, record: FileRecord, report: _Report, quick: bool) -> Iterator[str]:
     """The problems of one file of the output."""
     path = root / record.name
     if not path.is_file():
         yield f"{path}: absent; expected {record.size} bytes"
         return
-    if path.stat().st_size != record.size:
-        yield f"{path}: {path.stat().st_size} bytes, expected {record.size}"
+    status = path.stat()
+    if status.st_size != record.size:
+        yield f"{path}: {status.st_size} bytes, expected {record.size}"
         return
+    files = {record.name: File(record.name, status.st_size, status.st_mtime_ns)}
     try:
-        yield from _check_weights(path, record, progress) if record.tensors else _check_bytes(path, record, progress)
+        with SourceFiles(root, files).open() as opened:
+            if record.tensors:
+                yield from _check_weights(opened, record, report, quick)
+            else:
+                yield from _check_bytes(opened, record, report, quick)
     except CheckpointError as error:
         yield str(error)
-    except OSError as error:
-        yield f"{path}: cannot be read: {error.strerror}"
 
 
-def _check_bytes(path: Path, record: FileRecord, progress: Progress) -> Iterator[str]:
+def _check_bytes(opened: OpenSources, record: FileRecord, report: _Report, quick: bool) -> Iterator[str]:
+    if quick and record.size > LARGEST_SMALL_FILE:
+        report(0, record.size)
+        return
     whole = blake3()
-    with path.open("rb", buffering=0) as file:
-        for block in _blocks(file, record.size, progress):
-            whole.update(block)
+    for block in opened.blocks(record.name, 0, record.size, _buffer(record.size)):
+        whole.update(block)
+        report(len(block))
     if whole.hexdigest() != record.digest:
-        yield f"{path}: its bytes are not those that were written"
+        yield f"{opened.root / record.name}: its bytes are not those that were written"
 
 
-def _check_weights(path: Path, record: FileRecord, progress: Progress) -> Iterator[str]:
+def _check_weights(opened: OpenSources, record: FileRecord, report: _Report, quick: bool) -> Iterator[str]:
+    path = opened.root / record.name
     header = read_header(path)
+    report(len(header.raw))
     for name in sorted(record.tensors.keys() ^ {tensor.name for tensor in header.tensors}):
         expected = "expected" if name in record.tensors else "not expected"
         yield f"{path}: tensor {name}: {expected} in this file by the manifest"
-    whole = blake3()
-    differs = False
-    with path.open("rb", buffering=0) as file:
-        for block in _blocks(file, len(header.raw), progress):
-            whole.update(block)
-        for tensor in header.tensors:
-            digest = blake3()
-            for block in _blocks(file, tensor.size, progress):
-                whole.update(block)
-                digest.update(block)
-            if digest.hexdigest() != record.tensors.get(tensor.name):
-                differs = True
-                yield f"{path}: tensor {tensor.name}: its bytes are not those that were written"
-    if whole.hexdigest() != record.digest and not differs:
+    if blake3(header.raw).hexdigest() != record.header:
         yield f"{path}: its header is not what was written"
+    whole = blake3(header.raw)
+    buffer = _buffer(record.size)
+    sound = True
+    for tensor in header.tensors:
+        if quick or record.tensors.get(tensor.name) is None:
+            report(0, tensor.size)
+            continue
+        digest = blake3()
+        for block in opened.blocks(record.name, tensor.offset, tensor.size, buffer, tensor.name):
+            whole.update(block)
+            digest.update(block)
+            report(len(block))
+        if digest.hexdigest() != record.tensors[tensor.name]:
+            sound = False
+            yield f"{path}: tensor {tensor.name}: its bytes are not those that were written"
+    if sound and not quick and record.digest not in (None, whole.hexdigest()):
+        yield f"{path}: its digest in {MANIFEST} is not that of its bytes"
 
 
-def _blocks(file: BinaryIO, size: int, progress: Progress) -> Iterator[memoryview]:
-    """The next `size` bytes of `file`, a block at a time; a block is gone when the next is asked for."""
-    buffer = memoryview(bytearray(min(size, BLOCK_SIZE)))
-    while size:
-        count = file.readinto(buffer[: min(size, BLOCK_SIZE)])  # type: ignore[attr-defined]
-        if not count:
-            raise CheckpointError(f"{file.name}: ends {size} bytes too early; did it change?")
-        yield buffer[:count]
-        progress(count)
-        size -= count
+def _buffer(size: int) -> memoryview:
+    return memoryview(bytearray(min(size, BLOCK_SIZE)))
 
 
 def _may_be_absent(manifest: Manifest) -> set[str]:
@@ -193,6 +223,7 @@ def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
     for record in manifest.files:
         for name in record.tensors:
             expert = parse_expert_name(name, slots)
-            owned = expert is None or (record.rank is not None and expert.expert in slots[expert.layer][record.rank])
-            if not owned:
+            if expert is None or manifest.layout == "source":
+                continue
+            if record.rank is None or expert.expert not in slots[expert.layer][record.rank]:
                 yield f"{root / record.name}: tensor {name}: not one of rank {record.rank}'s experts"

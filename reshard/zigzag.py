@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from . import placement
@@ -15,11 +17,13 @@ from .contract import CONTRACT_KEY, LOCKED_KEYS, Contract, Placement, contract_t
 from .copy import Outcome, Progress, run
 from .errors import CheckpointError, OutputError
 from .expert_names import map_config_files
+from .layouts import as_source, by_rank, why_not_shared
 from .manifest import (
     MANIFEST,
     MANIFEST_VERSION,
     FileRecord,
     LayerRecord,
+    Layout,
     Manifest,
     Source,
     SourceFile,
@@ -29,10 +33,12 @@ from .manifest import (
 )
 from .moe import MoeModel, read_model
 from .placement import is_permutation
-from .plan import OutputFile, Plan, literal_file, plan_index, plan_weights, whole_file
+from .plan import Digests, OutputFile, Plan, literal_file, plan_index, whole_file
+from .sharing import NOTHING_SHARED, Reflink, Sharing, find_sharing
 from .source import find_source, identify
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
+_NAME_OF_RANK = re.compile(r"model-ep\d+-of-\d+-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class Resharding:
     checkpoint: Checkpoint
     model: MoeModel
     strategy: str
+    layout: Layout
     ep_size: int
     placement: Placement
     contract: Contract | None
@@ -56,18 +63,31 @@ class Resharding:
     notes: tuple[str, ...]
 
 
-def plan_zigzag(src: str | Path, ep_size: int, *, max_shard_size: int = DEFAULT_MAX_SHARD_SIZE) -> Resharding:
-    """Decide how the checkpoint `src` is rewritten for `ep_size` EP ranks. Reads no weights, writes nothing.
+def plan_zigzag(
+    src: str | Path,
+    ep_size: int,
+    out: str | Path,
+    *,
+    layout: Layout = "ranks",
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
+    reflink: Reflink = "auto",
+    digests: Digests | None = None,
+) -> Resharding:
+    """Decide how the checkpoint `src` is rewritten into `out` for `ep_size` EP ranks. Reads no weights, writes nothing.
 
     Parameters:
         src: a checkpoint directory, or the id of a repository in the Hugging Face cache
         ep_size: R, 2 to E; need not divide E
-        max_shard_size: bytes of tensors in a file at the most
+        out: absent, empty, or an unfinished run; looked at only to see whether it can share blocks with `src`
+        layout: "ranks", files by EP rank; "source", a file for each of the source's
+        max_shard_size: bytes of tensors in a file at the most; with layout "source" files are as large as the source's
+        reflink: share disk blocks with the source where the file system can; "always": or refuse
+        digests: of which bytes; None: of all, with layout "source" of those that are copied
 
     Raises:
         CheckpointError: the checkpoint is not sound
         UnsupportedError: renumbering its experts is not known to be exact
-        OutputError: `ep_size` or `max_shard_size` does not fit it
+        OutputError: `ep_size`, `max_shard_size` or `reflink` does not fit
 
     """
     root = find_source(src)
@@ -80,7 +100,15 @@ def plan_zigzag(src: str | Path, ep_size: int, *, max_shard_size: int = DEFAULT_
         raise OutputError(f"{root}: --max-shard-size must be at least 1 byte, found {max_shard_size}")
     order = placement.zigzag(num_experts, ep_size)
     return plan_resharding(
-        checkpoint, model, "zigzag", ep_size, {layer.name: order for layer in model.layers}, max_shard_size
+        checkpoint,
+        model,
+        "zigzag",
+        ep_size,
+        dict.fromkeys((layer.name for layer in model.layers), order),
+        layout=layout,
+        max_shard_size=max_shard_size,
+        sharing=find_sharing(root, checkpoint.shards, checkpoint.directories, Path(out), reflink),
+        digests=digests or (Digests.COPIED if layout == "source" else Digests.ALL),
     )
 
 
@@ -90,7 +118,11 @@ def plan_resharding(
     strategy: str,
     ep_size: int,
     physical_to_logical: Placement,
-    max_shard_size: int,
+    *,
+    layout: Layout = "ranks",
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
+    sharing: Sharing = NOTHING_SHARED,
+    digests: Digests = Digests.ALL,
 ) -> Resharding:
     """Decide how `checkpoint` is rewritten for any placement; `physical_to_logical` has [E] for each MoE layer."""
     if CONTRACT_KEY in checkpoint.config:
@@ -109,7 +141,9 @@ def plan_resharding(
         original = {key: checkpoint.config[key] for key in LOCKED_KEYS if key in checkpoint.config}
         routing = model.routing
         contract = Contract(strategy, ep_size, routing.n_group, routing.topk_group, physical_to_logical, original)
-    weights = plan_weights(checkpoint, model, physical_to_logical, ep_size, max_shard_size)
+    weights, sharing = _weights(
+        checkpoint, model, physical_to_logical, ep_size, layout, max_shard_size, sharing, digests
+    )
     _refuse_collisions(checkpoint, weights)
     rewritten = _rewritten_configs(checkpoint, model, physical_to_logical, contract)
     rewritten[INDEX] = plan_index(weights, checkpoint.index_metadata)
@@ -122,12 +156,15 @@ def plan_resharding(
         checkpoint=checkpoint,
         model=model,
         strategy=strategy,
+        layout=layout,
         ep_size=ep_size,
         placement=physical_to_logical,
         contract=contract,
         plan=Plan(
             source=checkpoint.root,
             source_files=checkpoint.files,
+            headers={name: header.raw for name, header in checkpoint.shards.items()},
+            sharing=sharing,
             directories=checkpoint.directories,
             files=(*weights, *copied),
             last=(MANIFEST, INDEX, CONFIG),
@@ -144,7 +181,10 @@ def zigzag(
     ep_size: int,
     out: str | Path,
     *,
+    layout: Layout = "ranks",
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
+    reflink: Reflink = "auto",
+    digests: Digests | None = None,
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
@@ -152,15 +192,13 @@ def zigzag(
     """Rewrite the checkpoint `src` into `out` so that linear placement on `ep_size` EP ranks is zigzag.
 
     Interrupted, the same call takes up where it stopped; with `restart` it begins afresh. `progress` is told the bytes
-    written, as they are. Raises what `plan_zigzag` raises, and OutputError where `out` is refused or cannot be written.
+    that are done, as they are. The other parameters and what is raised are those of `plan_zigzag`; OutputError also
+    where `out` is refused or cannot be written.
     """
-    return write_resharding(
-        plan_zigzag(src, ep_size, max_shard_size=max_shard_size),
-        Path(out),
-        restart=restart,
-        workers=workers,
-        progress=progress,
+    resharding = plan_zigzag(
+        src, ep_size, out, layout=layout, max_shard_size=max_shard_size, reflink=reflink, digests=digests
     )
+    return write_resharding(resharding, Path(out), restart=restart, workers=workers, progress=progress)
 
 
 def write_resharding(
@@ -195,6 +233,31 @@ def refuse_resharded(root: Path) -> None:
         )
 
 
+def _weights(
+    checkpoint: Checkpoint,
+    model: MoeModel,
+    physical_to_logical: Placement,
+    ep_size: int,
+    layout: Layout,
+    max_shard_size: int,
+    sharing: Sharing,
+    digests: Digests,
+) -> tuple[list[OutputFile], Sharing]:
+    """The weight files of an output, and whether they share blocks after all."""
+    if layout == "source":
+        files = as_source(checkpoint, model, physical_to_logical, block_size=sharing.block_size, digests=digests)
+        return files, sharing
+    cut = partial(
+        by_rank, checkpoint, model, physical_to_logical, ep_size, max_shard_size=max_shard_size, digests=digests
+    )
+    files = cut(block_size=sharing.block_size)
+    if sharing.block_size and (why := why_not_shared(files, checkpoint, ep_size, sharing.block_size)):
+        if sharing.required:
+            raise OutputError(f"{checkpoint.root}: its blocks cannot be shared by rank: {why}; try --layout source")
+        return cut(block_size=None), Sharing(None, why)
+    return files, sharing
+
+
 def _rewritten_configs(
     checkpoint: Checkpoint, model: MoeModel, physical_to_logical: Placement, contract: Contract | None
 ) -> dict[str, bytes]:
@@ -205,6 +268,12 @@ def _rewritten_configs(
 
 
 def _refuse_collisions(checkpoint: Checkpoint, weights: Sequence[OutputFile]) -> None:
+    for file in weights:
+        if file.rank is None and _NAME_OF_RANK.match(file.name):
+            raise CheckpointError(
+                f"{checkpoint.root / file.name}: named like a file of one EP rank, and would be read by that one only; "
+                "rename it in the source, or leave out --layout source"
+            )
     kept = {file.name for file in checkpoint.other_files}
     for file in weights:
         if file.name in kept:
@@ -253,6 +322,7 @@ def _manifest(resharding: Resharding, records: list[FileRecord]) -> Manifest:
         version=MANIFEST_VERSION,
         reshard_version=__version__,
         strategy=resharding.strategy,
+        layout=resharding.layout,
         ep_size=resharding.ep_size,
         family=model.family.name,
         model_type=model.model_type,
