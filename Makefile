@@ -5,7 +5,7 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 SERVING := tests/serving
 
-.PHONY: help setup demo test test-fast lint types scale clean
+.PHONY: help setup demo test test-fast lint types stress scale clean
 
 help: ## what one can do here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ test: lint types .venv-vllm/.ready ## lint, types and all tests, those that serv
 
 test-fast: lint types ## the same without vLLM
 	$(BIN)/python -m pytest tests --ignore=$(SERVING)
+
+stress: setup ## the tests that repeat themselves, in their long form: crashes, power cuts, random input
+	RESHARD_LONG_TESTS=1 $(BIN)/python -m pytest tests/test_crash.py tests/test_fuzz.py
 
 lint: setup
 	$(BIN)/ruff check .

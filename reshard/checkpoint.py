@@ -91,6 +91,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file; a checkpoint directory must have it") from error
     except IsADirectoryError as error:
         raise CheckpointError(f"{path}: a directory, expected a JSON file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not sound JSON: {error}") from error
     if not isinstance(value, dict):

@@ -54,6 +54,13 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """The header of the safetensors file at `path`; CheckpointError names what is wrong with it."""
+    try:
+        return _read_header(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: its header cannot be read: {error.strerror}") from error
+
+
+def _read_header(path: Path) -> Header:
     with path.open("rb") as file:
         file_size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)

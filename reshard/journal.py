@@ -102,6 +102,7 @@ class Journal:
             earlier = None
         if earlier is None:
             self._append(msgspec.json.encode(opening))
+            sync_directory(self._out)
         elif earlier.fingerprint != opening.fingerprint:
             raise OutputError(
                 f"{self._out}: holds an unfinished run with other options or another source; "
@@ -129,8 +130,13 @@ class Journal:
             raise OutputError(f"{self._path}: damaged ({error}); remove {self._out} and start again") from error
 
     def _append(self, line: bytes) -> None:
-        os.write(self._fd, line + b"\n")
-        os.fsync(self._fd)
+        try:
+            os.write(self._fd, line + b"\n")
+            os.fsync(self._fd)
+        except OSError as error:
+            raise OutputError(
+                f"{self._path}: cannot be written: {error.strerror}; the same command takes up from here"
+            ) from error
 
 
 def check_out(out: Path) -> None:

@@ -131,7 +131,7 @@ def why_not_shared(files: Sequence[OutputFile], checkpoint: Checkpoint, ep_size:
     if shared * 2 < size:
         return f"only {shared} of {size} bytes of tensors could lie on blocks as in the source"
     if len(files) > MOST_CUTS * (ep_size + 1) * len(checkpoint.shards):
-        return f"it would take {len(files)} files: too few small tensors lie between the large ones to shift these"
+        return f"its tensors would have to be cut into {len(files)} files to lie on blocks as in the source"
     return None
 
 

@@ -135,6 +135,8 @@ def read_manifest(root: Path) -> Manifest:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise IntegrityError(f"{path}: no such file; expected an output of `reshard zigzag`") from error
+    except OSError as error:
+        raise IntegrityError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         version = msgspec.json.decode(data, type=dict[str, Any]).get("version")
         if version != MANIFEST_VERSION:

@@ -319,6 +319,8 @@ class Spec:
     indent: int = 2
     final_newline: bool = True
     seed: int = 0
+    scale: int = 1  # times the usual width of everything
+    aligned: bool = False  # whether headers end at a multiple of 8, as the usual library's do
 
     def __post_init__(self) -> None:
         """Refuse a spec that no real model could have."""
@@ -331,6 +333,21 @@ class Spec:
     def line(self) -> Family:
         """The family's line in the table."""
         return FAMILIES[self.family]
+
+    @property
+    def hidden(self) -> int:
+        """Width of a hidden state."""
+        return HIDDEN * self.scale
+
+    @property
+    def dense_width(self) -> int:
+        """Of a feed-forward layer without experts."""
+        return DENSE_WIDTH * self.scale
+
+    @property
+    def expert_width(self) -> int:
+        """Of one expert."""
+        return EXPERT_WIDTH * self.scale
 
     @property
     def style(self) -> str:
@@ -362,6 +379,7 @@ def write_safetensors(
     metadata: dict[str, str] | None = None,
     padding: int = 0,
     spaced: bool = False,
+    aligned: bool = False,
 ) -> None:
     """Write `tensors` in the order given; the header may list them in another order (`header_names`)."""
     entries: dict[str, Any] = {}
@@ -374,6 +392,8 @@ def write_safetensors(
     header |= {name: entries[name] for name in header_names or entries}
     separators = (", ", ": ") if spaced else (",", ":")
     text = json.dumps(header, separators=separators).encode() + b" " * padding
+    if aligned:
+        text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(tensor.data for tensor in tensors))
 
 
@@ -390,15 +410,15 @@ class _Model:
 
     def build(self) -> None:
         spec, family = self.spec, self.spec.line
-        self.raw(f"{family.root}{family.embedding}.weight", "BF16", VOCAB, HIDDEN)
+        self.raw(f"{family.root}{family.embedding}.weight", "BF16", VOCAB, self.spec.hidden)
         for layer in range(spec.layers):
             self.layer(f"{family.root}layers.{layer}", spec.is_moe(layer), hashed=self.is_hashed(layer))
         if family.mtp:
             self.next_token_layer(family.mtp.format(0 if family.mtp.startswith("mtp") else spec.layers))
         for name in family.others:
-            self.raw(name, "BF16", HIDDEN, HIDDEN)
-        self.raw(f"{family.root}norm.weight", "BF16", HIDDEN)
-        self.raw(f"{family.head}.weight", "BF16", VOCAB, HIDDEN)
+            self.raw(name, "BF16", self.spec.hidden, self.spec.hidden)
+        self.raw(f"{family.root}norm.weight", "BF16", self.spec.hidden)
+        self.raw(f"{family.head}.weight", "BF16", VOCAB, self.spec.hidden)
 
     def is_hashed(self, layer: int) -> bool:
         return layer < int(self.spec.line.config.get("num_hash_layers", 0))
@@ -407,13 +427,18 @@ class _Model:
         family = self.spec.line
         plain_style = family.native if family.native in ("fp8", "fp4") and self.spec.style == family.native else "none"
         for name in family.norms:
-            self.raw(f"{prefix}.{name}.weight", "BF16", HIDDEN)
+            self.raw(f"{prefix}.{name}.weight", "BF16", self.spec.hidden)
         for name in family.attention:
-            self.linear(f"{prefix}.{name}", HIDDEN, HIDDEN, "fp8-e8m0" if plain_style == "fp4" else plain_style)
+            self.linear(
+                f"{prefix}.{name}",
+                self.spec.hidden,
+                self.spec.hidden,
+                "fp8-e8m0" if plain_style == "fp4" else plain_style,
+            )
         if self.spec.family == "gpt_oss":
             self.raw(f"{prefix}.self_attn.sinks", "BF16", HEADS)
         if not moe:
-            self.feed_forward(f"{prefix}.{family.moe}", DENSE_WIDTH, plain_style)
+            self.feed_forward(f"{prefix}.{family.moe}", self.spec.dense_width, plain_style)
             return
         self.router(f"{prefix}.{family.moe}.{family.router}", hashed)
         if family.fused:
@@ -423,26 +448,26 @@ class _Model:
                 self.expert(f"{prefix}.{family.moe}.experts.{expert}")
         if family.shared:
             # As wide as there are experts in Qwen3.5: a first dimension of E does not make a router tensor.
-            width = self.spec.experts if self.spec.family == "qwen3_5_moe" else EXPERT_WIDTH
+            width = self.spec.experts if self.spec.family == "qwen3_5_moe" else self.spec.expert_width
             style = "fp8-e8m0" if plain_style == "fp4" else plain_style
             self.feed_forward(f"{prefix}.{family.moe}.{family.shared}", width, style)
         if self.spec.family == "qwen3_5_moe":
-            self.raw(f"{prefix}.{family.moe}.shared_expert_gate.weight", "BF16", 1, HIDDEN)
+            self.raw(f"{prefix}.{family.moe}.shared_expert_gate.weight", "BF16", 1, self.spec.hidden)
 
     def next_token_layer(self, prefix: str) -> None:
         """The layer past the last one, which predicts one token more."""
         self.layer(prefix, moe=True)
         if self.spec.line.mtp == "model.layers.{}":
-            self.raw(f"{prefix}.eh_proj.weight", "BF16", HIDDEN, 2 * HIDDEN)
-            self.raw(f"{prefix}.embed_tokens.weight", "BF16", VOCAB, HIDDEN)
-            self.raw(f"{prefix}.shared_head.head.weight", "BF16", VOCAB, HIDDEN)
-            self.raw(f"{prefix}.shared_head.norm.weight", "BF16", HIDDEN)
-        self.raw(f"{prefix}.enorm.weight", "BF16", HIDDEN)
-        self.raw(f"{prefix}.hnorm.weight", "BF16", HIDDEN)
+            self.raw(f"{prefix}.eh_proj.weight", "BF16", self.spec.hidden, 2 * self.spec.hidden)
+            self.raw(f"{prefix}.embed_tokens.weight", "BF16", VOCAB, self.spec.hidden)
+            self.raw(f"{prefix}.shared_head.head.weight", "BF16", VOCAB, self.spec.hidden)
+            self.raw(f"{prefix}.shared_head.norm.weight", "BF16", self.spec.hidden)
+        self.raw(f"{prefix}.enorm.weight", "BF16", self.spec.hidden)
+        self.raw(f"{prefix}.hnorm.weight", "BF16", self.spec.hidden)
 
     def router(self, prefix: str, hashed: bool) -> None:
         spec = self.spec
-        self.normal(f"{prefix}.weight", spec.router_dtype, spec.experts, HIDDEN)
+        self.normal(f"{prefix}.weight", spec.router_dtype, spec.experts, self.spec.hidden)
         if hashed:
             ids = [e for _ in range(VOCAB) for e in self.random.sample(range(spec.experts), spec.top_k)]
             code = {"I64": "q", "I32": "i"}[spec.token_table_dtype]
@@ -457,9 +482,9 @@ class _Model:
     def expert(self, prefix: str) -> None:
         gate, up, down = self.spec.line.projections
         for name, rows, columns in (
-            (gate, EXPERT_WIDTH, HIDDEN),
-            (up, EXPERT_WIDTH, HIDDEN),
-            (down, HIDDEN, EXPERT_WIDTH),
+            (gate, self.spec.expert_width, self.spec.hidden),
+            (up, self.spec.expert_width, self.spec.hidden),
+            (down, self.spec.hidden, self.spec.expert_width),
         ):
             style = self.spec.style
             if style in ("compressed-tensors", "modelopt") and self.random.random() < 0.1:
@@ -470,8 +495,8 @@ class _Model:
     def fused_experts(self, prefix: str, layout: str) -> None:
         experts = self.spec.experts
         for name, rows, columns in (
-            ("gate_up_proj", 2 * EXPERT_WIDTH, HIDDEN),
-            ("down_proj", HIDDEN, EXPERT_WIDTH),
+            ("gate_up_proj", 2 * self.spec.expert_width, self.spec.hidden),
+            ("down_proj", self.spec.hidden, self.spec.expert_width),
         ):
             if layout == "mxfp4":
                 self.raw(f"{prefix}.{name}_blocks", "U8", experts, rows, columns // 16, 8)
@@ -484,9 +509,9 @@ class _Model:
 
     def feed_forward(self, prefix: str, width: int, style: str) -> None:
         gate, up, down = self.spec.line.projections
-        self.linear(f"{prefix}.{gate}", width, HIDDEN, style)
-        self.linear(f"{prefix}.{up}", width, HIDDEN, style)
-        self.linear(f"{prefix}.{down}", HIDDEN, width, style)
+        self.linear(f"{prefix}.{gate}", width, self.spec.hidden, style)
+        self.linear(f"{prefix}.{up}", width, self.spec.hidden, style)
+        self.linear(f"{prefix}.{down}", self.spec.hidden, width, style)
 
     def linear(self, name: str, rows: int, columns: int, style: str) -> None:
         """A linear layer [rows, columns] in one of the storage styles."""
@@ -544,7 +569,9 @@ def _write_tensors(spec: Spec, model: _Model, directory: Path) -> None:
             model.random.shuffle(header_names)
         own = metadata | {"part": str(number)} if metadata and spec.metadata == "varied" else metadata
         name = "model.safetensors" if spec.files == 1 else f"model-{number + 1:05d}-of-{spec.files:06d}.safetensors"
-        write_safetensors(directory / name, part, header_names, own, spec.header_padding, spec.spaced_header)
+        write_safetensors(
+            directory / name, part, header_names, own, spec.header_padding, spec.spaced_header, spec.aligned
+        )
         weight_map |= {tensor.name: name for tensor in part}
     if spec.files > 1:
         total = sum(len(tensor.data) for tensor in tensors)
@@ -590,9 +617,9 @@ def _config(spec: Spec, model: _Model) -> dict[str, Any]:
     text: dict[str, Any] = {
         "attention_dropout": 0.0,
         "hidden_act": "silu",
-        "hidden_size": HIDDEN,
-        "intermediate_size": DENSE_WIDTH,
-        "moe_intermediate_size": EXPERT_WIDTH,
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.dense_width,
+        "moe_intermediate_size": spec.expert_width,
         "num_attention_heads": HEADS,
         "num_experts_per_tok": spec.top_k,
         "num_hidden_layers": spec.layers,

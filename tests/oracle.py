@@ -92,19 +92,28 @@ def owner(physical: int, experts: int, ranks: int) -> int:
     return owners[physical]
 
 
-def assert_resharded(source: Path, output: Path, ranks: int, placement: Placement = zigzag) -> None:
-    """Raise AssertionError that says where `output` is not `source` dealt to `ranks` EP ranks."""
+def assert_resharded(
+    source: Path, output: Path, ranks: int, placement: Placement = zigzag, *, by_rank: bool = True, undigested: int = 0
+) -> None:
+    """Raise AssertionError that says where `output` is not `source` dealt to `ranks` EP ranks.
+
+    Its files are those of the ranks, or with `by_rank` false those of the source. `undigested` says how many of its
+    tensors may lack a digest, and do.
+    """
     wanted, placements = _wanted_tensors(source, ranks, placement)
     files = {path.name: read_safetensors(path) for path in sorted(output.glob("*.safetensors"))}
-    _check_file_names(files.keys(), ranks)
-    _check_tensors(wanted, files, ranks)
-    _check_layout(source, output, files)
+    if by_rank:
+        _check_file_names(files.keys(), ranks)
+    else:
+        _check_same_files(source, files, placements)
+    _check_tensors(wanted, files, ranks if by_rank else None)
+    _check_layout(source, output, files, by_rank)
     _check_index(output, files)
     contract = _check_configs(source, output, placements)
     if contract is not None:
         _check_contract(contract, source, ranks, placements)
     _check_other_files(source, output)
-    _check_manifest(output, files, ranks, placements)
+    _check_manifest(output, files, ranks, placements, undigested)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Located]]:
@@ -219,33 +228,48 @@ def _check_file_names(names: Iterable[str], ranks: int) -> None:
         assert sorted(found) == expected, f"{series}: numbers {sorted(found)}, expected {expected}"
 
 
-def _check_tensors(wanted: dict[str, Wanted], files: Files, ranks: int) -> None:
+def _check_same_files(source: Path, files: Files, placements: dict[str, list[int]]) -> None:
+    """The source's names, and in each file the same tensors in the same order, as far into a page as they were."""
+    sources = {path.name: read_safetensors(path)[1] for path in source.glob("*.safetensors")}
+    assert sources.keys() == files.keys(), f"files {sorted(files)}, the source has {sorted(sources)}"
+    for name, tensors in sources.items():
+        expected = [(tensor.start % 4096, _mapped_name(key, placements)) for key, tensor in _in_order(tensors)]
+        found = [(tensor.start % 4096, key) for key, tensor in _in_order(files[name][1])]
+        assert found == expected, f"{name} holds {found}, expected {expected}"
+
+
+def _in_order(tensors: dict[str, Located]) -> list[tuple[str, Located]]:
+    return sorted(tensors.items(), key=lambda item: (item[1].start, len(item[1].data)))
+
+
+def _check_tensors(wanted: dict[str, Wanted], files: Files, ranks: int | None) -> None:
+    """Every tensor once, as it should be, and unless `ranks` is None in a file of its rank."""
     copies = Counter(name for _, tensors in files.values() for name in tensors)
     assert max(copies.values()) == 1, f"more than once: {[name for name, n in copies.items() if n > 1]}"
     missing, extra = sorted(wanted.keys() - copies.keys()), sorted(copies.keys() - wanted.keys())
     assert not (missing or extra), f"tensors missing {missing}, extra {extra}"
     for file, (_, tensors) in files.items():
         match = OUTPUT_FILE.fullmatch(file)
-        assert match
-        rank = None if match["rank"] is None else int(match["rank"])
+        rank = int(match["rank"]) if match and match["rank"] is not None else None
         for name, tensor in tensors.items():
             want = wanted[name]
             assert (tensor.dtype, tensor.shape) == (want.dtype, want.shape), (
                 f"{name} is {tensor.dtype} {tensor.shape}, expected {want.dtype} {want.shape}"
             )
             assert tensor.data == want.data, f"{name} in {file} has other bytes than it should"
-            assert rank == want.rank, f"{name} is in {file}, but belongs to rank {want.rank} of {ranks}"
+            if ranks is not None:
+                assert rank == want.rank, f"{name} is in {file}, but belongs to rank {want.rank} of {ranks}"
 
 
-def _check_layout(source: Path, output: Path, files: Files) -> None:
+def _check_layout(source: Path, output: Path, files: Files, aligned: bool) -> None:
     """Aligned tensors, metadata kept, and the usual library can load every tensor."""
     sources = [read_safetensors(path)[0].items() for path in source.glob("*.safetensors")]
     common = dict(set.intersection(*map(set, sources)))
     for file, (metadata, tensors) in files.items():
         assert common.items() <= metadata.items(), f"{file} lost metadata: {metadata}, source has {common}"
         begin = min(tensor.start for tensor in tensors.values())
-        assert begin % 8 == 0, f"{file}: the data starts at {begin}, which is not a multiple of 8"
-        for name, tensor in tensors.items():
+        assert begin % 8 == 0 or not aligned, f"{file}: the data starts at {begin}, which is not a multiple of 8"
+        for name, tensor in tensors.items() if aligned else ():
             offset = tensor.start - begin
             assert offset % DTYPE_BYTES[tensor.dtype] == 0, f"{file}: {name} ({tensor.dtype}) at {offset}"
         with safe_open(output / file, framework="pt") as opened:
@@ -354,8 +378,10 @@ def _check_manifest(
     files: Files,
     ranks: int,
     placements: dict[str, list[int]],
+    undigested: int,
 ) -> None:
     manifest = json.loads((output / MANIFEST).read_bytes())
+    lacking = 0
     assert "version" in manifest, "the manifest has no version"
     assert manifest["ep_size"] == ranks, f"the manifest's ep_size is {manifest['ep_size']}, not {ranks}"
     assert manifest["strategy"] == "zigzag", f"the manifest's strategy is {manifest['strategy']}"
@@ -370,7 +396,15 @@ def _check_manifest(
         rank = int(match["rank"]) if match and match["rank"] is not None else None
         assert entry["size"] == len(data), f"the manifest says {name} has {entry['size']} bytes, not {len(data)}"
         assert entry["rank"] == rank, f"the manifest says {name} is of rank {entry['rank']}, not {rank}"
-        assert entry["digest"] == blake3(data).hexdigest(), f"the manifest has a wrong digest for {name}"
         tensors = files[name][1] if name in files else {}
         digests = {tensor: blake3(located.data).hexdigest() for tensor, located in tensors.items()}
-        assert (entry.get("tensors") or {}) == digests, f"the manifest has wrong tensor digests for {name}"
+        found = entry.get("tensors") or {}
+        lacks = {tensor for tensor, digest in found.items() if digest is None}
+        lacking += len(lacks)
+        expected = None if lacks else blake3(data).hexdigest()
+        assert entry["digest"] == expected, f"the manifest has a wrong digest for {name}"
+        assert found == digests | dict.fromkeys(lacks), f"the manifest has wrong tensor digests for {name}"
+        if tensors:
+            header = data[: 8 + int.from_bytes(data[:8], "little")]
+            assert entry["header"] == blake3(header).hexdigest(), f"the manifest has a wrong header digest for {name}"
+    assert lacking == undigested, f"{lacking} tensors have no digest, expected {undigested}"

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from blake3 import blake3
@@ -26,14 +27,17 @@ from reshard.zigzag import plan_resharding
 FLIPS = 150
 
 
-def assert_round_trip(spec: Spec, ranks: int, max_shard_kb: int, directory: Path) -> None:
+def assert_round_trip(
+    spec: Spec, ranks: int, max_shard_kb: int, directory: Path, layout: Literal["ranks", "source"] = "ranks"
+) -> None:
     """Build, zigzag, judge, verify with and without the source, restore, compare."""
     source, output, restored = directory / "source", directory / "output", directory / "restored"
     build(spec, source)
     before = tree(source)
-    run_well("zigzag", "--src", source, "--ep", ranks, "--out", output, "--max-shard-size", f"{max_shard_kb}KB")
-    assert_resharded(source, output, ranks)
-    for path in output.glob("*.safetensors"):
+    options = ["--max-shard-size", f"{max_shard_kb}KB", "--layout", layout]
+    run_well("zigzag", "--src", source, "--ep", ranks, "--out", output, *options)
+    assert_resharded(source, output, ranks, by_rank=layout == "ranks")
+    for path in output.glob("*.safetensors") if layout == "ranks" else ():
         sizes = [len(tensor.data) for tensor in read_safetensors(path)[1].values()]
         assert sum(sizes) <= max_shard_kb * 1000 or len(sizes) == 1, f"{path.name} holds {sum(sizes)} bytes"
     run_well("verify", output)
@@ -73,19 +77,29 @@ def specs(draw: st.DrawFn) -> Spec:
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(spec=specs(), data=st.data(), max_shard_kb=st.sampled_from([3, 20, 10**6]))
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    spec=specs(),
+    data=st.data(),
+    max_shard_kb=st.sampled_from([3, 20, 10**6]),
+    layout=st.sampled_from(["ranks", "ranks", "source"]),
+)
 def test_any_checkpoint_is_resharded_exactly_and_restored_byte_for_byte(
-    spec: Spec, data: st.DataObject, max_shard_kb: int
+    spec: Spec, data: st.DataObject, max_shard_kb: int, layout: Literal["ranks", "source"]
 ) -> None:
     ranks = data.draw(st.integers(2, min(spec.experts, 12)), label="ranks")
     with tempfile.TemporaryDirectory() as directory:
-        assert_round_trip(spec, ranks, max_shard_kb, Path(directory))
+        assert_round_trip(spec, ranks, max_shard_kb, Path(directory), layout)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_that_no_ep_size_divides_evenly_make_the_round_trip(family: str, tmp_path: Path) -> None:
     assert_round_trip(Spec(family, experts=8), 3, 20, tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_may_stay_those_of_the_source(family: str, tmp_path: Path) -> None:
+    assert_round_trip(Spec(family, experts=8), 3, 20, tmp_path, "source")
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "awq", "compressed-tensors", "modelopt"])
