@@ -5,7 +5,7 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 SERVING := tests/serving
 
-.PHONY: help setup demo test test-fast lint types stress scale clean
+.PHONY: help setup demo test test-fast lint types stress bench clean
 
 help: ## what one can do here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -50,8 +50,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-scale: setup ## DeepSeek-R1 at real size: sparse in full, and one layer in bytes (35 GB of disk)
-	$(BIN)/python benchmarks/real_scale.py
+bench: setup ## every figure of the README beside cp and others, R1 in full and in bytes (root, 45 GB of disk)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python benchmarks/bench.py
 
 clean: ## remove what the other targets made
 	rm -rf .venv .venv-vllm build examples/out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

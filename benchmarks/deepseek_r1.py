@@ -80,7 +80,32 @@ def build_layer(directory: Path, layer: int = 3, files: int = 3) -> None:
     directory.mkdir(parents=True)
     generator = torch.Generator().manual_seed(layer)
     shards = _split([tensor for tensor in tensors() if tensor.layer == layer], files)
-    names = [f"model-{number:05}-of-{files:05}.safetensors" for number in range(1, files + 1)]
+    _write_shards(directory, shards, generator)
+
+
+def build_like(directory: Path, layers: int, hidden: int, width: int, files: int) -> None:
+    """`layers` MoE layers with R1's names and dtypes, its hidden states and experts narrowed, random bytes."""
+    import torch
+
+    directory.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    narrowed = {7168: hidden, 2048: width, 56: max(1, hidden // 128), 16: max(1, width // 128)}
+    of_layer = [tensor for tensor in tensors() if tensor.layer == 3]
+    found = [
+        Tensor(
+            tensor.name.replace(".3.", f".{3 + number}.", 1),
+            tensor.dtype,
+            [narrowed.get(length, length) for length in tensor.shape],
+        )
+        for number in range(layers)
+        for tensor in of_layer
+        if ".self_attn." not in tensor.name
+    ]
+    _write_shards(directory, _split(found, files), generator)
+
+
+def _write_shards(directory: Path, shards: list[list[Tensor]], generator: torch.Generator) -> None:
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         with (directory / name).open("wb") as file:
             file.write(_header(shard))
@@ -93,7 +118,7 @@ def _random_bytes(tensor: Tensor, generator: torch.Generator) -> bytearray:
     import torch
 
     data = bytearray(tensor.size)
-    if tensor.dtype == "F8_E4M3":
+    if tensor.dtype == "F8_E4M3" and tensor.size % 8 == 0:
         torch.frombuffer(data, dtype=torch.int64).random_(generator=generator)
     else:  # routers are computed with, so they have to be numbers
         dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[tensor.dtype]

@@ -150,19 +150,26 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
 
 def _contract_on_disk(model_config: Any) -> Contract | None:
     """The model's contract, from its config.json itself in case the config object lost it on the way."""
-    path = Path(model_config.model, "config.json")
     value = getattr(model_config.hf_config, CONTRACT_KEY, None)
-    if value is None and path.is_file():
-        value = json.loads(path.read_bytes()).get(CONTRACT_KEY)
-    return contract_from_json(value, str(model_config.model)) if value is not None else None
+    if value is not None:
+        return contract_from_json(value, str(model_config.model))
+    return _contract_in(Path(model_config.model))
+
+
+def _contract_in(folder: Path) -> Contract | None:
+    path = folder / "config.json"
+    value = json.loads(path.read_bytes()).get(CONTRACT_KEY) if path.is_file() else None
+    return contract_from_json(value, str(path)) if value is not None else None
 
 
 def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[str]]:
     @functools.wraps(filter_files)
     def filter_duplicate_safetensors_files(files: list[str], folder: str, index_file: str) -> list[str]:
         sizes = {int(match[2]) for file in files if (match := RANK_FILE.fullmatch(Path(file).name))}
+        by_rank = len(sizes) == 1
+        contract = None if by_rank else _contract_in(Path(folder))
         index = Path(folder, index_file)
-        if len(sizes) != 1 or not index.is_file():
+        if not (by_rank or contract) or not index.is_file():
             return filter_files(files, folder, index_file)
         from vllm.config import get_current_vllm_config
         from vllm.logger import init_logger
@@ -171,10 +178,13 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
         weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
         parallel = _parallel(config.parallel_config, str(config.load_config.load_format), weight_map)
         logger = init_logger("vllm.plugins.reshard")
+        made_for = contract.ep_size if contract else sizes.pop()
         for words in words_on(
-            sizes.pop(), parallel, config.parallel_config.expert_placement_strategy, config.parallel_config.enable_eplb
+            made_for, parallel, config.parallel_config.expert_placement_strategy, config.parallel_config.enable_eplb
         ):
             logger.warning("%s: %s", folder, words)
+        if not by_rank:
+            return filter_files(files, folder, index_file)
         named = [str(Path(folder, name)) for name in sorted(set(weight_map.values()))]
         chosen = choose_files(named, files, config.model_config.get_num_experts(), parallel)
         logger.info("EP rank %d reads %d of %d files", parallel.ep_rank, len(chosen), len(named))

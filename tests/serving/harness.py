@@ -93,15 +93,16 @@ class Serving:
 
         return self._made(f"{kind}-{_digest([mtp, seed, config])}", make)
 
-    def resharded(self, model: Path, ep: int) -> Path:
+    def resharded(self, model: Path, ep: int, layout: str = "ranks") -> Path:
         """`reshard zigzag` of a model."""
 
         def make(directory: Path) -> None:
             arguments = ["zigzag", "--src", str(model), "--ep", str(ep), "--out", str(directory), "--quiet"]
+            arguments += ["--layout", layout]
             result = CliRunner().invoke(main, arguments, catch_exceptions=False)
             assert result.exit_code == 0, result.output
 
-        return self._made(f"{model.name}-zz{ep}", make)
+        return self._made(f"{model.name}-zz{ep}-{layout}", make)
 
     def staged(self, output: Path, ranks: str) -> Path:
         """`reshard stage` of an output."""

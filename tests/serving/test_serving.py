@@ -187,9 +187,18 @@ def test_round_robin_on_top_of_an_output_is_right_and_the_log_says_to_leave_it_o
     assert "round_robin undoes the placement" in answer.log
 
 
-def test_on_fewer_ranks_than_it_was_made_for_the_output_is_right_and_the_log_says_to_reshard(serving: Serving) -> None:
+def test_an_output_whose_files_are_those_of_the_source_answers_the_same(serving: Serving) -> None:
     source = v3(serving)
-    answer = serving.generate(serving.resharded(source, 4), ranks=2)
+    answer = serving.generate(serving.resharded(source, 2, "source"), ranks=2)
+    assert_equal(answer, round_robin(serving, source))
+
+
+@pytest.mark.parametrize("layout", ["ranks", "source"])
+def test_on_fewer_ranks_than_it_was_made_for_the_output_is_right_and_the_log_says_to_reshard(
+    layout: str, serving: Serving
+) -> None:
+    source = v3(serving)
+    answer = serving.generate(serving.resharded(source, 4, layout), ranks=2)
     assert_close(answer, round_robin(serving, source))
     warnings = [line for line in answer.log.splitlines() if "WARNING" in line and "reshard" in line]
     assert any(re.search(r"\b4\b", line) and re.search(r"reshard zigzag|--ep", line) for line in warnings), warnings
