@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -310,10 +311,16 @@ def disk(work: Path, kind: str, gigabytes: int) -> Iterator[Path]:
 
 
 def used(mounted: Path) -> int:
-    """Bytes taken there, all that was written included."""
-    subprocess.run(["sync", "-f", mounted], check=True)
-    found = os.statvfs(mounted)
-    return (found.f_blocks - found.f_bfree) * found.f_frsize
+    """Bytes taken there, when all that was written is on disk and all that was removed is gone."""
+    before = -1
+    while True:
+        subprocess.run(["sync", "-f", mounted], check=True)
+        found = os.statvfs(mounted)
+        now = (found.f_blocks - found.f_bfree) * found.f_frsize
+        if now == before:
+            return now
+        before = now
+        time.sleep(2)  # file systems let go of removed files later
 
 
 def results(rows: Sequence[Row]) -> str:
