@@ -5,7 +5,7 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 SERVING := tests/serving
 
-.PHONY: help setup demo test test-fast lint types stress bench clean
+.PHONY: help setup demo test test-fast test-gpu lint types stress bench clean
 
 help: ## what one can do here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ test-fast: lint types ## the same without vLLM
 
 stress: setup ## the tests that repeat themselves, in their long form: crashes, power cuts, random input
 	RESHARD_LONG_TESTS=1 $(BIN)/python -m pytest tests/test_crash.py tests/test_fuzz.py
+
+test-gpu: ## real vLLM on one GPU, where vLLM, pytest and this package's requirements are installed
+	$(PYTHON) -m pytest -o addopts= -rA -q tests/gpu
 
 lint: setup
 	$(BIN)/ruff check .

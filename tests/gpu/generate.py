@@ -1,0 +1,67 @@
+"""Greedy decoding by vLLM's `LLM` on the GPU; one process for each EP rank. Runs where vLLM is.
+
+Reads one JSON object from standard input: `model`, `prompts` (lists of token ids), `max_tokens`, `llm` (arguments of
+`vllm.LLM`). Prints one line of JSON; everything else goes to standard error. Log-probabilities are written by
+`float.hex`, so that equal text is equal bits.
+
+    tokens            [prompt][position]
+    logprobs          [prompt][position] of the generated tokens: token id to log-probability
+    prompt_logprobs   the same of the prompt's tokens after the first; null where `llm` has speculation
+    drafts            drafted and accepted tokens
+    rearrangements    how often EPLB rearranged experts
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+TOP = 20
+FIXED: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "enable_prefix_caching": False,
+    "max_model_len": 512,
+    "skip_tokenizer_init": True,
+    "disable_log_stats": False,
+    "seed": 0,
+}
+
+
+def generate(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer a request."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=request["model"], **{**FIXED, **request["llm"]})
+    speculative = "speculative_config" in request["llm"]
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=request["max_tokens"],
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=TOP,
+        prompt_logprobs=None if speculative else TOP,
+    )
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
+    metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "logprobs": [to_hex(output.outputs[0].logprobs) for output in outputs],
+        "prompt_logprobs": None if speculative else [to_hex(output.prompt_logprobs[1:]) for output in outputs],
+        "drafts": [metrics.get(f"vllm:spec_decode_num_{what}_tokens") for what in ("draft", "accepted")],
+    }
+
+
+def to_hex(positions: Any) -> list[dict[str, str]]:
+    """Log-probabilities of one prompt: for each position those of some token ids."""
+    return [{str(token): value.logprob.hex() for token, value in position.items()} for position in positions]
+
+
+if __name__ == "__main__":
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what libraries and workers print is no answer
+    line = json.dumps(generate(json.load(sys.stdin)))
+    os.write(answers, f"{line}\n".encode())
+    os._exit(0)  # engines that share a process with their driver may hang in their own clearing up

@@ -1,0 +1,169 @@
+"""Real vLLM on one GPU, as subprocesses: one for each EP rank. Models, outputs and answers are kept for the session."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+TIMEOUT = 400  # seconds; a start with torch.compile takes up to 150
+PROMPTS = tuple(
+    tuple((7 * number + 13 * position) % 250 + 2 for position in range(3 + 9 * number)) for number in range(12)
+)
+MAX_TOKENS = 32
+ENTRY_POINTS = {"reshard": "reshard.vllm:register", "one_gpu": "one_gpu:install"}
+
+# Ranks that share the GPU, through gloo; each may take its share of the memory only.
+SHARED_GPU: dict[str, Any] = {
+    "enable_expert_parallel": True,
+    "distributed_executor_backend": "external_launcher",
+    "disable_custom_all_reduce": True,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 1 << 29,
+    "gpu_memory_utilization": 0.1,
+}
+GRAPHS: dict[str, Any] = {
+    "gpu_memory_utilization": 0.3,
+    "kv_cache_memory_bytes": 1 << 30,
+    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]},
+}
+EAGER: dict[str, Any] = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What vLLM answered; `log` is what it printed. Where `status` is not 0 there are no tokens."""
+
+    status: int
+    log: str
+    tokens: list[list[int]]
+    logprobs: Any
+    prompt_logprobs: Any
+    drafts: list[float | None]
+
+    @property
+    def bits(self) -> object:
+        """All tokens and log-probabilities: equal if and only if they are equal to the last bit."""
+        return self.tokens, self.logprobs, self.prompt_logprobs
+
+    @property
+    def flat(self) -> list[int]:
+        """All generated tokens."""
+        return [token for prompt in self.tokens for token in prompt]
+
+
+class Gpu:
+    """The GPU, and a directory for models, outputs and answers."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._answers: dict[str, Answer] = {}
+        site = directory / "site"
+        for name, target in ENTRY_POINTS.items():
+            info = site / f"{name}-0.dist-info"
+            info.mkdir(parents=True, exist_ok=True)
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+            (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{name} = {target}\n")
+        paths = [str(site), str(HERE), *os.environ.get("PYTHONPATH", "").split(":"), str(ROOT)]
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": ":".join(filter(None, paths)),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_USE_DEEP_GEMM": "0",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+
+    def made(self, name: str, make: Callable[[Path], None]) -> Path:
+        """The directory `name`, made by `make` where it is not there yet."""
+        directory = self.directory / name
+        if not directory.exists():
+            unfinished = self.directory / f"{name}.unfinished"
+            make(unfinished)
+            unfinished.rename(directory)
+        return directory
+
+    def resharded(self, model: Path, ep: int) -> Path:
+        """`reshard zigzag` of a model."""
+
+        def make(out: Path) -> None:
+            arguments = ["zigzag", "--src", model, "--ep", str(ep), "--out", out, "--quiet"]
+            command = [sys.executable, "-m", "reshard", *arguments]
+            subprocess.run(command, env=self.environment, check=True, timeout=TIMEOUT)
+
+        return self.made(f"{model.name}-zz{ep}", make)
+
+    def answer(
+        self,
+        model: Path,
+        llm: dict[str, Any],
+        *,
+        ranks: int = 1,
+        plugins: str | None = None,
+        prompts: Sequence[Sequence[int]] = PROMPTS,
+        max_tokens: int = MAX_TOKENS,
+    ) -> Answer:
+        """Greedy decoding of `model`; the same call is answered once."""
+        request = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": llm}
+        key = hashlib.sha256(json.dumps([request, ranks, plugins], sort_keys=True).encode()).hexdigest()
+        if key not in self._answers:
+            self._answers[key] = self._run(request, ranks, plugins)
+        return self._answers[key]
+
+    def _run(self, request: dict[str, Any], ranks: int, plugins: str | None) -> Answer:
+        environment = {**self.environment, **({} if plugins is None else {"VLLM_PLUGINS": plugins})}
+        processes = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(ranks):
+            more = {}
+            if ranks > 1:
+                more = {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": "0",
+                    "WORLD_SIZE": str(ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "VLLM_DISABLE_PYNCCL": "1",
+                }
+                request = {**request, "llm": {**request["llm"], "tensor_parallel_size": ranks}}
+            log = (self.directory / f"log{rank}").open("w+")
+            process = subprocess.Popen(
+                [sys.executable, HERE / "generate.py"],
+                env={**environment, **more},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(request))
+            process.stdin.close()
+            process.stdin = None
+            processes.append((process, log))
+        try:
+            outputs = [process.communicate(timeout=TIMEOUT)[0] for process, _ in processes]
+        finally:
+            for process, _ in processes:
+                process.kill()
+        logs = []
+        for _, log in processes:
+            log.seek(0)
+            logs.append(log.read())
+            log.close()
+        statuses = [process.returncode for process, _ in processes]
+        failed = next((rank for rank, status in enumerate(statuses) if status), None)
+        if failed is not None:
+            return Answer(statuses[failed], logs[failed], [], [], [], [])
+        assert len(set(outputs)) == 1, "the ranks do not agree"
+        return Answer(0, "".join(logs), **json.loads(outputs[0]))

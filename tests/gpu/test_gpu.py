@@ -1,0 +1,122 @@
+"""Real vLLM with its CUDA kernels on one GPU: what it answers from outputs of `reshard zigzag`, beside the originals.
+
+"Identical" is to the last bit of all tokens and log-probabilities. EP ranks share the GPU, through gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import EAGER, GRAPHS, HERE, SHARED_GPU, Answer, Gpu
+
+Model = Callable[[Gpu], Path]
+
+
+def _small(gpu: Gpu, kind: str, *, mtp: bool = False, **config: Any) -> Path:
+    def make(directory: Path) -> None:
+        options = [*(["--mtp"] if mtp else []), "--config", json.dumps(config)]
+        command = [sys.executable, HERE / "models.py", kind, directory, *options]
+        subprocess.run(command, env=gpu.environment, check=True)
+
+    return gpu.made(f"{kind}{'-mtp' * mtp}{''.join(f'-{value}' for value in config.values())}", make)
+
+
+def v3(gpu: Gpu) -> Path:
+    """256 experts in 8 groups, by sigmoid and with a bias."""
+    return _small(gpu, "deepseek_v3")
+
+
+def v2(gpu: Gpu) -> Path:
+    """160 experts in 8 groups, by softmax and without a bias."""
+    return _small(gpu, "deepseek_v2", n_routed_experts=160, topk_group=3, num_experts_per_tok=6)
+
+
+def uneven(gpu: Gpu) -> Path:
+    """252 experts in 12 groups, which 8 ranks do not divide."""
+    return _small(gpu, "deepseek_v3", n_routed_experts=252, n_group=12)
+
+
+def r1(gpu: Gpu) -> Path:
+    """A dense layer and two MoE layers of DeepSeek-R1 at their size, FP8 in blocks of 128 x 128."""
+
+    def make(directory: Path) -> None:
+        subprocess.run([sys.executable, HERE / "models.py", "r1", directory], env=gpu.environment, check=True)
+
+    return gpu.made("r1", make)
+
+
+def assert_identical(answer: Answer, expected: Answer) -> None:
+    assert answer.status == 0, answer.log[-6000:]
+    assert expected.status == 0, expected.log[-6000:]
+    agreeing = sum(one == other for one, other in zip(answer.flat, expected.flat, strict=True))
+    assert answer.tokens == expected.tokens, f"{agreeing} of {len(expected.flat)} tokens agree"
+    assert answer.bits == expected.bits, "same tokens, other log-probabilities"
+    print(f"identical: {len(expected.flat)} tokens and their log-probabilities")
+
+
+@pytest.mark.parametrize("model", [v3, v2])
+def test_ep_1_with_torch_compile_and_cuda_graphs_is_identical_to_the_original(model: Model, gpu: Gpu) -> None:
+    source = model(gpu)
+    assert_identical(gpu.answer(gpu.resharded(source, 8), GRAPHS), gpu.answer(source, GRAPHS))
+
+
+@pytest.mark.parametrize(("model", "ranks"), [(v3, 2), (v3, 4), (v3, 8), (v2, 2), (v2, 8), (uneven, 8)])
+def test_ep_is_identical_to_the_original_under_round_robin(model: Model, ranks: int, gpu: Gpu) -> None:
+    source = model(gpu)
+    original = {**SHARED_GPU, "expert_placement_strategy": "round_robin"}
+    expected = gpu.answer(source, original, ranks=ranks)
+    assert "round_robin" in expected.log
+    assert_identical(gpu.answer(gpu.resharded(source, ranks), SHARED_GPU, ranks=ranks), expected)
+
+
+def test_the_control_without_the_contract_gives_other_tokens(gpu: Gpu) -> None:
+    source = v3(gpu)
+
+    def make(directory: Path) -> None:
+        shutil.copytree(gpu.resharded(source, 8), directory)
+        shutil.copy(source / "config.json", directory)
+
+    spoilt = gpu.answer(gpu.made("no-contract", make), EAGER)
+    expected = gpu.answer(source, EAGER)
+    assert spoilt.status == 0, spoilt.log[-6000:]
+    agreeing = sum(one == other for one, other in zip(spoilt.flat, expected.flat, strict=True))
+    print(f"without the contract {agreeing} of {len(expected.flat)} tokens agree")
+    assert agreeing < len(expected.flat) // 2
+
+
+def test_mtp_drafts_are_accepted_as_often_as_the_original_s(gpu: Gpu) -> None:
+    source = _small(gpu, "deepseek_v3", mtp=True, num_hidden_layers=2)
+    drafting = {**EAGER, "speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+    answer, expected = gpu.answer(gpu.resharded(source, 8), drafting), gpu.answer(source, drafting)
+    assert_identical(answer, expected)
+    assert answer.drafts == expected.drafts
+    assert expected.drafts[0]
+    print(f"drafted and accepted: {expected.drafts}")
+
+
+def test_eplb_rearranges_from_zigzag_and_answers_stay_right(gpu: Gpu) -> None:
+    source = v3(gpu)
+    steps = {"window_size": 4, "step_interval": 8, "use_async": False, "communicator": "torch_gloo"}
+    balancing = {**SHARED_GPU, "enable_eplb": True, "eplb_config": steps}
+    answer = gpu.answer(gpu.resharded(source, 2), balancing, ranks=2)
+    assert answer.status == 0, answer.log[-8000:]
+    assert re.search(r"Rearranged experts\s+in", answer.log)
+    expected = gpu.answer(source, SHARED_GPU, ranks=2)
+    first = [prompt[0] for prompt in answer.tokens]
+    agreeing = sum(one == other[0] for one, other in zip(first, expected.tokens, strict=True))
+    print(f"EPLB: the first token of {agreeing} of {len(first)} prompts agrees with the original's without it")
+    assert agreeing >= len(first) - 1
+
+
+@pytest.mark.parametrize("how", [EAGER, GRAPHS], ids=["eager", "graphs"])
+def test_fp8_blocks_at_the_size_of_r1_s_layers_are_identical_at_ep_1(how: dict[str, Any], gpu: Gpu) -> None:
+    source = r1(gpu)
+    assert_identical(gpu.answer(gpu.resharded(source, 8), how), gpu.answer(source, how))
