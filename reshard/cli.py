@@ -103,7 +103,9 @@ def main() -> None:
     show_default=True,
     help="Files by EP rank, or one for each file of the source.",
 )
-@click.option("--max-shard-size", default="5GB", show_default=True, callback=_size, help="Of a file's tensors.")
+@click.option(
+    "--max-shard-size", default="5GB", show_default=True, callback=_size, help="Of a file's tensors, by rank."
+)
 @_reflink
 @click.option(
     "--digests",

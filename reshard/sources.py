@@ -59,6 +59,7 @@ class OpenSources:
             status = os.fstat(self._fds[name])
             if status.st_blocks * 512 < status.st_size:
                 self._sparse.add(name)
+                os.fsync(self._fds[name])  # some file systems take for a hole what is not on disk yet
             self._check(name)
             header = self._headers.get(name, b"")
             found = bytearray(len(header))

@@ -17,6 +17,7 @@ from .contract import CONTRACT_KEY, LOCKED_KEYS, Contract, Placement, contract_t
 from .copy import Outcome, Progress, run
 from .errors import CheckpointError, OutputError
 from .expert_names import map_config_files
+from .extents import shareable
 from .layouts import as_source, by_rank, why_not_shared
 from .manifest import (
     MANIFEST,
@@ -246,6 +247,8 @@ def _weights(
     """The weight files of an output, and whether they share blocks after all."""
     if layout == "source":
         files = as_source(checkpoint, model, physical_to_logical, block_size=sharing.block_size, digests=digests)
+        if sharing.required and not any(shareable(file.parts, sharing.block_size) for file in files):
+            raise OutputError(f"{checkpoint.root}: --reflink always, but its tensors are too small to share blocks")
         return files, sharing
     cut = partial(
         by_rank, checkpoint, model, physical_to_logical, ep_size, max_shard_size=max_shard_size, digests=digests

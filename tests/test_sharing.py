@@ -193,6 +193,18 @@ def test_the_kernel_may_copy_what_needs_no_digest(layout: str, tmp_path: Path) -
     assert_identical_trees(source, tmp_path / "back")
 
 
+def test_always_is_refused_where_there_is_nothing_to_share(disk: Mounted, out: Path, tmp_path: Path) -> None:
+    build(Spec("deepseek_v3"), disk.path / "small")
+    for layout, why in (("source", "too small"), ("ranks", "--layout source")):
+        arguments = ["zigzag", "--src", disk.path / "small", "--ep", RANKS, "--out", out, "--layout", layout]
+        refused = run(*arguments, "--reflink", "always")
+        assert refused.exit_code == 1
+        assert why in refused.stderr
+        run_well(*arguments)
+        shutil.rmtree(out)
+    shutil.rmtree(disk.path / "small")
+
+
 def test_a_file_system_that_changes_its_mind_is_copied_to_unless_sharing_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
