@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -159,7 +160,9 @@ def readings(text: str) -> list[Callable[[str], bool]]:
     if pattern == text:
         ways.append(lambda name: fnmatch.fnmatchcase(name, text))
     try:
-        compiled = re.compile(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # [[ and the like, which a later Python may read otherwise
+            compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError):
         return ways
     return [*ways, lambda name: bool(compiled.match(name)), lambda name: bool(compiled.search(name))]

@@ -84,7 +84,8 @@ def _read_header(path: Path) -> Header:
 def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     """The header `raw` (length prefix included) of a file of `file_size` bytes; `path` is for messages and names."""
     entries = _decode(raw[8:], path)
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [None]
     if not all(isinstance(text, str) and _is_utf8(text) for text in texts):
         raise CheckpointError(f"{path}: __metadata__ in the header must map strings to strings, found {metadata!r:.80}")
