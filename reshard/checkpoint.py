@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .header import Header, Tensor, read_header
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half a character: no file name or UTF-8 text can hold one alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,10 @@ def read_checkpoint(root: Path, absent: Container[str] = ()) -> Checkpoint:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file at `path`; CheckpointError where the file is absent or holds anything else."""
     try:
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        value = json.loads(data)
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; a checkpoint directory must have it") from error
     except IsADirectoryError as error:

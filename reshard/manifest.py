@@ -159,6 +159,8 @@ def _inconsistency(manifest: Manifest) -> str | None:
         placed = len(manifest.placement[layer.name])
         if placed != layer.num_experts:
             return f"{layer.name} has {layer.num_experts} experts, but its placement has {placed}"
+        if manifest.ep_size > layer.num_experts:
+            return f"ep_size is {manifest.ep_size}, but {layer.name} has {layer.num_experts} experts"
     for record in manifest.files:
         if record.rank is not None and record.rank >= manifest.ep_size:
             return f"{record.name} is of rank {record.rank}, but there are {manifest.ep_size} ranks"

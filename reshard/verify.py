@@ -201,10 +201,10 @@ def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
     config = checkpoint.config
     if config.get(CONTRACT_KEY) != manifest.contract:
         yield f"{root / CONFIG}: its {CONTRACT_KEY} is not the routing contract of {MANIFEST}"
-    locked = str(config["model_type"]).startswith("reshard_")
+    locked = str(config.get("model_type")).startswith("reshard_")
     if manifest.plugin_required != (contract is not None) or locked != manifest.plugin_required:
         yield (
-            f"{root / CONFIG}: model type {config['model_type']!r:.80}, but by {MANIFEST} the plugin is "
+            f"{root / CONFIG}: model type {config.get('model_type')!r:.80}, but by {MANIFEST} the plugin is "
             f"{'' if manifest.plugin_required else 'not '}required"
         )
     if contract is not None:

@@ -29,7 +29,7 @@ from blake3 import blake3
 from checkpoints import Spec, build
 from click.testing import Result
 from command_line import run, run_well
-from hypothesis import HealthCheck, Phase, currently_in_test_context, given, note, reject, settings
+from hypothesis import HealthCheck, Phase, currently_in_test_context, example, given, note, reject, settings
 from hypothesis import strategies as st
 from oracle import assert_identical_trees
 
@@ -299,6 +299,18 @@ strokes = st.lists(
     max_size=3,
 )
 damages = edits | edits | strokes
+names = st.lists(  # the children of a header are its tensors
+    st.builds(
+        Edit,
+        st.sampled_from(["part of key", "part of key", "swap keys", "rename"]),
+        st.tuples(st.integers(0, 999)),
+        st.tuples(st.integers(0, 999)),
+        st.booleans(),
+        st.sampled_from([*NAMES, *STRINGS]),
+    ),
+    min_size=1,
+    max_size=3,
+)
 Damage = list[Edit] | list[Stroke]
 
 
@@ -569,7 +581,13 @@ layouts = st.sampled_from(LAYOUTS)
 
 
 @examples(90, 4000)
-@given(model=models, damage=damages, which=st.integers(0, 2), length_follows=st.sampled_from([True, True, True, False]))
+@example(model="deepseek_v3", damage=[Edit("replace", (0,), (0,), False, "0")], which=0, length_follows=True)
+@given(
+    model=models,
+    damage=damages | names,
+    which=st.integers(0, 2),
+    length_follows=st.sampled_from([True, True, True, False]),
+)
 def test_a_damaged_header_is_refused_in_one_line_or_resharded_and_restored(
     sound: Path, model: str, damage: Damage, which: int, length_follows: bool
 ) -> None:
@@ -585,6 +603,8 @@ def test_a_damaged_index_is_refused_in_one_line_or_resharded_and_restored(
 
 
 @examples(90, 4000)
+@example(model="deepseek_v3", damage=[Edit("replace", (0,), (0,), False, '"re:[[a-z]"')])
+@example(model="deepseek_v3", damage=[Stroke("insert", 133, 0, b"\\ud800")])
 @given(model=models, damage=damages)
 def test_a_damaged_config_is_refused_in_one_line_or_resharded_and_restored(
     sound: Path, model: str, damage: Damage
@@ -593,6 +613,12 @@ def test_a_damaged_config_is_refused_in_one_line_or_resharded_and_restored(
 
 
 @examples(90, 6000)
+@example(
+    model="deepseek_v3",
+    layout="ranks",
+    damage=[Edit("replace by its like", (184,), (10,), False, "0")],
+    forged=True,
+)
 @given(model=models, layout=layouts, damage=damages, forged=st.sampled_from([True, True, False]))
 def test_a_damaged_manifest_is_refused_in_one_line_and_never_makes_a_command_write_elsewhere(
     sound: Path, model: str, layout: str, damage: Damage, forged: bool
@@ -601,6 +627,14 @@ def test_a_damaged_manifest_is_refused_in_one_line_and_never_makes_a_command_wri
 
 
 @examples(60, 3000)
+@example(
+    model="deepseek_v3",
+    layout="ranks",
+    name=CONFIG,
+    which=0,
+    damage=[Edit("delete", (1,), (0,), False, "0")],
+    forged=True,
+)
 @given(
     model=models,
     layout=layouts,
