@@ -287,7 +287,7 @@ def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
                 _unknown(checkpoint, tensor, f"{family.name} keeps its experts in ….{family.block}.experts.…")
             if match := _EXPERT_ID.fullmatch(rest):
                 blocks[block].experts[int(match[1])][match[2]] = tensor
-            elif rest[0].isdigit():
+            elif rest[:1].isdigit():
                 _unknown(checkpoint, tensor, "an expert's tensor is named ….experts.<id>.<anything>")
             else:
                 blocks[block].fused.append(tensor)

@@ -582,6 +582,12 @@ layouts = st.sampled_from(LAYOUTS)
 
 @examples(90, 4000)
 @example(model="deepseek_v3", damage=[Edit("replace", (0,), (0,), False, "0")], which=0, length_follows=True)
+@example(
+    model="gpt_oss in one file",
+    damage=[Edit("part of key", (3,), (164,), False, '""')],
+    which=0,
+    length_follows=True,
+)
 @given(
     model=models,
     damage=damages | names,
