@@ -185,6 +185,9 @@ def compare_routers(source: Original, out: Path, manifest: Manifest) -> RouterCo
     original_config = unlock_config(config) if contract else config
     model = source.model
     routing_after = read_routing(original_config, model.family, str(path))
+    if routing_after.num_experts != model.routing.num_experts:
+        fault = f"{path}: has {routing_after.num_experts} experts, the source {model.routing.num_experts}"
+        return RouterComparison(0, 0, 0, (fault,))
     files_after = {name: out / record.name for record in manifest.files for name in record.tensors}
     problems = []
     ties = 0

@@ -115,8 +115,9 @@ def placement_to_json(placement: Placement) -> list[int] | dict[str, list[int]]:
 
 def placement_from_json(value: Any, layers: list[str], where: str) -> Placement:
     """The inverse of `placement_to_json` for the MoE layers named in `layers`."""
-    by_layer = value if isinstance(value, dict) else dict.fromkeys(layers, value)
-    if not layers or set(by_layer) != set(layers):
+    named = bool(layers) and all(isinstance(layer, str) for layer in layers)
+    by_layer = value if isinstance(value, dict) else dict.fromkeys(layers if named else (), value)
+    if not named or set(by_layer) != set(layers):
         raise CheckpointError(f"{where}.physical_to_logical must have an entry for each of the MoE layers")
     for layer, permutation in by_layer.items():
         numbers = isinstance(permutation, list) and all(type(expert) is int for expert in permutation)

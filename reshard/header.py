@@ -20,6 +20,7 @@ from typing import Any
 from .errors import CheckpointError
 
 MAX_HEADER_SIZE = 100_000_000
+MAX_DEPTH = 126  # objects and lists within a tensor's entry, itself counted, where safetensors stops reading
 ALIGNMENT = 8
 U64_MAX = 2**64 - 1
 _ODD_INTEGER = re.compile(rb"-0|[0-9]{300}")
@@ -194,6 +195,8 @@ def _tensor(name: str, info: Any, data_start: int, path: Path) -> Tensor:
     dtype: Any = info.get("dtype")
     shape: Any = info.get("shape")
     offsets: Any = info.get("data_offsets")
+    if len(info) > 3 and _depth(info) > MAX_DEPTH:
+        raise CheckpointError(f"{where}: nested more than {MAX_DEPTH} deep, which safetensors does not read")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(f"{where}: unknown dtype {dtype!r:.80}; known are {', '.join(DTYPE_BITS)}")
     if not _is_sizes(shape):
@@ -222,6 +225,15 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _depth(value: Any) -> int:
+    """How many objects and lists stand one in the other."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def _is_sizes(value: Any) -> bool:

@@ -588,6 +588,18 @@ layouts = st.sampled_from(LAYOUTS)
     which=0,
     length_follows=True,
 )
+@example(
+    model="deepseek_v3",
+    damage=[Edit("add", (1,), (0,), False, Deep("[]", 32))],
+    which=0,
+    length_follows=True,
+)
+@example(
+    model="deepseek_v3",
+    damage=[Edit("add", (1,), (0,), False, Deep("[]", 30))],
+    which=0,
+    length_follows=True,
+)
 @given(
     model=models,
     damage=damages | names,
@@ -625,6 +637,7 @@ def test_a_damaged_config_is_refused_in_one_line_or_resharded_and_restored(
     damage=[Edit("replace by its like", (184,), (10,), False, "0")],
     forged=True,
 )
+@example(model="deepseek_v3", layout="ranks", damage=[Edit("add", (729, 6), (0,), False, "[]")], forged=True)
 @given(model=models, layout=layouts, damage=damages, forged=st.sampled_from([True, True, False]))
 def test_a_damaged_manifest_is_refused_in_one_line_and_never_makes_a_command_write_elsewhere(
     sound: Path, model: str, layout: str, damage: Damage, forged: bool
@@ -639,6 +652,30 @@ def test_a_damaged_manifest_is_refused_in_one_line_and_never_makes_a_command_wri
     name=CONFIG,
     which=0,
     damage=[Edit("delete", (1,), (0,), False, "0")],
+    forged=True,
+)
+@example(
+    model="deepseek_v3",
+    layout="ranks",
+    name=CONFIG,
+    which=0,
+    damage=[Edit("replace by its like", (294,), (19,), False, "0")],
+    forged=True,
+)
+@example(
+    model="deepseek_v3",
+    layout="ranks",
+    name=CONFIG,
+    which=0,
+    damage=[Edit("replace by its like", (294,), (11,), False, "0")],
+    forged=True,
+)
+@example(
+    model="deepseek_v3",
+    layout="ranks",
+    name=CONFIG,
+    which=0,
+    damage=[Edit("replace by its like", (294,), (4,), False, "0")],
     forged=True,
 )
 @given(

@@ -372,6 +372,13 @@ def test_a_garbled_header_is_judged_as_the_safetensors_library_judges_it(
     same_verdict_as_the_library(single, hostile.join(text, SOUND_DATA))
 
 
+@pytest.mark.parametrize("depth", [1, 124, 125, 126, 127, 900, 3000])
+def test_a_deeply_nested_header_is_judged_as_the_safetensors_library_judges_it(single: Path, depth: int) -> None:
+    text = SOUND_HEADER.replace(b'"dtype"', b'"more":' + b"[" * depth + b"]" * depth + b',"dtype"', 1)
+    assert text != SOUND_HEADER
+    same_verdict_as_the_library(single, hostile.join(text, SOUND_DATA))
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 63) | st.integers(-20, 20).map(lambda n: n - 100))
 def test_a_wrong_length_is_judged_as_the_safetensors_library_judges_it(single: Path, change: int) -> None:
