@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .header import Header, Tensor, read_header
+from .header import Header, Tensor, depth, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
+MAX_NESTING = 100  # of JSON; where Python gives up depends on who asks it
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half a character: no file name or UTF-8 text can hold one alone
 
 
@@ -100,6 +101,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not sound JSON: {error}") from error
+    refuse_depth(value, path)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -188,3 +190,9 @@ def _compare(path: Path, weight_map: dict[str, str], tensors: dict[str, Tensor])
     for name, tensor in tensors.items():
         if name not in weight_map:
             raise CheckpointError(f"{path}: leaves out tensor {name}, which is in {tensor.file}")
+
+
+def refuse_depth(value: Any, path: Path) -> None:
+    """CheckpointError where JSON `value` is nested deeper than any config."""
+    if depth(value) > MAX_NESTING:
+        raise CheckpointError(f"{path}: nested more than {MAX_NESTING} deep, too deeply to be a config")

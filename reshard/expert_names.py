@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, refuse_depth
 from .contract import Placement
 from .errors import CheckpointError, UnsupportedError
 from .moe import MoeModel, renumber
@@ -42,6 +42,7 @@ def map_config_files(checkpoint: Checkpoint, model: MoeModel, placement: Placeme
         path = checkpoint.root / name
         try:
             value = json.loads(path.read_bytes())
+            refuse_depth(value, path)
             mapped = map_strings(value, _Mapper(model, placement, str(path)), str(path))
         except ValueError:
             continue  # no config that any engine could read; it is copied as it is

@@ -623,6 +623,7 @@ def test_a_damaged_index_is_refused_in_one_line_or_resharded_and_restored(
 @examples(90, 4000)
 @example(model="deepseek_v3", damage=[Edit("replace", (0,), (0,), False, '"re:[[a-z]"')])
 @example(model="deepseek_v3", damage=[Stroke("insert", 133, 0, b"\\ud800")])
+@example(model="deepseek_v3", damage=[Edit("repeat", (0,), (1,), False, Deep("[]", 27))])
 @given(model=models, damage=damages)
 def test_a_damaged_config_is_refused_in_one_line_or_resharded_and_restored(
     sound: Path, model: str, damage: Damage
