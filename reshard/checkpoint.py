@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .header import Header, Tensor, depth, read_header
+from .header import Header, Tensor, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
 MAX_NESTING = 100  # of JSON; where Python gives up depends on who asks it
+_BRACKETS = re.compile(rb'"(?:[^"\\\\]|\\\\.)*"|[\[\]{}]', re.DOTALL)  # and strings, whose brackets are text
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half a character: no file name or UTF-8 text can hold one alone
 
 
@@ -90,6 +91,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file at `path`; CheckpointError where the file is absent or holds anything else."""
     try:
         data = path.read_bytes()
+        refuse_nesting(data, path)
         value = json.loads(data)
         if _SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode()
@@ -101,7 +103,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not sound JSON: {error}") from error
-    refuse_depth(value, path)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -192,7 +193,12 @@ def _compare(path: Path, weight_map: dict[str, str], tensors: dict[str, Tensor])
             raise CheckpointError(f"{path}: leaves out tensor {name}, which is in {tensor.file}")
 
 
-def refuse_depth(value: Any, path: Path) -> None:
-    """CheckpointError where JSON `value` is nested deeper than any config."""
-    if depth(value) > MAX_NESTING:
-        raise CheckpointError(f"{path}: nested more than {MAX_NESTING} deep, too deeply to be a config")
+def refuse_nesting(text: bytes, path: Path) -> None:
+    """CheckpointError where the JSON `text` is nested deeper than any config."""
+    if text.count(b"[") + text.count(b"{") <= MAX_NESTING:
+        return
+    depth = 0
+    for token in _BRACKETS.findall(text):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token, 0)
+        if depth > MAX_NESTING:
+            raise CheckpointError(f"{path}: nested more than {MAX_NESTING} deep, too deeply to be a config")

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .checkpoint import Checkpoint, refuse_depth
+from .checkpoint import Checkpoint, refuse_nesting
 from .contract import Placement
 from .errors import CheckpointError, UnsupportedError
 from .moe import MoeModel, renumber
@@ -41,8 +41,9 @@ def map_config_files(checkpoint: Checkpoint, model: MoeModel, placement: Placeme
             continue
         path = checkpoint.root / name
         try:
-            value = json.loads(path.read_bytes())
-            refuse_depth(value, path)
+            text = path.read_bytes()
+            refuse_nesting(text, path)
+            value = json.loads(text)
             mapped = map_strings(value, _Mapper(model, placement, str(path)), str(path))
         except ValueError:
             continue  # no config that any engine could read; it is copied as it is

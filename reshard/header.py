@@ -137,7 +137,7 @@ def build_header(
     return struct.pack("<Q", len(text)) + text
 
 
-def depth(value: Any) -> int:
+def _depth(value: Any) -> int:
     """How many objects and lists stand one in the other."""
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
@@ -204,7 +204,7 @@ def _tensor(name: str, info: Any, data_start: int, path: Path) -> Tensor:
     dtype: Any = info.get("dtype")
     shape: Any = info.get("shape")
     offsets: Any = info.get("data_offsets")
-    if len(info) > 3 and depth(info) > MAX_DEPTH:
+    if len(info) > 3 and _depth(info) > MAX_DEPTH:
         raise CheckpointError(f"{where}: nested more than {MAX_DEPTH} deep, which safetensors does not read")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(f"{where}: unknown dtype {dtype!r:.80}; known are {', '.join(DTYPE_BITS)}")
