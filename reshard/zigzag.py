@@ -126,10 +126,9 @@ def plan_resharding(
     digests: Digests = Digests.ALL,
 ) -> Resharding:
     """Decide how `checkpoint` is rewritten for any placement; `physical_to_logical` has [E] for each MoE layer."""
-    if CONTRACT_KEY in checkpoint.config:
-        raise CheckpointError(
-            f"{checkpoint.root / CONFIG}: has {CONTRACT_KEY}: already resharded; start from the original"
-        )
+    ours = "a model type of reshard" if str(checkpoint.config.get("model_type")).startswith("reshard_") else None
+    if mark := CONTRACT_KEY if CONTRACT_KEY in checkpoint.config else ours:
+        raise CheckpointError(f"{checkpoint.root / CONFIG}: has {mark}: already resharded; start from the original")
     num_experts = model.routing.num_experts
     layers = [layer.name for layer in model.layers]
     if sorted(physical_to_logical) != sorted(layers):

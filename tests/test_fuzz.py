@@ -624,6 +624,7 @@ def test_a_damaged_index_is_refused_in_one_line_or_resharded_and_restored(
 @example(model="deepseek_v3", damage=[Edit("replace", (0,), (0,), False, '"re:[[a-z]"')])
 @example(model="deepseek_v3", damage=[Stroke("insert", 133, 0, b"\\ud800")])
 @example(model="deepseek_v3", damage=[Edit("repeat", (0,), (1,), False, Deep("[]", 27))])
+@example(model="qwen3_5_moe", damage=[Edit("replace by its like", (1,), (224,), False, "0")])
 @given(model=models, damage=damages)
 def test_a_damaged_config_is_refused_in_one_line_or_resharded_and_restored(
     sound: Path, model: str, damage: Damage
