@@ -2,7 +2,8 @@
 
 vLLM makes every router in `create_fused_moe_router`. The router it made is kept, with all that it does after choosing
 (EPLB's mapping and its load recording see physical ids); only what it chooses from is put into logical order before,
-and its answer into physical ids after. So ties fall as in the original, and the weights are the same bits.
+and its answer into physical ids after. So ties fall as in the original, and the weights are the same bits. Where
+`fused` can do all that in one kernel, it does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..contract import CONTRACT_KEY, Contract, contract_from_json
 from ..errors import UnsupportedError
 from ..placement import invert
+from .fused import Fused, fused_in_place_of
 from .patching import replace_once
 from .support import what_is_wrong_with_hook
 
@@ -32,12 +34,21 @@ class LogicalOrder:
     """What is put in front of a router's own class: see the module."""
 
     _physical_of_logical: Tensor  # [E]
+    _fused: Fused | None
 
     def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> Any:
-        logical_logits = router_logits.index_select(1, self._physical_of_logical)
-        weights, ids = super()._compute_routing(hidden_states, logical_logits, *args, **kwargs)  # type: ignore[misc]
-        physical = self._physical_of_logical[ids.clamp(min=0).long()].to(ids.dtype)
-        return weights, physical.where(ids >= 0, ids)  # a negative id marks padding
+        def with_gathers(logits: Tensor) -> tuple[Tensor, Tensor]:
+            logical_logits = logits.index_select(1, self._physical_of_logical)
+            weights, ids = super(LogicalOrder, self)._compute_routing(  # type: ignore[misc]
+                hidden_states, logical_logits, *args, **kwargs
+            )
+            physical = self._physical_of_logical[ids.clamp(min=0).long()].to(ids.dtype)
+            return weights, physical.where(ids >= 0, ids)  # a negative id marks padding
+
+        bias = self.__dict__["e_score_correction_bias"]
+        if self._fused is None:
+            return with_gathers(router_logits)
+        return self._fused.route(router_logits, bias, with_gathers)
 
     @property
     def e_score_correction_bias(self) -> Tensor | None:
@@ -120,7 +131,8 @@ def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any],
     resharded_class = type(f"Resharded{type(router).__name__}", (LogicalOrder, type(router)), {})
     resharded: Any = object.__new__(resharded_class)
     order = torch.tensor(physical_of_logical, device=get_current_vllm_config().device_config.device)
-    resharded.__dict__ = {**vars(router), "_physical_of_logical": order}
+    fused = fused_in_place_of(router, order, prefix)
+    resharded.__dict__ = {**vars(router), "_physical_of_logical": order, "_fused": fused}
     return resharded
 
 

@@ -1,18 +1,19 @@
 """Greedy decoding by vLLM's `LLM` on the GPU; one process for each EP rank. Runs where vLLM is.
 
 Reads one JSON object from standard input: `model`, `prompts` (lists of token ids), `max_tokens`, `llm` (arguments of
-`vllm.LLM`). Prints one line of JSON; everything else goes to standard error. Log-probabilities are written by
-`float.hex`, so that equal text is equal bits.
+`vllm.LLM`), `repeats` (how often to answer; the last answer is given). Prints one line of JSON; everything else goes to
+standard error. Log-probabilities are written by `float.hex`, so that equal text is equal bits.
 
     tokens            [prompt][position]
     logprobs          [prompt][position] of the generated tokens: token id to log-probability
     prompt_logprobs   the same of the prompt's tokens after the first; null where `llm` has speculation
     drafts            drafted and accepted tokens
-    rearrangements    how often EPLB rearranged experts
+    digests           [repeat] of tokens and log-probabilities
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -44,14 +45,18 @@ def generate(request: Mapping[str, Any]) -> dict[str, Any]:
         logprobs=TOP,
         prompt_logprobs=None if speculative else TOP,
     )
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
+    digests = []
+    for _ in range(request["repeats"]):
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
+        answer = {
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "logprobs": [to_hex(output.outputs[0].logprobs) for output in outputs],
+            "prompt_logprobs": None if speculative else [to_hex(output.prompt_logprobs[1:]) for output in outputs],
+        }
+        digests.append(hashlib.sha256(json.dumps(answer).encode()).hexdigest()[:12])
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-    return {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "logprobs": [to_hex(output.outputs[0].logprobs) for output in outputs],
-        "prompt_logprobs": None if speculative else [to_hex(output.prompt_logprobs[1:]) for output in outputs],
-        "drafts": [metrics.get(f"vllm:spec_decode_num_{what}_tokens") for what in ("draft", "accepted")],
-    }
+    drafts = [metrics.get(f"vllm:spec_decode_num_{what}_tokens") for what in ("draft", "accepted")]
+    return {**answer, "drafts": drafts, "digests": digests}
 
 
 def to_hex(positions: Any) -> list[dict[str, str]]:

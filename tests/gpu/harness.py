@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,7 @@ class Answer:
     logprobs: Any
     prompt_logprobs: Any
     drafts: list[float | None]
+    digests: list[str]
 
     @property
     def bits(self) -> object:
@@ -80,13 +83,17 @@ class Gpu:
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_USE_DEEP_GEMM": "0",
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it is compiled for minutes, and greedy decoding needs none
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
 
     def made(self, name: str, make: Callable[[Path], None]) -> Path:
         """The directory `name`, made by `make` where it is not there yet."""
         directory = self.directory / name
-        if not directory.exists():
+        with (self.directory / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # several pytest processes may share the directory
+            if directory.exists():
+                return directory
             unfinished = self.directory / f"{name}.unfinished"
             make(unfinished)
             unfinished.rename(directory)
@@ -111,9 +118,10 @@ class Gpu:
         plugins: str | None = None,
         prompts: Sequence[Sequence[int]] = PROMPTS,
         max_tokens: int = MAX_TOKENS,
+        repeats: int = 1,
     ) -> Answer:
         """Greedy decoding of `model`; the same call is answered once."""
-        request = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": llm}
+        request = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": llm, "repeats": repeats}
         key = hashlib.sha256(json.dumps([request, ranks, plugins], sort_keys=True).encode()).hexdigest()
         if key not in self._answers:
             self._answers[key] = self._run(request, ranks, plugins)
@@ -137,7 +145,7 @@ class Gpu:
                     "VLLM_DISABLE_PYNCCL": "1",
                 }
                 request = {**request, "llm": {**request["llm"], "tensor_parallel_size": ranks}}
-            log = (self.directory / f"log{rank}").open("w+")
+            log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below, when it was read
             process = subprocess.Popen(
                 [sys.executable, HERE / "generate.py"],
                 env={**environment, **more},
@@ -164,6 +172,6 @@ class Gpu:
         statuses = [process.returncode for process, _ in processes]
         failed = next((rank for rank, status in enumerate(statuses) if status), None)
         if failed is not None:
-            return Answer(statuses[failed], logs[failed], [], [], [], [])
+            return Answer(statuses[failed], logs[failed], [], [], [], [], [])
         assert len(set(outputs)) == 1, "the ranks do not agree"
         return Answer(0, "".join(logs), **json.loads(outputs[0]))

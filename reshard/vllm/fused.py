@@ -1,0 +1,117 @@
+"""The kernel in a router's place, once it was seen to choose as that router does.
+
+The kernel reproduces bits that vLLM promises to nobody. So the first batch of every layer, before CUDA graphs are
+captured, goes both ways, and so do random logits of the same shape with ties and infinities among them; only where not
+one bit differs does the kernel route from then on. Elsewhere vLLM's own router goes on, with gathers around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .grouped_topk import Choice
+
+ENOUGH = 64  # rows, for a proof; vLLM's profiling run has thousands
+Route = Callable[["Tensor"], tuple["Tensor", "Tensor"]]
+
+
+@dataclass
+class Fused:
+    """The kernel, for one layer. `place_E` is the physical id of each logical expert, int32."""
+
+    choices: tuple[Choice, ...]  # what the router may be doing; the first that agrees is taken
+    place_E: Tensor
+    layer: str
+    agreed: dict[Any, Choice | None] = field(default_factory=dict)  # by dtype of the logits
+
+    def route(self, logits_TE: Tensor, bias_E: Tensor | None, router: Route) -> tuple[Tensor, Tensor]:
+        """Weights and physical ids: by the kernel if it was seen to agree with `router`, else by `router`."""
+        import torch
+
+        from .grouped_topk import grouped_topk
+
+        dtype = logits_TE.dtype
+        if dtype not in self.agreed and len(logits_TE) >= ENOUGH and not torch.cuda.is_current_stream_capturing():
+            trials = [(rows_TE, router(rows_TE)) for rows_TE in (logits_TE, trial_logits(logits_TE))]
+            self.agreed[dtype] = next(
+                (
+                    choice
+                    for choice in self.choices
+                    if all(same(grouped_topk(rows, bias_E, self.place_E, choice), found) for rows, found in trials)
+                ),
+                None,
+            )
+            self._say(dtype)
+        choice = self.agreed.get(dtype)
+        return router(logits_TE) if choice is None else grouped_topk(logits_TE, bias_E, self.place_E, choice)
+
+    def _say(self, dtype: Any) -> None:
+        from vllm.logger import init_logger
+
+        logger = init_logger("vllm.plugins.reshard")
+        if self.agreed[dtype]:
+            logger.info_once("routers: one kernel, seen to choose as vLLM's own, bit for bit")
+        else:
+            logger.warning_once(
+                "routers: vLLM's own with gathers around it, as reshard's kernel differs from it on %s logits "
+                "(first seen in %s); answers are right, routing takes some microseconds more",
+                dtype,
+                self.layer,
+            )
+
+
+def trial_logits(like_TE: Tensor) -> Tensor:
+    """Random logits of the same shape and dtype: a third of the rows with many ties, a third with infinities too."""
+    import torch
+
+    generator = torch.Generator(like_TE.device).manual_seed(0)
+    trial_TE = torch.randn(like_TE.shape, device=like_TE.device, generator=generator)
+    trial_TE[1::3] = trial_TE[1::3].round(decimals=0) / 2
+    infinite_TE = torch.rand(like_TE.shape, device=like_TE.device, generator=generator) < 0.1
+    trial_TE[2::3].masked_fill_(infinite_TE[2::3], float("-inf"))
+    return trial_TE.to(like_TE.dtype)
+
+
+def same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    """Whether weights and ids are the same, bit for bit; any NaN is as good as another."""
+    import torch
+
+    (weights, ids), (expected_weights, expected_ids) = one, other
+    if weights.dtype != expected_weights.dtype or weights.shape != expected_weights.shape:
+        return False
+    both_nan = weights.isnan() & expected_weights.isnan()
+    bits = (weights.view(torch.int32) == expected_weights.view(torch.int32)) | both_nan
+    return bool(bits.all()) and torch.equal(ids.to(expected_ids.dtype), expected_ids)
+
+
+def fused_in_place_of(router: Any, physical_of_logical_E: Tensor, layer: str) -> Fused | None:
+    """The kernel for the layer that `router` was made for, None where there is none for what it does."""
+    import torch
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda() or type(router).__name__ != "GroupedTopKRouter":
+        return None
+    from .grouped_topk import Choice, Summing
+
+    choices = [
+        Choice(
+            num_experts=len(physical_of_logical_E),
+            n_group=router.num_expert_group,
+            topk_group=router.topk_group,
+            top_k=router.top_k,
+            renormalize=router.renormalize,
+            scale=router.routed_scaling_factor,
+            softmax=router.scoring_func == "softmax",
+            biased=router.e_score_correction_bias is not None,
+            summing=summing,
+        )
+        for summing in (Summing if router.scoring_func == "softmax" else [Summing.FOUR_TO_A_LANE])
+    ]
+    if router.scoring_func not in ("sigmoid", "softmax") or choices[0].arithmetic is None:
+        return None
+    return Fused(tuple(choices), physical_of_logical_E.to(torch.int32), layer)

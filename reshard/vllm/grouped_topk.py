@@ -1,0 +1,297 @@
+"""Group-limited routing on CUDA in one kernel: logits in physical order go in, physical ids and weights come out.
+
+Between them groups are scored by logical expert, and all is computed as vLLM computes it, to the last bit:
+
+    SMALL   vLLM's kernel for few experts: everything in float32
+    FUSED   vLLM's kernel for any number: rounded to the logits' dtype at each step; what is not finite is not chosen
+    TORCH   what PyTorch makes of vLLM's `grouped_topk` where there is no correction bias
+
+A choice goes by value, then by the lower logical id. Values are compared as integers of the same order, so that NaN,
+infinities and zeros have their places too. One program routes one token and, up to 256 experts, is one warp: a token's
+scores stay in its registers, [groups, members], and a maximum is some instructions of each lane and one of all.
+
+This file is imported where there is CUDA and Triton, and only there.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_wait
+
+LANES = 32
+# With so few tokens a launch is worth hiding: programs start, and read what never changes, while the kernel before them
+# still runs (programmatic dependent launch). With more they would take its place.
+FEW_TOKENS = 64
+# What vLLM's kernel for few experts takes (csrc/libtorch_stable/moe/grouped_topk_kernels.cu); it has a warp for each of
+# eight groups, and is not asked whether there are more.
+SMALL_EXPERTS, SMALL_GROUP, SMALL_CANDIDATES, SMALL_GROUPS, SMALL_CHOSEN_GROUPS, SMALL_TOP_K = 256, 32, 128, 8, 4, 8
+MOST_EXPERTS = 1024
+
+
+class Arithmetic(Enum):
+    """Whose bits to reproduce: see the module."""
+
+    SMALL = 0
+    FUSED = 1
+    TORCH = 2
+
+
+class Summing(Enum):
+    """In which order PyTorch sums a softmax: it times two kernels on the spot and keeps the faster."""
+
+    FOUR_TO_A_LANE = 0
+    ONE_TO_A_LANE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How `top_k` of E experts are chosen from the `topk_group` best of `n_group` runs of logical experts."""
+
+    num_experts: int
+    n_group: int
+    topk_group: int
+    top_k: int
+    renormalize: bool
+    scale: float
+    softmax: bool = False  # else sigmoid
+    biased: bool = True
+    summing: Summing = Summing.FOUR_TO_A_LANE
+
+    @property
+    def group_size(self) -> int:
+        """Experts of a group."""
+        return self.num_experts // self.n_group
+
+    @property
+    def arithmetic(self) -> Arithmetic | None:
+        """Which of vLLM's ways this is; None for one that is not reproduced, or not defined there."""
+        if self.num_experts % self.n_group or not self.topk_group < self.n_group <= 32 or self.top_k > LANES:
+            return None
+        if self.num_experts > MOST_EXPERTS or (self.softmax and self.num_experts <= 128):
+            return None
+        if not self.biased:
+            return None if self.renormalize else Arithmetic.TORCH
+        if (
+            self.num_experts <= SMALL_EXPERTS
+            and self.group_size <= SMALL_GROUP
+            and self.group_size * self.topk_group <= SMALL_CANDIDATES
+            and self.topk_group <= SMALL_CHOSEN_GROUPS
+            and self.top_k <= SMALL_TOP_K
+        ):
+            return Arithmetic.SMALL if self.n_group <= SMALL_GROUPS else None
+        return Arithmetic.FUSED
+
+
+def grouped_topk(logits_TE: Tensor, bias_E: Tensor | None, place_E: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Choose experts for each token.
+
+    Parameters:
+        logits_TE: in physical order; float32, bfloat16 or float16, rows contiguous
+        bias_E: the correction bias, in physical order; looked at where `choice` is biased
+        place_E: int32, the physical id of each logical expert
+        choice: one that has an arithmetic
+
+    Returns:
+        weights_TK (float32) and physical ids_TK (int32), in vLLM's order
+
+    """
+    tokens = len(logits_TE)
+    weights_TK = torch.empty(tokens, choice.top_k, dtype=torch.float32, device=logits_TE.device)
+    ids_TK = torch.empty(tokens, choice.top_k, dtype=torch.int32, device=logits_TE.device)
+    early = tokens <= FEW_TOKENS and torch.cuda.get_device_capability(logits_TE.device) >= (9, 0)
+    arithmetic = choice.arithmetic
+    if tokens:
+        _grouped_topk[(tokens,)](
+            logits_TE,
+            bias_E,
+            place_E,
+            weights_TK,
+            ids_TK,
+            logits_TE.stride(0),
+            EXPERTS=choice.num_experts,
+            GROUPS=choice.n_group,
+            CHOSEN_GROUPS=choice.topk_group,
+            TOP_K=choice.top_k,
+            SCALE=choice.scale,
+            SCALE_IS_FLOAT32=choice.scale == struct.unpack("f", struct.pack("f", choice.scale))[0],
+            RENORMALIZE=choice.renormalize,
+            SMALL=arithmetic is Arithmetic.SMALL,
+            TORCH=arithmetic is Arithmetic.TORCH,
+            SOFTMAX=choice.softmax,
+            FOUR_TO_A_LANE=choice.summing is Summing.FOUR_TO_A_LANE,
+            EARLY=early,
+            GROUPS_2=triton.next_power_of_2(choice.n_group),
+            MEMBERS_2=triton.next_power_of_2(choice.group_size),
+            EXPERTS_2=triton.next_power_of_2(choice.num_experts),
+            num_warps=1 if choice.num_experts <= 256 else 4,
+            launch_pdl=early,
+        )
+    return weights_TK, ids_TK
+
+
+@triton.jit
+def _ordered(x: tl.tensor) -> tl.tensor:
+    """float32 as int32 of the same order, -0 below 0 and NaN above all; and back, given its bits."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _score(x: tl.tensor, highest: tl.tensor, total: tl.tensor, TORCH: tl.constexpr, SOFTMAX: tl.constexpr) -> tl.tensor:
+    if SOFTMAX:
+        return libdevice.exp(x - highest) / total
+    if TORCH:
+        return tl.sigmoid(x)
+    return 0.5 * libdevice.tanh(0.5 * x) + 0.5
+
+
+@triton.jit
+def _sum_like_torch(x: tl.tensor, SIZE: tl.constexpr, FOUR_TO_A_LANE: tl.constexpr) -> tl.tensor:
+    """The sum of x [SIZE] in the order of a reduction that gives a warp 128 of them: four in a lane, lanes, warps."""
+    fours = x.reshape([SIZE // 4, 2, 2]) if FOUR_TO_A_LANE else x.reshape([2, 2, SIZE // 4]).permute(2, 0, 1)
+    even, odd = tl.split(fours)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    lanes = ((first + second) + third) + fourth
+    for step in tl.static_range(5):
+        lanes = tl.sum(lanes.reshape([SIZE // 128, 2, 16 >> step]), axis=1)
+    warps = lanes.reshape([SIZE // 128])
+    if SIZE >= 1024:
+        warps = tl.sum(warps.reshape([2, 4]), axis=0)
+    if SIZE >= 512:
+        warps = tl.sum(warps.reshape([2, 2]), axis=0)
+    return tl.sum(warps, axis=0)
+
+
+@triton.jit
+def _grouped_topk(
+    logits: tl.tensor,
+    bias: tl.tensor,
+    place: tl.tensor,
+    weights: tl.tensor,
+    ids: tl.tensor,
+    row: tl.tensor,
+    EXPERTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHOSEN_GROUPS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCALE: tl.constexpr,
+    SCALE_IS_FLOAT32: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    SMALL: tl.constexpr,
+    TORCH: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    FOUR_TO_A_LANE: tl.constexpr,
+    EARLY: tl.constexpr,
+    GROUPS_2: tl.constexpr,
+    MEMBERS_2: tl.constexpr,
+    EXPERTS_2: tl.constexpr,
+) -> None:
+    NONE: tl.constexpr = -(2**31)  # below the order of any number
+    given: tl.constexpr = logits.dtype.element_ty
+    score_dtype: tl.constexpr = tl.float32 if SMALL and not SOFTMAX else given
+    value_dtype: tl.constexpr = tl.float32 if SMALL else given
+    token = tl.program_id(0).to(tl.int64)
+    logits += token * row
+
+    # 1. the value of each expert, in logical order
+    group = tl.arange(0, GROUPS_2)
+    member = tl.arange(0, MEMBERS_2)
+    expert = group[:, None] * (EXPERTS // GROUPS) + member[None, :]
+    exists = (group < GROUPS)[:, None] & (member < EXPERTS // GROUPS)[None, :]
+    at = tl.load(place + expert, mask=exists, other=0)
+    if not TORCH:
+        b = tl.load(bias + at, mask=exists, other=0).to(value_dtype).to(tl.float32)
+    if EARLY:
+        gdc_wait()  # what is read before stays the same from the model's loading on
+    x = tl.load(logits + at, mask=exists, other=0).to(tl.float32)
+    highest = 0.0
+    total = 1.0
+    if SOFTMAX:
+        flat = tl.arange(0, EXPERTS_2)
+        flat_at = tl.load(place + flat, mask=flat < EXPERTS, other=0)
+        flat_x = tl.load(logits + flat_at, mask=flat < EXPERTS, other=float("-inf")).to(tl.float32)
+        highest = tl.max(flat_x, axis=0)
+        powers = tl.where(flat < EXPERTS, libdevice.exp(flat_x - highest), 0.0)
+        total = _sum_like_torch(powers, EXPERTS_2, FOUR_TO_A_LANE)
+    score = _score(x, highest, total, TORCH, SOFTMAX).to(score_dtype).to(tl.float32)
+    value = score if TORCH else (score + b).to(value_dtype).to(tl.float32)
+    key = tl.where(exists, _ordered(value), NONE)
+
+    # 2. the value of each group: its best expert's, or the sum of its two best
+    best = tl.max(key, axis=1)
+    if TORCH:
+        group_key = best
+    else:
+        is_best = key == best[:, None]
+        alone = tl.sum(is_best.to(tl.int32), axis=1) == 1
+        second = tl.where(alone, tl.max(tl.where(is_best, NONE, key), axis=1), best)
+        sums = _ordered(best).to(tl.float32, bitcast=True) + _ordered(second).to(tl.float32, bitcast=True)
+        group_key = tl.where(group < GROUPS, _ordered(sums.to(value_dtype).to(tl.float32)), NONE)
+
+    # 3. the best groups: those that fewer than CHOSEN_GROUPS others go before
+    ahead = group_key[None, :] > group_key[:, None]
+    ahead |= (group_key[None, :] == group_key[:, None]) & (group[None, :] < group[:, None])
+    chosen = tl.sum(ahead.to(tl.int32), axis=1) < CHOSEN_GROUPS
+
+    # 4. the best experts in them: lane k keeps the k-th. Taking all of equal value away at once needs no waiting for
+    # which of them it was; where that took too many, or there were too few, it is done again one by one
+    eligible = chosen[:, None] & exists
+    if not SMALL and not TORCH:
+        eligible &= tl.abs(score if SOFTMAX else x) < float("inf")
+    key = tl.where(eligible, key, NONE)
+    rest = key
+    lane = tl.arange(0, 32)
+    mine = tl.zeros([32], tl.int32)
+    tops = tl.full([32], NONE, tl.int32)
+    for k in tl.static_range(TOP_K):
+        top = tl.max(rest)
+        is_top = rest == top
+        mine = tl.where(lane == k, tl.min(tl.where(is_top, expert, EXPERTS)), mine)
+        tops = tl.where(lane == k, top, tops)
+        rest = tl.where(is_top, NONE, rest)
+    if (tl.sum((rest != key).to(tl.int32)) != TOP_K) | (top == NONE):
+        for k in tl.static_range(TOP_K):
+            top = tl.max(key)
+            which = tl.min(tl.where(key == top, expert, EXPERTS))
+            if not SMALL:
+                which = tl.where(top == NONE, 0, which)  # too few to choose from: logical expert 0 again
+            mine = tl.where(lane == k, which, mine)
+            tops = tl.where(lane == k, top, tops)
+            key = tl.where(expert == which, NONE, key)
+
+    # 5. their weights; float64 is what vLLM has here, and needed only where 1e-20 is not lost in the sum
+    at = tl.load(place + mine)
+    score = _score(tl.load(logits + at).to(tl.float32), highest, total, TORCH, SOFTMAX).to(score_dtype).to(tl.float32)
+    score = tl.where(lane < TOP_K, score, 0.0)
+    if SMALL:
+        weight = score * SCALE if SCALE_IS_FLOAT32 else (score.to(tl.float64) * SCALE).to(tl.float32)
+        if RENORMALIZE:
+            norm = tl.sum(score, axis=0)
+            if norm > 0.001:
+                weight = tl.div_rn(weight, tl.zeros([32], tl.float32) + norm)
+            else:
+                weight = (weight.to(tl.float64) / (norm.to(tl.float64) + 1e-20)).to(tl.float32)
+    elif RENORMALIZE:
+        weight = score * tl.div_rn(tl.full([], SCALE, tl.float32), tl.sum(score, axis=0) + 1e-20)
+    else:
+        weight = score * SCALE
+
+    # 6. by value, or as torch.topk leaves them: by id, those of the least value last
+    to = lane
+    if TORCH:
+        last = tops == tl.min(tl.where(lane < TOP_K, tops, 2**31 - 1), axis=0)
+        earlier = (last[:, None] & ~last[None, :]) | (
+            (last[:, None] == last[None, :]) & (mine[None, :] < mine[:, None])
+        )
+        to = tl.sum((earlier & (lane < TOP_K)[None, :]).to(tl.int32), axis=1)
+    tl.store(weights + token * TOP_K + to, weight, mask=lane < TOP_K)
+    tl.store(ids + token * TOP_K + to, at, mask=lane < TOP_K)

@@ -1,0 +1,57 @@
+"""The router's kernel run by Triton's interpreter, which needs no GPU; TRITON_INTERPRET=1 must be set.
+
+python interpreted.py CASE      a line of JSON in, a line of JSON out: see `interpret`
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from reshard.vllm import grouped_topk as module
+
+TOKENS = 10
+
+
+@triton.jit
+def exp(x: tl.tensor) -> tl.tensor:
+    return tl.exp(x)
+
+
+@triton.jit
+def tanh(x: tl.tensor) -> tl.tensor:
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+def interpret(case: list[Any]) -> list[Any]:
+    """The kernel on random logits: where experts stand, values and scores in logical order, ids and weights."""
+    module.libdevice = SimpleNamespace(exp=exp, tanh=tanh)  # CUDA's own are not there
+    torch.cuda.get_device_capability = lambda device: (8, 0)  # type: ignore[assignment,misc]
+    experts, groups, chosen_groups, top_k, softmax, biased, dtype, kind = case
+    choice = module.Choice(experts, groups, chosen_groups, top_k, False, 1.0, softmax, biased)
+    generator = torch.Generator().manual_seed(experts)
+    logits = torch.randn(TOKENS, experts, generator=generator)
+    if kind == "ties":
+        logits = logits.round() / 2
+    if kind == "minus infinity":
+        logits[torch.rand(logits.shape, generator=generator) < 0.3] = float("-inf")
+    logits = logits.to(getattr(torch, dtype))
+    place = torch.randperm(experts, generator=generator)
+    bias = torch.randn(experts, generator=generator) / 20 if biased and kind != "ties" else torch.zeros(experts)
+    scores = torch.softmax(logits.float(), dim=1) if softmax else logits.float().sigmoid()
+    scores = scores.to(logits.dtype).float()
+    physical_logits, physical_bias = torch.empty_like(logits), torch.empty_like(bias)
+    physical_logits[:, place], physical_bias[place] = logits, bias
+    weights, ids = module.grouped_topk(physical_logits, physical_bias if biased else None, place.int(), choice)
+    values = scores + bias if biased else scores
+    return [found.tolist() for found in (place, values, ids, weights, scores)]
+
+
+if __name__ == "__main__":
+    print(json.dumps(interpret(json.loads(sys.argv[1]))))
