@@ -92,9 +92,9 @@ def same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
 def fused_in_place_of(router: Any, physical_of_logical_E: Tensor, layer: str) -> Fused | None:
     """The kernel for the layer that `router` was made for, None where there is none for what it does."""
     import torch
-    from vllm.platforms import current_platform
 
-    if not current_platform.is_cuda() or type(router).__name__ != "GroupedTopKRouter":
+    on_cuda = physical_of_logical_E.is_cuda and torch.version.hip is None
+    if not on_cuda or type(router).__name__ != "GroupedTopKRouter":
         return None
     from .grouped_topk import Choice, Summing
 

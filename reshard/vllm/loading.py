@@ -84,8 +84,8 @@ def words_on(ranks: int, parallel: Parallel, strategy: str, eplb: bool) -> list[
     words = []
     if parallel.ep_size != ranks:
         words.append(
-            f"resharded for {ranks} EP ranks, served on {parallel.ep_size}: answers are right, but the placement is no "
-            f"longer zigzag; run `reshard zigzag --ep {parallel.ep_size}` on the original"
+            f"resharded for {ranks} EP ranks, served on {parallel.ep_size}: answers are right, but the placement is "
+            f"another than was asked for; run reshard on the original again, with --ep {parallel.ep_size}"
         )
     if strategy == "round_robin" and not eplb:
         words.append(

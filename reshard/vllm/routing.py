@@ -45,10 +45,9 @@ class LogicalOrder:
             physical = self._physical_of_logical[ids.clamp(min=0).long()].to(ids.dtype)
             return weights, physical.where(ids >= 0, ids)  # a negative id marks padding
 
-        bias = self.__dict__["e_score_correction_bias"]
         if self._fused is None:
             return with_gathers(router_logits)
-        return self._fused.route(router_logits, bias, with_gathers)
+        return self._fused.route(router_logits, self.__dict__["e_score_correction_bias"], with_gathers)
 
     @property
     def e_score_correction_bias(self) -> Tensor | None:
