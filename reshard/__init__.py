@@ -6,10 +6,10 @@
     assert not verify("R1-zz", "DeepSeek-R1").problems
 
 The modules, in the order that data flows: `checkpoint` and `header` (what lies on disk), `moe` with `families` (which
-tensor is which expert's), `placement` (permutations) and `contract` (what an engine must know of them), `plan` with
-`layouts`, `extents` and `sharing` (what to write, and what need not be), `copy` with `sources`, `kernel` and `journal`
-(writing it), `manifest` (the record). `zigzag`, `stage`, `restore`, `verify` with `compare`, and `inspect` are the five
-things one can do; `cli` parses and prints.
+tensor is which expert's), `placement` (permutations), `strategies` (which of them is asked for) and `contract` (what an
+engine must know of them), `plan` with `layouts`, `extents` and `sharing` (what to write, and what need not be), `copy`
+with `sources`, `kernel` and `journal` (writing it), `manifest` (the record). `resharding`, `stage`, `restore`, `verify`
+with `compare`, and `inspect` are the five things one can do; `cli` parses and prints.
 """
 
 from ._version import __version__
@@ -22,21 +22,24 @@ from .inspect import Inspection, inspect
 from .manifest import Manifest, read_manifest
 from .moe import MoeLayer, MoeModel, Routing, read_model
 from .plan import Digests
+from .resharding import Resharding, place, plan_placement, write_resharding, zigzag
 from .restore import restore
 from .stage import Staging, plan_stage, stage, write_staging
+from .strategies import FromFile, NodeZigzag, Strategy, Zigzag
 from .verify import Verification, verify
-from .zigzag import Resharding, plan_zigzag, write_resharding, zigzag
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Contract",
     "Digests",
+    "FromFile",
     "Inspection",
     "IntegrityError",
     "Manifest",
     "MoeLayer",
     "MoeModel",
+    "NodeZigzag",
     "Outcome",
     "OutputError",
     "ReshardError",
@@ -44,12 +47,15 @@ __all__ = [
     "RouterComparison",
     "Routing",
     "Staging",
+    "Strategy",
     "UnsupportedError",
     "Verification",
+    "Zigzag",
     "__version__",
     "inspect",
+    "place",
+    "plan_placement",
     "plan_stage",
-    "plan_zigzag",
     "read_checkpoint",
     "read_manifest",
     "read_model",

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,11 +23,12 @@ from .manifest import LAYOUTS, Layout, read_manifest
 from .moe import why_plugin
 from .placement import describe_ranks
 from .plan import Digests
+from .resharding import Resharding, plan_placement, write_resharding
 from .restore import restore
 from .sharing import REFLINK, Reflink
 from .stage import Staging, plan_stage, write_staging
+from .strategies import FromFile, NodeZigzag, Strategy, Zigzag
 from .verify import Verification, verify
-from .zigzag import Resharding, plan_zigzag, write_resharding
 
 EXIT_INTERRUPTED = 130
 LONGEST_LINE = 1600
@@ -45,7 +46,7 @@ class _Commands(click.Group):
         except OSError as error:
             _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
         except KeyboardInterrupt:
-            resumes = ctx.invoked_subcommand in ("zigzag", "stage", "restore")
+            resumes = ctx.invoked_subcommand in ("zigzag", "place", "stage", "restore")
             _fail("interrupted" + "; the same command takes up from here" * resumes, EXIT_INTERRUPTED)
 
 
@@ -92,36 +93,85 @@ def main() -> None:
     """Rewrite a MoE checkpoint so that linear expert placement becomes zigzag placement, answers unchanged."""
 
 
-@main.command("zigzag")
-@click.option("--src", required=True, help="Checkpoint directory, or a repository id in the Hugging Face cache.")
-@click.option("--ep", required=True, type=int, help="Number of EP ranks it will be served on.")
-@_out
-@click.option(
+_source = click.option(
+    "--src", required=True, help="Checkpoint directory, or a repository id in the Hugging Face cache."
+)
+_layout = click.option(
     "--layout",
     type=click.Choice(LAYOUTS),
     default="ranks",
     show_default=True,
     help="Files by EP rank, or one for each file of the source.",
 )
-@click.option(
+_max_shard_size = click.option(
     "--max-shard-size", default="5GB", show_default=True, callback=_size, help="Of a file's tensors, by rank."
 )
-@_reflink
-@click.option(
+_digests = click.option(
     "--digests",
     type=click.Choice([digests.value for digests in Digests]),
     help="Of all tensors, of those whose blocks are copied and not shared, or of those that are rewritten.  "
     "[default: all; copied with --layout source]",
 )
-@_workers
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@_restart
-@_quiet
-@_json
-def zigzag_command(
+_ep = click.option("--ep", required=True, type=int, help="Number of EP ranks it will be served on.")
+_dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+
+
+def _rewriting(command: Callable[..., None]) -> Callable[..., None]:
+    """What `zigzag` and `place` have in common: where from, where to, and how it is written."""
+    options = (_source, _ep, _out, _layout, _max_shard_size, _reflink, _digests, _workers, _dry_run, _restart)
+    for option in reversed((*options, _quiet, _json)):
+        command = option(command)
+    return command
+
+
+@main.command("zigzag")
+@_rewriting
+def zigzag_command(src: str, ep: int, out: Path, **options: Any) -> None:
+    """Write OUT: the checkpoint SRC with its experts dealt round-robin to EP ranks.
+
+    Interrupted, the same command takes up where it stopped. The source is never written to.
+    """
+    _rewrite(src, Zigzag(ep), out, **options)
+
+
+@main.command("place")
+@click.option(
+    "--strategy",
+    required=True,
+    type=click.Choice(["zigzag", "node-zigzag", "file"]),
+    help="Round-robin over all ranks; over the ranks of a node, expert groups staying on theirs; or as --map says.",
+)
+@click.option("--nodes", type=click.IntRange(min=2), help="Nodes that the EP ranks are spread over, for node-zigzag.")
+@click.option(
+    "--map",
+    "map_file",
+    type=click.Path(path_type=Path),
+    help="JSON with physical_to_logical, one list for all MoE layers or one for each by name; a manifest is one.",
+)
+@_rewriting
+def place_command(
+    src: str, ep: int, out: Path, strategy: str, nodes: int | None, map_file: Path | None, **options: Any
+) -> None:
+    """Write OUT: the checkpoint SRC with its experts where a strategy wants them.
+
+    Interrupted, the same command takes up where it stopped. The source is never written to.
+    """
+    for option, value, needed_by in (("--nodes", nodes, "node-zigzag"), ("--map", map_file, "file")):
+        if (value is not None) != (strategy == needed_by):
+            raise click.UsageError(f"{option} goes with --strategy {needed_by}, and {needed_by} with it")
+    chosen: Strategy = Zigzag(ep)
+    if nodes is not None:
+        chosen = NodeZigzag(ep, nodes)
+    elif map_file is not None:
+        chosen = FromFile(ep, map_file)
+    _rewrite(src, chosen, out, **options)
+
+
+def _rewrite(
     src: str,
-    ep: int,
+    strategy: Strategy,
     out: Path,
+    *,
     layout: Layout,
     max_shard_size: int,
     reflink: Reflink,
@@ -132,13 +182,9 @@ def zigzag_command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Write OUT: the checkpoint SRC with its experts dealt round-robin to EP ranks.
-
-    Interrupted, the same command takes up where it stopped. The source is never written to.
-    """
-    resharding = plan_zigzag(
+    resharding = plan_placement(
         src,
-        ep,
+        strategy,
         out,
         layout=layout,
         max_shard_size=max_shard_size,
@@ -151,7 +197,7 @@ def zigzag_command(
         report = {**_planned(resharding, out), "shareable": shareable, "needed": needed}
         _print(report, _describe_plan(resharding, out, shareable, needed), quiet, as_json)
         return
-    with _bar("zigzag", resharding.plan.size, quiet or as_json) as progress:
+    with _bar(strategy.name, resharding.plan.size, quiet or as_json) as progress:
         outcome = write_resharding(resharding, out, restart=restart, workers=workers, progress=progress)
     report = {**_planned(resharding, out), **_written(outcome), "serve": _serve(resharding, out)}
     _print(report, _describe_outcome(resharding, outcome), quiet, as_json)
@@ -343,11 +389,18 @@ def _describe_plan(resharding: Resharding, out: Path, shareable: int, needed: in
     return lines
 
 
+def _placement(resharding: Resharding) -> str:
+    different = len(set(resharding.placement.values()))
+    if resharding.strategy != "file":
+        return resharding.strategy
+    return "the placement of the file" if different == 1 else f"the file's {different} placements of layers"
+
+
 def _describe_model(resharding: Resharding) -> list[str]:
     routing = resharding.model.routing
     return [
         f"{resharding.checkpoint.root}: {resharding.model.family.name}, {len(resharding.model.layers)} MoE layers of "
-        f"{routing.num_experts} experts, zigzag for {resharding.ep_size} EP ranks",
+        f"{routing.num_experts} experts, {_placement(resharding)} for {resharding.ep_size} EP ranks",
         f"plugin {why_plugin(routing)}",
         *(f"note: {note}" for note in resharding.notes),
     ]

@@ -14,8 +14,8 @@ from .header import Tensor, parse_header
 from .manifest import MANIFEST, read_manifest, unpack
 from .moe import Kind, Routing, kind_of, parse_expert_name, read_model, why_plugin
 from .placement import invert, rank_slots
+from .resharding import check_ep_size
 from .source import find_source
-from .zigzag import check_ep_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Inspection:
 def inspect(directory: str | Path, ep_size: int | None = None) -> Inspection:
     """Describe the checkpoint or the output in `directory`, with `ep_size` also what `zigzag` would make of it.
 
-    Raises CheckpointError and UnsupportedError as `plan_zigzag` does, IntegrityError for a damaged manifest,
+    Raises CheckpointError and UnsupportedError as `plan_placement` does, IntegrityError for a damaged manifest,
     OutputError where `ep_size` does not fit.
     """
     root = find_source(directory)

@@ -23,6 +23,26 @@ def zigzag(num_experts: int, ep_size: int) -> tuple[int, ...]:
     return tuple(expert for rank in range(ep_size) for expert in range(rank, num_experts, ep_size))
 
 
+def node_zigzag(num_experts: int, ep_size: int, nodes: int) -> tuple[int, ...]:
+    """Leave each node the consecutive experts that linear placement gives it, and deal those out among its ranks.
+
+    DeepSeek's routers limit a token to few groups of consecutive experts, and so to few nodes; dealing experts out over
+    all ranks undoes that, dealing them out within a node does not.
+
+    Parameters:
+        num_experts: E
+        ep_size: R, a multiple of `nodes`; every node's ranks must hold equally many experts
+        nodes: M
+
+    Returns:
+        physical_to_logical: [E]
+
+    """
+    of_node = num_experts // nodes
+    within = zigzag(of_node, ep_size // nodes)
+    return tuple(node * of_node + expert for node in range(nodes) for expert in within)
+
+
 def invert(permutation: Sequence[int]) -> tuple[int, ...]:
     """The inverse permutation: physical_to_logical to logical_to_physical, and back.
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to its zigzag output: `plan_zigzag` decides everything, `zigzag` carries it out."""
+"""From a checkpoint to its output: `plan_placement` decides everything, `write_resharding` carries it out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from . import placement
 from ._version import __version__
 from .checkpoint import CONFIG, INDEX, Checkpoint, read_checkpoint
 from .contract import CONTRACT_KEY, LOCKED_KEYS, Contract, Placement, contract_to_json, lock_config, placement_to_json
@@ -37,6 +37,7 @@ from .placement import is_permutation
 from .plan import Digests, OutputFile, Plan, literal_file, plan_index, whole_file
 from .sharing import NOTHING_SHARED, Reflink, Sharing, find_sharing
 from .source import find_source, identify
+from .strategies import Strategy, Zigzag
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
 _NAME_OF_RANK = re.compile(r"model-ep\d+-of-\d+-")
@@ -64,9 +65,9 @@ class Resharding:
     notes: tuple[str, ...]
 
 
-def plan_zigzag(
+def plan_placement(
     src: str | Path,
-    ep_size: int,
+    strategy: Strategy,
     out: str | Path,
     *,
     layout: Layout = "ranks",
@@ -74,11 +75,11 @@ def plan_zigzag(
     reflink: Reflink = "auto",
     digests: Digests | None = None,
 ) -> Resharding:
-    """Decide how the checkpoint `src` is rewritten into `out` for `ep_size` EP ranks. Reads no weights, writes nothing.
+    """Decide how the checkpoint `src` is rewritten into `out`. Reads no weights, writes nothing.
 
     Parameters:
         src: a checkpoint directory, or the id of a repository in the Hugging Face cache
-        ep_size: R, 2 to E; need not divide E
+        strategy: where experts shall live; its ep_size R is 2 to E and need not divide E
         out: absent, empty, or an unfinished run; looked at only to see whether it can share blocks with `src`
         layout: "ranks", files by EP rank; "source", a file for each of the source's
         max_shard_size: bytes of tensors in a file at the most; with layout "source" files are as large as the source's
@@ -88,24 +89,22 @@ def plan_zigzag(
     Raises:
         CheckpointError: the checkpoint is not sound
         UnsupportedError: renumbering its experts is not known to be exact
-        OutputError: `ep_size`, `max_shard_size` or `reflink` does not fit
+        OutputError: `strategy`, `max_shard_size` or `reflink` does not fit
 
     """
     root = find_source(src)
     refuse_resharded(root)
     checkpoint = read_checkpoint(root)
     model = read_model(checkpoint)
-    num_experts = model.routing.num_experts
-    check_ep_size(ep_size, num_experts, root)
+    check_ep_size(strategy.ep_size, model.routing.num_experts, root)
     if max_shard_size < 1:
         raise OutputError(f"{root}: --max-shard-size must be at least 1 byte, found {max_shard_size}")
-    order = placement.zigzag(num_experts, ep_size)
     return plan_resharding(
         checkpoint,
         model,
-        "zigzag",
-        ep_size,
-        dict.fromkeys((layer.name for layer in model.layers), order),
+        strategy.name,
+        strategy.ep_size,
+        strategy.place(model, root),
         layout=layout,
         max_shard_size=max_shard_size,
         sharing=find_sharing(root, checkpoint.shards, checkpoint.directories, Path(out), reflink),
@@ -135,7 +134,10 @@ def plan_resharding(
         raise OutputError(f"{checkpoint.root}: expected a placement for each of its {len(layers)} MoE layers")
     for layer, permutation in physical_to_logical.items():
         if len(permutation) != num_experts or not is_permutation(permutation):
-            raise OutputError(f"{checkpoint.root}: {layer}: expected a permutation of 0 to {num_experts - 1}")
+            raise OutputError(
+                f"{checkpoint.root}: {layer}: expected a permutation of 0 to {num_experts - 1}, found "
+                f"{list(permutation)!r:.80}"
+            )
     contract = None
     if model.routing.group_limited:
         original = {key: checkpoint.config[key] for key in LOCKED_KEYS if key in checkpoint.config}
@@ -176,9 +178,9 @@ def plan_resharding(
     )
 
 
-def zigzag(
+def place(
     src: str | Path,
-    ep_size: int,
+    strategy: Strategy,
     out: str | Path,
     *,
     layout: Layout = "ranks",
@@ -189,16 +191,21 @@ def zigzag(
     workers: int | None = None,
     progress: Progress = lambda written: None,
 ) -> Outcome:
-    """Rewrite the checkpoint `src` into `out` so that linear placement on `ep_size` EP ranks is zigzag.
+    """Rewrite the checkpoint `src` into `out` so that linear placement is the one that `strategy` makes.
 
     Interrupted, the same call takes up where it stopped; with `restart` it begins afresh. `progress` is told the bytes
-    that are done, as they are. The other parameters and what is raised are those of `plan_zigzag`; OutputError also
+    that are done, as they are. The other parameters and what is raised are those of `plan_placement`; OutputError also
     where `out` is refused or cannot be written.
     """
-    resharding = plan_zigzag(
-        src, ep_size, out, layout=layout, max_shard_size=max_shard_size, reflink=reflink, digests=digests
+    resharding = plan_placement(
+        src, strategy, out, layout=layout, max_shard_size=max_shard_size, reflink=reflink, digests=digests
     )
     return write_resharding(resharding, Path(out), restart=restart, workers=workers, progress=progress)
+
+
+def zigzag(src: str | Path, ep_size: int, out: str | Path, **options: Any) -> Outcome:
+    """`place` with experts dealt round-robin to `ep_size` EP ranks."""
+    return place(src, Zigzag(ep_size), out, **options)
 
 
 def write_resharding(

@@ -20,7 +20,7 @@ from typing import Any
 from blake3 import blake3
 from safetensors import safe_open
 
-Placement = Callable[[int, int], list[int]]
+Placement = Callable[[int, int], list[int]] | dict[str, list[int]]  # by experts and ranks, or by MoE module
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "reshard_manifest.json"
@@ -93,7 +93,14 @@ def owner(physical: int, experts: int, ranks: int) -> int:
 
 
 def assert_resharded(
-    source: Path, output: Path, ranks: int, placement: Placement = zigzag, *, by_rank: bool = True, undigested: int = 0
+    source: Path,
+    output: Path,
+    ranks: int,
+    placement: Placement = zigzag,
+    *,
+    strategy: str = "zigzag",
+    by_rank: bool = True,
+    undigested: int = 0,
 ) -> None:
     """Raise AssertionError that says where `output` is not `source` dealt to `ranks` EP ranks.
 
@@ -113,7 +120,7 @@ def assert_resharded(
     if contract is not None:
         _check_contract(contract, source, ranks, placements)
     _check_other_files(source, output)
-    _check_manifest(output, files, ranks, placements, undigested)
+    _check_manifest(output, files, ranks, placements, strategy, undigested)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Located]]:
@@ -177,7 +184,10 @@ def _wanted_tensors(source: Path, ranks: int, placement: Placement) -> tuple[dic
             counts[match["module"]] = max(counts[match["module"]], int(match["id"]) + 1)
         elif match := FUSED.fullmatch(name):
             counts[match["module"]] = tensor.shape[0]
-    placements = {module: placement(count, ranks) for module, count in counts.items()}
+    placements = {
+        module: placement[module] if isinstance(placement, dict) else placement(count, ranks)
+        for module, count in counts.items()
+    }
     wanted = {}
     for name, tensor in tensors.items():
         new_name, data, rank = name, tensor.data, None
@@ -350,13 +360,12 @@ def _values(value: Any) -> Iterator[Any]:
 
 
 def _check_placement(actual: Any, placements: dict[str, list[int]], where: str) -> None:
-    """One list for all layers, or one per layer; in these checkpoints all layers are alike."""
+    """One list for all layers where they agree, else one for each."""
     assert actual, f"{where} has no physical_to_logical"
-    (expected,) = {tuple(placement) for placement in placements.values()}
-    layers = actual.values() if isinstance(actual, dict) else actual
-    per_layer = list(layers) if isinstance(actual, dict) or isinstance(actual[0], list) else [actual]
-    for found in per_layer:
-        assert tuple(found) == expected, f"{where} has physical_to_logical {found}, expected {expected}"
+    expected: Any = placements
+    if len({tuple(placement) for placement in placements.values()}) == 1:
+        expected = next(iter(placements.values()))
+    assert actual == expected, f"{where} has physical_to_logical {actual}, expected {expected}"
 
 
 def _check_other_files(source: Path, output: Path) -> None:
@@ -378,13 +387,14 @@ def _check_manifest(
     files: Files,
     ranks: int,
     placements: dict[str, list[int]],
+    strategy: str,
     undigested: int,
 ) -> None:
     manifest = json.loads((output / MANIFEST).read_bytes())
     lacking = 0
     assert "version" in manifest, "the manifest has no version"
     assert manifest["ep_size"] == ranks, f"the manifest's ep_size is {manifest['ep_size']}, not {ranks}"
-    assert manifest["strategy"] == "zigzag", f"the manifest's strategy is {manifest['strategy']}"
+    assert manifest["strategy"] == strategy, f"the manifest's strategy is {manifest['strategy']}, not {strategy}"
     _check_placement(manifest["physical_to_logical"], placements, "the manifest")
     listed = sorted(entry["name"] for entry in manifest["files"])
     present = sorted(name for name, kind in tree(output).items() if kind != "dir" and name != MANIFEST)

@@ -26,7 +26,7 @@ from filesystems import Mounted, mounted
 from interruption import Cut, cut_after
 from oracle import assert_identical_trees, read_safetensors, tree
 
-from reshard import CheckpointError, OutputError, plan_zigzag, write_resharding, zigzag
+from reshard import CheckpointError, OutputError, Zigzag, plan_placement, write_resharding, zigzag
 
 JOURNAL = ".reshard-journal"
 RANKS = 3
@@ -291,7 +291,7 @@ def test_a_source_that_changes_under_the_run_ends_it_and_is_not_mixed_with_what_
     change: Callable[[Path], None], layout: Any, source: Path, tmp_path: Path
 ) -> None:
     mine, out = shutil.copytree(source, tmp_path / "source"), tmp_path / "out"
-    plan = plan_zigzag(mine, RANKS, out, layout=layout)
+    plan = plan_placement(mine, Zigzag(RANKS), out, layout=layout)
     with pytest.raises(Cut):
         write_resharding(plan, out, progress=cut_after(3), workers=1)
     path = sorted(mine.glob("*.safetensors"))[-1]
@@ -308,7 +308,7 @@ def test_a_source_that_changes_under_the_run_ends_it_and_is_not_mixed_with_what_
 
 def test_a_file_changed_after_it_was_opened_is_noticed_at_its_end(source: Path, tmp_path: Path) -> None:
     mine, out = shutil.copytree(source, tmp_path / "source"), tmp_path / "out"
-    plan = plan_zigzag(mine, RANKS, out, layout="source")
+    plan = plan_placement(mine, Zigzag(RANKS), out, layout="source")
     path = min(mine.glob("*.safetensors"))
 
     def touch(written: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from checkpoints import Spec, build
 
-from reshard import UnsupportedError, plan_zigzag
+from reshard import UnsupportedError, Zigzag, plan_placement
 
 LAYER = "model.layers.1.mlp"
 # 8 experts for 3 ranks: 0 3 6 | 1 4 7 | 2 5, so logical 5 becomes physical 7 and logical 1 becomes physical 3.
@@ -21,9 +21,8 @@ def ignored(tmp_path: Path, *strings: str) -> list[str]:
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {"ignore": list(strings)}
     (source / "config.json").write_text(json.dumps(config))
-    result: list[str] = json.loads(plan_zigzag(source, 3, source.parent / "out").config)["quantization_config"][
-        "ignore"
-    ]
+    planned = plan_placement(source, Zigzag(3), source.parent / "out")
+    result: list[str] = json.loads(planned.config)["quantization_config"]["ignore"]
     return result
 
 
@@ -99,7 +98,7 @@ def test_numbers_below_experts_are_refused(value: object, tmp_path: Path) -> Non
     for key in ("experts", f"{LAYER}.experts"):
         (source / "hf_quant_config.json").write_text(json.dumps({key: value}))
         with pytest.raises(UnsupportedError, match="hf_quant_config"):
-            plan_zigzag(source, 3, source.parent / "out")
+            plan_placement(source, Zigzag(3), source.parent / "out")
 
 
 @pytest.mark.parametrize("text", [r"re:.*\.experts\.5\..*", "*.experts.5.*"])
@@ -108,7 +107,7 @@ def test_a_pattern_of_one_expert_is_refused_where_experts_are_fused(text: str, t
     build(Spec("gpt_oss", experts=8), source)
     (source / "hf_quant_config.json").write_text(json.dumps({"ignore": [text]}))
     with pytest.raises(UnsupportedError, match="cannot tell"):
-        plan_zigzag(source, 3, source.parent / "out")
+        plan_placement(source, Zigzag(3), source.parent / "out")
 
 
 def test_tokens_and_indices_of_other_weights_are_not_touched(tmp_path: Path) -> None:
@@ -118,5 +117,5 @@ def test_tokens_and_indices_of_other_weights_are_not_touched(tmp_path: Path) -> 
         (source / name).write_text(json.dumps({f"{LAYER}.experts.5.down_proj": 1}))
     assert (
         not {"tokenizer.json", "vocab.json", "pytorch_model.bin.index.json"}
-        & plan_zigzag(source, 3, source.parent / "out").originals.keys()
+        & plan_placement(source, Zigzag(3), source.parent / "out").originals.keys()
     )

@@ -705,16 +705,16 @@ def test_a_traceback_a_touched_file_and_a_lost_byte_would_be_noticed(
     """The controls of the tests above: each plants a fault, and sees it found."""
     replace = [Edit("replace", (0,), (0,), False, "0")]
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="no user should see"):
-        patch.setattr("reshard.cli.plan_zigzag", shout)
+        patch.setattr("reshard.cli.plan_placement", shout)
         damage_source_file(sound, "qwen3_moe", CONFIG, replace)
-    plan_zigzag = reshard.cli.plan_zigzag
+    plan_placement = reshard.cli.plan_placement
 
     def careless(src: str, *arguments: Any, **options: Any) -> Any:
         (Path(src) / "litter").touch()
-        return plan_zigzag(src, *arguments, **options)
+        return plan_placement(src, *arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match=r"touched .*litter"):
-        patch.setattr("reshard.cli.plan_zigzag", careless)
+        patch.setattr("reshard.cli.plan_placement", careless)
         damage_source_file(sound, "qwen3_moe", CONFIG, replace)
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="damage was not found"):
         patch.setattr(sys.modules["reshard.verify"], "_check_file", lambda *arguments: iter(()))

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from oracle import assert_identical_trees, assert_resharded, linear, read_safetensors, tree
 
 from reshard import OutputError, read_checkpoint, read_model, write_resharding
-from reshard.zigzag import plan_resharding
+from reshard.resharding import plan_resharding
 
 FLIPS = 150
 

@@ -21,8 +21,8 @@ from reshard import OutputError, read_checkpoint, read_model, verify, write_resh
 from reshard.layouts import by_rank, why_not_shared
 from reshard.placement import zigzag
 from reshard.plan import Digests, Range
+from reshard.resharding import plan_resharding
 from reshard.sharing import Sharing
-from reshard.zigzag import plan_resharding
 
 RANKS = 2
 LARGE = 1 << 16

@@ -81,10 +81,10 @@ def test_a_needed_file_that_is_absent_is_named_with_the_way_to_get_it() -> None:
     [
         (Parallel(0, 4, True), "linear", False, []),
         (Parallel(0, 1, True), "linear", False, ["expert parallelism is off"]),
-        (Parallel(0, 2, True), "linear", False, ["reshard zigzag --ep 2"]),
+        (Parallel(0, 2, True), "linear", False, ["with --ep 2"]),
         (Parallel(0, 4, False), "round_robin", False, ["undoes the placement"]),
         (Parallel(0, 4, False), "round_robin", True, []),
-        (Parallel(0, 2, False), "round_robin", False, ["reshard zigzag --ep 2", "undoes the placement"]),
+        (Parallel(0, 2, False), "round_robin", False, ["with --ep 2", "undoes the placement"]),
     ],
 )
 def test_a_user_who_goes_astray_is_told(parallel: Parallel, strategy: str, eplb: bool, expected: list[str]) -> None:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -103,6 +104,24 @@ class Serving:
             assert result.exit_code == 0, result.output
 
         return self._made(f"{model.name}-zz{ep}-{layout}", make)
+
+    def placed(self, model: Path, ep: int, seed: int = 0) -> Path:
+        """`reshard place` of a model, every MoE layer's experts in another random order."""
+
+        def make(directory: Path) -> None:
+            runner, chance = CliRunner(), random.Random(seed)
+            found = json.loads(runner.invoke(main, ["inspect", str(model), "--json"], catch_exceptions=False).output)
+            experts = range(found["num_experts"])
+            orders = {layer: chance.sample(experts, len(experts)) for layer in found["moe_layers"]}
+            assert len({tuple(order) for order in orders.values()}) > 1
+            orders_file = directory.with_suffix(".json")
+            orders_file.write_text(json.dumps({"physical_to_logical": orders}))
+            arguments = ["place", "--src", str(model), "--ep", str(ep), "--out", str(directory), "--quiet"]
+            arguments += ["--strategy", "file", "--map", str(orders_file)]
+            result = runner.invoke(main, arguments, catch_exceptions=False)
+            assert result.exit_code == 0, result.output
+
+        return self._made(f"{model.name}-placed{ep}-{seed}", make)
 
     def staged(self, output: Path, ranks: str) -> Path:
         """`reshard stage` of an output."""

@@ -180,6 +180,14 @@ def test_on_one_rank_the_output_equals_the_original(serving: Serving) -> None:
     assert "expert parallelism is off" in answer.log
 
 
+@pytest.mark.parametrize("model", [v3, v2])
+def test_layers_placed_each_in_its_own_way_answer_as_the_original(model: Model, serving: Serving) -> None:
+    source = model(serving)
+    placed = serving.placed(source, 2)
+    assert_equal(serving.generate(placed), serving.generate(source))
+    assert_close(serving.generate(placed, ranks=2), serving.generate(source, ranks=2))
+
+
 def test_round_robin_on_top_of_an_output_is_right_and_the_log_says_to_leave_it_out(serving: Serving) -> None:
     source = v3(serving)
     answer = serving.generate(serving.resharded(source, 2), ranks=2, placement="round_robin")
@@ -201,7 +209,7 @@ def test_on_fewer_ranks_than_it_was_made_for_the_output_is_right_and_the_log_say
     answer = serving.generate(serving.resharded(source, 4, layout), ranks=2)
     assert_close(answer, round_robin(serving, source))
     warnings = [line for line in answer.log.splitlines() if "WARNING" in line and "reshard" in line]
-    assert any(re.search(r"\b4\b", line) and re.search(r"reshard zigzag|--ep", line) for line in warnings), warnings
+    assert any(re.search(r"\b4\b", line) and "--ep" in line for line in warnings), warnings
 
 
 def test_a_rank_opens_the_shared_files_and_its_own_only(serving: Serving) -> None:

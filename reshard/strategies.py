@@ -1,0 +1,115 @@
+"""What a user may ask for, and the placement that it makes of a model: physical_to_logical [E] for each MoE layer.
+
+A strategy is made for a number of EP ranks and knows nothing of files. That its permutations are permutations is for
+`resharding` to check, whatever made them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from .checkpoint import read_json_object
+from .contract import Placement
+from .errors import OutputError
+from .moe import MoeModel
+from .placement import node_zigzag, rank_slots, zigzag
+
+
+class Strategy(Protocol):
+    """Where experts shall live."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line, and in the manifest."""
+        ...
+
+    @property
+    def ep_size(self) -> int:
+        """R, EP ranks."""
+        ...
+
+    def place(self, model: MoeModel, root: Path) -> Placement:
+        """The placement of the model in `root`, or OutputError for one that the strategy does not fit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Zigzag:
+    """Experts dealt round-robin to ranks."""
+
+    ep_size: int
+    name: ClassVar[str] = "zigzag"
+
+    def place(self, model: MoeModel, root: Path) -> Placement:
+        """The same permutation in every layer."""
+        return _in_every_layer(model, zigzag(model.routing.num_experts, self.ep_size))
+
+
+@dataclass(frozen=True, slots=True)
+class NodeZigzag:
+    """Groups of experts left on their node, and dealt round-robin to the ranks of that node."""
+
+    ep_size: int
+    nodes: int
+    name: ClassVar[str] = "node-zigzag"
+
+    def place(self, model: MoeModel, root: Path) -> Placement:
+        """The same permutation in every layer; OutputError where groups or experts do not come out even."""
+        routing, per_node = model.routing, self.ep_size // self.nodes
+        faults = {
+            f"it has {routing.num_experts} experts and no expert groups; without groups zigzag is all there is": (
+                not routing.group_limited
+            ),
+            f"{self.ep_size} EP ranks are not the same number on each of {self.nodes} nodes": (
+                self.ep_size % self.nodes > 0
+            ),
+            f"its {routing.n_group} expert groups are not the same number on each of {self.nodes} nodes": (
+                routing.n_group % self.nodes > 0
+            ),
+        }
+        fault = next((fault for fault, found in faults.items() if found), None)
+        if fault is None:
+            slots = rank_slots(routing.num_experts, self.ep_size)
+            held = [sum(map(len, slots[node * per_node : (node + 1) * per_node])) for node in range(self.nodes)]
+            if len(set(held)) > 1:
+                fault = f"{self.ep_size} EP ranks of its {routing.num_experts} experts make nodes of {held} experts"
+        if fault:
+            raise OutputError(f"{root}: node-zigzag on {self.nodes} nodes: {fault}; choose another --nodes or --ep")
+        return _in_every_layer(model, node_zigzag(routing.num_experts, self.ep_size, self.nodes))
+
+
+@dataclass(frozen=True, slots=True)
+class FromFile:
+    """Whatever the JSON file `path` says: an object with `physical_to_logical`, such as a manifest.
+
+    That is one list [E] for all MoE layers, or an object that has one for each layer by name (`model.layers.3.mlp`).
+    """
+
+    ep_size: int
+    path: Path
+    name: ClassVar[str] = "file"
+
+    def place(self, model: MoeModel, root: Path) -> Placement:
+        """Each layer's own permutation; CheckpointError for a file of another shape, OutputError for other layers."""
+        found = read_json_object(self.path).get("physical_to_logical")
+        names = [layer.name for layer in model.layers]
+        by_layer: dict[str, Any] = found if isinstance(found, dict) else dict.fromkeys(names, found)
+        if strange := sorted(by_layer.keys() ^ set(names)):
+            what = "is no MoE layer" if strange[0] in by_layer else "has no placement"
+            raise OutputError(
+                f"{self.path}: physical_to_logical: {strange[0]!r:.200} {what}; {root} has {len(names)} MoE layers, "
+                f"{names[0]} to {names[-1]}, and each needs one"
+            )
+        for name, permutation in by_layer.items():
+            if not isinstance(permutation, list) or not all(type(expert) is int for expert in permutation):
+                raise OutputError(
+                    f"{self.path}: physical_to_logical: {name}: expected a list of the {model.routing.num_experts} "
+                    f"logical experts in the order of physical ones, found {permutation!r:.80}"
+                )
+        return {name: tuple(by_layer[name]) for name in names}
+
+
+def _in_every_layer(model: MoeModel, physical_to_logical: tuple[int, ...]) -> Placement:
+    return dict.fromkeys((layer.name for layer in model.layers), physical_to_logical)
