@@ -9,10 +9,13 @@ The modules, in the order that data flows: `checkpoint` and `header` (what lies 
 tensor is which expert's), `placement` (permutations), `strategies` (which of them is asked for) and `contract` (what an
 engine must know of them), `plan` with `layouts`, `extents` and `sharing` (what to write, and what need not be), `copy`
 with `sources`, `kernel` and `journal` (writing it), `manifest` (the record). `resharding`, `stage`, `restore`, `verify`
-with `compare`, and `inspect` are the five things one can do; `cli` parses and prints.
+with `compare`, `inspect`, and `analyze` with `traffic` and `analysis` are the six things one can do; `cli` parses and
+prints.
 """
 
 from ._version import __version__
+from .analysis import Effect
+from .analyze import Analysis, analyze
 from .checkpoint import Checkpoint, read_checkpoint
 from .compare import RouterComparison
 from .contract import Contract
@@ -25,17 +28,20 @@ from .plan import Digests
 from .resharding import Resharding, place, plan_placement, write_resharding, zigzag
 from .restore import restore
 from .stage import Staging, plan_stage, stage, write_staging
-from .strategies import FromFile, NodeZigzag, Strategy, Zigzag
+from .strategies import FromFile, Linear, NodeZigzag, Strategy, Zigzag
 from .verify import Verification, verify
 
 __all__ = [
+    "Analysis",
     "Checkpoint",
     "CheckpointError",
     "Contract",
     "Digests",
+    "Effect",
     "FromFile",
     "Inspection",
     "IntegrityError",
+    "Linear",
     "Manifest",
     "MoeLayer",
     "MoeModel",
@@ -52,6 +58,7 @@ __all__ = [
     "Verification",
     "Zigzag",
     "__version__",
+    "analyze",
     "inspect",
     "place",
     "plan_placement",

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__
+from .analyze import BATCH_SIZES, TOKENS, Analysis, analyze
 from .checkpoint import CONFIG, INDEX
 from .copy import SPARE_SPACE, Outcome, Progress, free_space, needed_space, refuse_out, shareable_size
 from .errors import ReshardError
@@ -27,7 +28,7 @@ from .resharding import Resharding, plan_placement, write_resharding
 from .restore import restore
 from .sharing import REFLINK, Reflink
 from .stage import Staging, plan_stage, write_staging
-from .strategies import FromFile, NodeZigzag, Strategy, Zigzag
+from .strategies import FromFile, Linear, NodeZigzag, Strategy, Zigzag
 from .verify import Verification, verify
 
 EXIT_INTERRUPTED = 130
@@ -211,6 +212,43 @@ def inspect_command(directory: str, ep: int | None, as_json: bool) -> None:
     """Describe the checkpoint in DIRECTORY: its experts, groups and sizes. Of an output, what was done."""
     inspection = inspect(directory, ep)
     _print(asdict(inspection), _describe_inspection(inspection), quiet=False, as_json=as_json)
+
+
+@main.command("analyze")
+@click.argument("src")
+@click.option("--ep", required=True, type=int, help="Number of EP ranks it would be served on.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, help="Nodes that the EP ranks are spread over.")
+@click.option("--map", "map_file", type=click.Path(path_type=Path), help="Also the placement of this file: see place.")
+@click.option("--tokens", type=click.IntRange(1, 1 << 20), default=TOKENS, show_default=True, help="Routed in all.")
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=BATCH_SIZES,
+    show_default=True,
+    help="Tokens of a batch; may be given several times.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random hidden states.")
+@_json
+def analyze_command(
+    src: str,
+    ep: int,
+    nodes: int,
+    map_file: Path | None,
+    tokens: int,
+    batches: tuple[int, ...],
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Say what placements would do to the load of ranks, before anything is written; reads SRC's gates only."""
+    strategies: list[Strategy] = [Linear(ep), Zigzag(ep)]
+    if nodes > 1:
+        strategies.append(NodeZigzag(ep, nodes))
+    if map_file is not None:
+        strategies.append(FromFile(ep, map_file))
+    analysis = analyze(src, strategies, nodes=nodes, tokens=tokens, batch_sizes=batches, seed=seed)
+    _print(asdict(analysis), _describe_analysis(analysis), quiet=False, as_json=as_json)
 
 
 @main.command("verify")
@@ -453,6 +491,33 @@ def _sharing(outcome: Outcome, source: Path) -> list[str]:
             "(--src), and finds no later damage to them by itself (--digests all)"
         )
     return lines
+
+
+def _describe_analysis(analysis: Analysis) -> list[str]:
+    batches = "".join(f"{f'{size} tokens':>12}" for size in analysis.batch_sizes)
+    lines = [
+        f"{analysis.path}: {len(analysis.candidates[0].layers)} MoE layers of {analysis.num_experts} experts, "
+        f"{analysis.top_k} a token, on {analysis.ep_size} EP ranks",
+        f"traffic: {analysis.tokens} {analysis.traffic}",
+        "",
+        f"{'busiest rank over mean, in batches of':38}{batches}{'ranks a token':>16}"
+        + f"{'nodes a token':>16}" * (analysis.nodes > 1),
+    ]
+    for candidate in analysis.candidates:
+        found = candidate.mean
+        lines.append(
+            f"  {candidate.strategy:36}"
+            + "".join(f"{value:12.3f}" for value in found.imbalance)
+            + f"{found.ranks:16.2f}"
+            + f"{found.nodes:16.2f}" * (analysis.nodes > 1)
+        )
+    return [
+        *lines,
+        "",
+        "The first numbers are the critical path over perfect balance, as far as time follows (token, expert) pairs.",
+        "They alone count where every rank has every token. Where tokens are sent to the ranks of their experts",
+        "(all-to-all), each further rank is one more copy of a token, and each further node a slow one.",
+    ]
 
 
 def _describe_verification(verification: Verification, src: str | None, quick: bool) -> list[str]:

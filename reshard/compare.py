@@ -21,12 +21,12 @@ from .contract import CONTRACT_KEY, contract_from_json, unlock_config
 from .copy import Progress
 from .header import Tensor, read_header
 from .manifest import MANIFEST, Manifest, find_files, unpack
-from .moe import MoeLayer, MoeModel, read_model, read_routing, renumber
+from .moe import MoeModel, read_model, read_routing, renumber
 from .placement import invert
 from .sources import BLOCK_SIZE, OpenSources, SourceFiles
 
 if TYPE_CHECKING:
-    from .router import Router
+    pass
 
 TOKENS = 16
 _ID_FORMATS = {"I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
@@ -177,7 +177,7 @@ def compare_routers(source: Original, out: Path, manifest: Manifest) -> RouterCo
     """
     import torch
 
-    from .router import route
+    from .router import read_routers, route
 
     path = out / CONFIG
     config = read_json_object(path)
@@ -195,7 +195,8 @@ def compare_routers(source: Original, out: Path, manifest: Manifest) -> RouterCo
         to_logical = torch.tensor(manifest.placement[layer.name])
         files_before = {tensor.name: source.checkpoint.root / tensor.file for tensor in layer.router}
         generator = torch.Generator().manual_seed(number)
-        for before, after in zip(_routers(layer, files_before), _routers(layer, files_after), strict=True):
+        routers = (read_routers(layer, files, torch.float64) for files in (files_before, files_after))
+        for before, after in zip(*routers, strict=True):
             hidden = torch.randn(TOKENS, before.weight_EH.shape[1], generator=generator, dtype=torch.float64)
             expected = route(hidden, before, model.routing)
             groups = contract.physical_to_logical[layer.name] if contract else None
@@ -210,23 +211,3 @@ def compare_routers(source: Original, out: Path, manifest: Manifest) -> RouterCo
                 problems.append(f"{out}: the router of {layer.name} chooses other {what} than the source's")
                 break
     return RouterComparison(len(model.layers), TOKENS, ties, tuple(problems))
-
-
-def _routers(layer: MoeLayer, files: Mapping[str, Path]) -> Iterator[Router]:
-    """The layer's router, once for each correction bias it may be used with; `files` says where its tensors are."""
-    import torch
-    from safetensors import safe_open
-
-    from .router import Router
-
-    tensors = {}
-    for tensor in layer.router:
-        with safe_open(files[tensor.name], framework="pt") as file:
-            leaf = tensor.name.removeprefix(f"{layer.name}.")
-            tensors[leaf] = file.get_tensor(tensor.name).to(torch.float64)
-    weight = tensors.pop("gate.weight", None)
-    if weight is None:
-        weight = tensors.pop("router.weight")
-    logit_bias = tensors.pop("router.bias", None)
-    for correction in tensors.values() or [None]:
-        yield Router(weight, logit_bias, correction)

@@ -7,14 +7,15 @@ Tensors carry their shape in their name: T tokens, H hidden size, E experts, G g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .moe import Routing
+from .moe import MoeLayer, Routing
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +55,47 @@ def route(hidden_TH: Tensor, router: Router, routing: Routing, group_order: Sequ
     logits_TE = torch.stack([(router.weight_EH * hidden_H).sum(dim=1) for hidden_H in hidden_TH])
     if router.logit_bias_E is not None:
         logits_TE = logits_TE + router.logit_bias_E
+    return choose(logits_TE, router.correction_E, routing, group_order)
+
+
+def choose(
+    logits_TE: Tensor, correction_E: Tensor | None, routing: Routing, group_order: Sequence[int] | None = None
+) -> Choice:
+    """Choose experts by the logits of each token; the other parameters and what comes back are those of `route`."""
+    import torch
+
     scores_TE = _scores(logits_TE, routing.scoring)
-    compared_TE = scores_TE if router.correction_E is None else scores_TE + router.correction_E
+    compared_TE = scores_TE if correction_E is None else scores_TE + correction_E
     order_E = torch.arange(routing.num_experts)
     if group_order is not None:
         # order_E[e]: where logical expert e stands
         order_E[torch.tensor(group_order)] = torch.arange(routing.num_experts)
     compared_TE = compared_TE[:, order_E]
     if routing.group_limited:
-        compared_TE = _mask_groups(compared_TE, routing, best_two=router.correction_E is not None)
+        compared_TE = _mask_groups(compared_TE, routing, best_two=correction_E is not None)
     ranked_TE = compared_TE.sort(dim=1, descending=True, stable=True)
     chosen_TK = ranked_TE.indices[:, : routing.top_k]
     compared = ranked_TE.values[:, : routing.top_k + 1]
     tied_T = (compared[:, 1:] == compared[:, :-1]).any(dim=1)
     experts_TK = order_E[chosen_TK]
     return Choice(experts_TK, _weights(scores_TE.gather(1, experts_TK), routing), tied_T)
+
+
+def read_routers(layer: MoeLayer, files: Mapping[str, Path], wanted: dtype) -> Iterator[Router]:
+    """The layer's router, once for each correction bias it may be used with; `files` says where its tensors are."""
+    from safetensors import safe_open
+
+    tensors = {}
+    for tensor in layer.router:
+        with safe_open(files[tensor.name], framework="pt") as file:
+            leaf = tensor.name.removeprefix(f"{layer.name}.")
+            tensors[leaf] = file.get_tensor(tensor.name).to(wanted)
+    weight = tensors.pop("gate.weight", None)
+    if weight is None:
+        weight = tensors.pop("router.weight")
+    logit_bias = tensors.pop("router.bias", None)
+    for correction in tensors.values() or [None]:
+        yield Router(weight, logit_bias, correction)
 
 
 def _scores(logits_TE: Tensor, scoring: str) -> Tensor:

@@ -36,6 +36,18 @@ class Strategy(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Linear:
+    """Experts left where they are: what an engine does by itself."""
+
+    ep_size: int
+    name: ClassVar[str] = "linear"
+
+    def place(self, model: MoeModel, root: Path) -> Placement:
+        """The same permutation in every layer, and it changes nothing."""
+        return _in_every_layer(model, tuple(range(model.routing.num_experts)))
+
+
+@dataclass(frozen=True, slots=True)
 class Zigzag:
     """Experts dealt round-robin to ranks."""
 
