@@ -9,8 +9,8 @@ The modules, in the order that data flows: `checkpoint` and `header` (what lies 
 tensor is which expert's), `placement` (permutations), `strategies` (which of them is asked for) and `contract` (what an
 engine must know of them), `plan` with `layouts`, `extents` and `sharing` (what to write, and what need not be), `copy`
 with `sources`, `kernel` and `journal` (writing it), `manifest` (the record). `resharding`, `stage`, `restore`, `verify`
-with `compare`, `inspect`, and `analyze` with `traffic` and `analysis` are the six things one can do; `cli` parses and
-prints.
+with `compare`, `inspect`, `export`, and `analyze` with `traffic` and `analysis` are the seven things one can do; `cli`
+parses and prints.
 """
 
 from ._version import __version__
@@ -21,6 +21,7 @@ from .compare import RouterComparison
 from .contract import Contract
 from .copy import Outcome
 from .errors import CheckpointError, IntegrityError, OutputError, ReshardError, UnsupportedError
+from .export import Export, export, write_export
 from .inspect import Inspection, inspect
 from .manifest import Manifest, read_manifest
 from .moe import MoeLayer, MoeModel, Routing, read_model
@@ -38,6 +39,7 @@ __all__ = [
     "Contract",
     "Digests",
     "Effect",
+    "Export",
     "FromFile",
     "Inspection",
     "IntegrityError",
@@ -59,6 +61,7 @@ __all__ = [
     "Zigzag",
     "__version__",
     "analyze",
+    "export",
     "inspect",
     "place",
     "plan_placement",
@@ -69,6 +72,7 @@ __all__ = [
     "restore",
     "stage",
     "verify",
+    "write_export",
     "write_resharding",
     "write_staging",
     "zigzag",

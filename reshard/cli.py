@@ -19,6 +19,7 @@ from .analyze import BATCH_SIZES, TOKENS, Analysis, analyze
 from .checkpoint import CONFIG, INDEX
 from .copy import SPARE_SPACE, Outcome, Progress, free_space, needed_space, refuse_out, shareable_size
 from .errors import ReshardError
+from .export import FORMAT_NAMES, Export, FormatName, export, write_export
 from .inspect import Inspection, inspect
 from .manifest import LAYOUTS, Layout, read_manifest
 from .moe import why_plugin
@@ -249,6 +250,32 @@ def analyze_command(
         strategies.append(FromFile(ep, map_file))
     analysis = analyze(src, strategies, nodes=nodes, tokens=tokens, batch_sizes=batches, seed=seed)
     _print(asdict(analysis), _describe_analysis(analysis), quiet=False, as_json=as_json)
+
+
+@main.command("export")
+@click.argument("src")
+@click.option("--to", required=True, type=click.Choice(FORMAT_NAMES), help="The engine that reads the file.")
+@click.option("--ep", type=int, help="Number of EP ranks; of an output, its own.")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write, not there yet.  [default: stdout]")
+@_quiet
+@_json
+def export_command(src: str, to: FormatName, ep: int | None, out: Path | None, quiet: bool, as_json: bool) -> None:
+    """Write where zigzag places the experts of SRC as a file for another engine. Nothing is resharded.
+
+    The file is for serving the original: the engine loads that, and places its experts itself. Where SRC is an output
+    of reshard, the file has that output's placement, still of the original's experts: it is not for the output.
+    """
+    exported = export(src, to, ep)
+    if out is not None:
+        write_export(exported, out)
+    report = {key: value for key, value in asdict(exported).items() if key != "content" or out is None}
+    if as_json:
+        _print({**report, "out": out}, [], quiet, as_json)
+        return
+    if out is None:
+        click.echo(exported.content, nl=False)
+    if not quiet:
+        click.echo(_describe_export(exported, out), err=True)
 
 
 @main.command("verify")
@@ -518,6 +545,15 @@ def _describe_analysis(analysis: Analysis) -> list[str]:
         "They alone count where every rank has every token. Where tokens are sent to the ranks of their experts",
         "(all-to-all), each further rank is one more copy of a token, and each further node a slow one.",
     ]
+
+
+def _describe_export(exported: Export, out: Path | None) -> str:
+    use = exported.use.replace("{file}", str(out) if out else "FILE")
+    return (
+        f"{exported.strategy} for {exported.ep_size} EP ranks, {len(exported.moe_layers)} MoE layers of "
+        f"{exported.num_experts} experts, as {exported.engine} reads it; for serving the original, "
+        f"{exported.original}:  {use}"
+    )
 
 
 def _describe_verification(verification: Verification, src: str | None, quick: bool) -> list[str]:
