@@ -94,7 +94,7 @@ def grouped_topk(logits_TE: Tensor, bias_E: Tensor | None, place_E: Tensor, choi
     """Choose experts for each token.
 
     Parameters:
-        logits_TE: in physical order; float32, bfloat16 or float16, rows contiguous
+        logits_TE: in physical order; float32, bfloat16 or float16
         bias_E: the correction bias, in physical order; looked at where `choice` is biased
         place_E: int32, the physical id of each logical expert
         choice: one that has an arithmetic
@@ -103,6 +103,8 @@ def grouped_topk(logits_TE: Tensor, bias_E: Tensor | None, place_E: Tensor, choi
         weights_TK (float32) and physical ids_TK (int32), in vLLM's order
 
     """
+    if logits_TE.stride(1) != 1:
+        logits_TE = logits_TE.contiguous()
     tokens = len(logits_TE)
     weights_TK = torch.empty(tokens, choice.top_k, dtype=torch.float32, device=logits_TE.device)
     ids_TK = torch.empty(tokens, choice.top_k, dtype=torch.int32, device=logits_TE.device)

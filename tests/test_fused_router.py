@@ -1,0 +1,144 @@
+"""When the router's kernel may route: only after it was seen to agree with vLLM's own router, bit for bit.
+
+Kernel and router are stand-ins; the real ones meet in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from reshard.vllm.fused import ENOUGH, Fused, same, trial_logits
+
+Answer = tuple[torch.Tensor, torch.Tensor]
+EXPERTS = 8
+
+
+def right(logits: torch.Tensor) -> Answer:
+    weights, ids = logits.float().softmax(dim=1).topk(2, dim=1)
+    return weights, ids.int()
+
+
+def by_one_bit(logits: torch.Tensor) -> Answer:
+    weights, ids = right(logits)
+    weights[-1, -1] = weights[-1, -1].nextafter(torch.tensor(2.0))
+    return weights, ids
+
+
+def only_where_infinite(logits: torch.Tensor) -> Answer:
+    weights, ids = right(logits)
+    return weights.where(logits.isfinite().all(dim=1, keepdim=True), weights + 1), ids
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Callable[[torch.Tensor], Answer]]]:
+    """By name what the stand-in for the kernel answers; a name is a choice."""
+    kernels = {"right": right, "by one bit": by_one_bit, "only where infinite": only_where_infinite}
+
+    def grouped_topk(logits: torch.Tensor, bias: Any, place: Any, choice: str) -> Answer:
+        return kernels[choice](logits)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    said = SimpleNamespace(info_once=lambda *words: None, warning_once=lambda *words: None)
+    module = SimpleNamespace(init_logger=lambda name: said)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(logger=module))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm.logger", module)  # type: ignore[arg-type]
+    stand_in = SimpleNamespace(grouped_topk=grouped_topk)
+    monkeypatch.setitem(sys.modules, "reshard.vllm.grouped_topk", stand_in)  # type: ignore[arg-type]
+    yield kernels
+
+
+def router_that_counts() -> tuple[Callable[[torch.Tensor], Answer], list[int]]:
+    """vLLM's own router, and how many rows it was asked for each time."""
+    asked: list[int] = []
+
+    def router(logits: torch.Tensor) -> Answer:
+        asked.append(len(logits))
+        return right(logits)
+
+    return router, asked
+
+
+def fused(*choices: str) -> Fused:
+    return Fused(choices, torch.arange(EXPERTS), "a layer")  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_kernel_that_agrees_routes_from_the_first_large_batch_on() -> None:
+    router, asked = router_that_counts()
+    one = fused("right")
+    one.route(torch.randn(ENOUGH - 1, EXPERTS), None, router)
+    assert asked == [ENOUGH - 1], "too few rows prove nothing"
+    one.route(torch.randn(ENOUGH, EXPERTS), None, router)
+    assert asked == [ENOUGH - 1, ENOUGH, ENOUGH], "the batch itself, and as many random rows"
+    one.route(torch.randn(3, EXPERTS), None, router)
+    assert len(asked) == 3, "the kernel alone"
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("wrong", ["by one bit", "only where infinite"])
+def test_a_kernel_that_differs_anywhere_never_routes(wrong: str) -> None:
+    router, asked = router_that_counts()
+    one, logits = fused(wrong), torch.randn(ENOUGH, EXPERTS)
+    for _ in range(3):
+        weights, _ = one.route(logits, None, router)
+        assert torch.equal(weights, right(logits)[0])
+    assert asked == [ENOUGH] * 5, "twice for the proof, and each time"
+
+
+@pytest.mark.usefixtures("kernel")
+def test_of_several_ways_the_one_that_agrees_is_taken() -> None:
+    one = fused("by one bit", "right")
+    one.route(torch.randn(ENOUGH, EXPERTS), None, right)
+    assert list(one.agreed.values()) == ["right"]
+
+
+@pytest.mark.usefixtures("kernel")
+def test_each_dtype_is_proved_for_itself() -> None:
+    router, asked = router_that_counts()
+    one = fused("right")
+    one.route(torch.randn(ENOUGH, EXPERTS), None, router)
+    one.route(torch.randn(3, EXPERTS).bfloat16(), None, router)
+    assert asked == [ENOUGH, ENOUGH, 3]
+
+
+@pytest.mark.usefixtures("kernel")
+def test_nothing_is_looked_at_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    router, asked = router_that_counts()
+    one, capturing = fused("right"), [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    one.route(torch.randn(ENOUGH, EXPERTS), None, router)
+    assert asked == [ENOUGH]
+    assert not one.agreed
+    capturing[0] = False
+    one.route(torch.randn(ENOUGH, EXPERTS), None, router)
+    assert list(one.agreed.values()) == ["right"]
+
+
+def test_the_trial_has_ties_and_infinities_and_the_shape_it_is_asked_for() -> None:
+    trial = trial_logits(torch.zeros(96, 64, dtype=torch.bfloat16))
+    assert trial.shape == (96, 64)
+    assert trial.dtype == torch.bfloat16
+    assert trial.isneginf().any(dim=1).sum() == 32
+    assert sum(len(row.unique()) < 16 for row in trial) == 32
+    before = torch.get_rng_state()
+    trial_logits(trial)
+    assert torch.equal(torch.get_rng_state(), before), "vLLM's own random numbers are left alone"
+
+
+def test_sameness_is_of_bits_but_for_nan() -> None:
+    ids = torch.tensor([[1, 2]], dtype=torch.int32)
+    zero, minus_zero, nan = (torch.tensor([[value, 1.0]]) for value in (0.0, -0.0, float("nan")))
+    assert same((zero, ids), (zero.clone(), ids.long()))
+    other_nan = torch.tensor([[-float("nan"), 1.0]])
+    assert not torch.equal(nan.view(torch.int32), other_nan.view(torch.int32))
+    assert same((nan, ids), (other_nan, ids))
+    assert not same((zero, ids), (minus_zero, ids))
+    assert not same((zero, ids), (nan, ids))
+    assert not same((zero, ids), (zero, ids.flip(1)))
+    assert not same((zero, ids), (zero.double(), ids))
