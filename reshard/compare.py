@@ -203,11 +203,12 @@ def compare_routers(source: Original, out: Path, manifest: Manifest) -> RouterCo
             found = route(hidden, after, routing_after, groups)
             decided = torch.ones(TOKENS, dtype=torch.bool) if contract else ~expected.tied_T
             ties += int((~decided).sum())
-            same_experts = torch.equal(to_logical[found.experts_TK][decided], expected.experts_TK[decided])
-            weights, expected_weights = found.weights_TK[decided], expected.weights_TK[decided]
-            same_weights = (weights == expected_weights) | (weights.isnan() & expected_weights.isnan())
-            if not same_experts or not same_weights.all():
-                what = "weights" if same_experts else "experts"
+            what = None
+            if not torch.equal(to_logical[found.experts_TK][decided], expected.experts_TK[decided]):
+                what = "experts"
+            elif not found.weights_TK[decided].allclose(expected.weights_TK[decided], rtol=0, atol=0, equal_nan=True):
+                what = "weights"
+            if what:
                 problems.append(f"{out}: the router of {layer.name} chooses other {what} than the source's")
                 break
     return RouterComparison(len(model.layers), TOKENS, ties, tuple(problems))

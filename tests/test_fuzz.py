@@ -680,6 +680,17 @@ def test_a_damaged_manifest_is_refused_in_one_line_and_never_makes_a_command_wri
     damage=[Edit("replace by its like", (294,), (4,), False, "0")],
     forged=True,
 )
+@example(
+    model="qwen3_moe",
+    layout="ranks",
+    name=CONFIG,
+    which=0,
+    damage=[
+        Edit("delete", (0,), (0,), False, "0"),
+        Edit("replace by its like", (567,), (443,), False, "0"),
+    ],
+    forged=True,
+)
 @given(
     model=models,
     layout=layouts,
