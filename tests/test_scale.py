@@ -1,4 +1,7 @@
-"""All of DeepSeek-R1, as sparse files: 91,991 tensors in 163 files within seconds and a bounded memory."""
+"""All of DeepSeek-R1, as sparse files: 91,991 tensors in 163 files within seconds and a bounded memory.
+
+Seconds of the processor's: what a disk that other tests write to takes besides, `make bench` measures by itself.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ RESHARD = Path(sys.executable).with_name("reshard")
 
 
 @pytest.mark.parametrize("command", ["inspect", "dry run"])
-def test_the_whole_of_r1_is_read_in_ten_seconds_and_600_mb(command: str, tmp_path: Path) -> None:
+def test_the_whole_of_r1_is_read_in_six_seconds_and_300_mb(command: str, tmp_path: Path) -> None:
     source = tmp_path / "R1"
     deepseek_r1.build_sparse(source)
     arguments = {
@@ -23,5 +26,5 @@ def test_the_whole_of_r1_is_read_in_ten_seconds_and_600_mb(command: str, tmp_pat
     took = measure([RESHARD, *arguments])
     assert took.status == 0
     assert "688.6 GB" in took.stdout
-    assert took.seconds <= 10
-    assert took.peak <= 600e6
+    assert took.cpu <= 6
+    assert took.peak <= 300e6
