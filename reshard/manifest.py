@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from blake3 import blake3
 
-from .checkpoint import File
+from .checkpoint import MAX_NESTING, File
 from .contract import Contract, Placement, contract_from_json, placement_from_json
 from .errors import IntegrityError
 from .moe import Routing
 
 MANIFEST = "reshard_manifest.json"
 MANIFEST_VERSION = 1
+MAX_CONTRACT_NESTING = MAX_NESTING + 8  # it keeps values of a config
 
 Layout = Literal["ranks", "source"]
 """Files by EP rank, or one for each file of the source."""
@@ -146,11 +147,24 @@ def read_manifest(root: Path) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise IntegrityError(f"{path}: damaged: {error}") from error
+    if _is_deep(manifest.contract):
+        raise IntegrityError(f"{path}: damaged: its contract is nested more than {MAX_CONTRACT_NESTING} deep")
     if encode_manifest(manifest) != data:
         raise IntegrityError(f"{path}: damaged: its content does not match the digest at its end")
     if wrong := _inconsistency(manifest):
         raise IntegrityError(f"{path}: {wrong}")
     return manifest
+
+
+def _is_deep(contract: Any) -> bool:
+    """Whether it is nested deeper than a contract of reshard can be; told without recursion."""
+    level = [contract]
+    for _ in range(MAX_CONTRACT_NESTING):
+        inner = (
+            value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list)
+        )
+        level = [value for values in inner for value in values]
+    return bool(level)
 
 
 def _inconsistency(manifest: Manifest) -> str | None:

@@ -640,6 +640,7 @@ def test_a_damaged_config_is_refused_in_one_line_or_resharded_and_restored(
     forged=True,
 )
 @example(model="deepseek_v3", layout="ranks", damage=[Edit("add", (729, 6), (0,), False, "[]")], forged=True)
+@example(model="deepseek_v3", layout="ranks", damage=[Edit("replace", (24,), (0,), False, Deep("{}", 20))], forged=True)
 @given(model=models, layout=layouts, damage=damages, forged=st.sampled_from([True, True, False]))
 def test_a_damaged_manifest_is_refused_in_one_line_and_never_makes_a_command_write_elsewhere(
     sound: Path, model: str, layout: str, damage: Damage, forged: bool
