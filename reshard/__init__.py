@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint, read_checkpoint
 from .compare import RouterComparison
 from .contract import Contract
 from .copy import Outcome
-from .errors import CheckpointError, IntegrityError, OutputError, ReshardError, UnsupportedError
+from .errors import CheckpointError, IntegrityError, OutputError, ReshardError, TraceError, UnsupportedError
 from .export import Export, export, write_export
 from .inspect import Inspection, inspect
 from .manifest import Manifest, read_manifest
@@ -56,6 +56,7 @@ __all__ = [
     "Routing",
     "Staging",
     "Strategy",
+    "TraceError",
     "UnsupportedError",
     "Verification",
     "Zigzag",

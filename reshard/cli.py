@@ -30,6 +30,7 @@ from .restore import restore
 from .sharing import REFLINK, Reflink
 from .stage import Staging, plan_stage, write_staging
 from .strategies import FromFile, Linear, NodeZigzag, Strategy, Zigzag
+from .trace_info import TraceInfo, trace_info
 from .verify import Verification, verify
 
 EXIT_INTERRUPTED = 130
@@ -250,6 +251,25 @@ def analyze_command(
         strategies.append(FromFile(ep, map_file))
     analysis = analyze(src, strategies, nodes=nodes, tokens=tokens, batch_sizes=batches, seed=seed)
     _print(asdict(analysis), _describe_analysis(analysis), quiet=False, as_json=as_json)
+
+
+@main.group("trace")
+def trace_group() -> None:
+    """Recorded routing: which experts tokens chose, as `analyze --trace` and `place --strategy balanced` read it.
+
+    Recorded by vLLM where this package is installed beside it and RESHARD_TRACE names a directory; also read are
+    arrays (*.npy) of vLLM's --enable-return-routed-experts, and dumps (*.pt) of SGLang's expert distribution recorder
+    in mode per_token.
+    """
+
+
+@trace_group.command("info")
+@click.argument("directory", type=click.Path(path_type=Path))
+@_json
+def trace_info_command(directory: Path, as_json: bool) -> None:
+    """Describe what is recorded in DIRECTORY, or in one file."""
+    info = trace_info(directory)
+    _print(asdict(info), _describe_trace(info), quiet=False, as_json=as_json)
 
 
 @main.command("export")
@@ -545,6 +565,24 @@ def _describe_analysis(analysis: Analysis) -> list[str]:
         "They alone count where every rank has every token. Where tokens are sent to the ranks of their experts",
         "(all-to-all), each further rank is one more copy of a token, and each further node a slow one.",
     ]
+
+
+def _describe_trace(info: TraceInfo) -> list[str]:
+    lines = [f"{info.path}: {info.tokens} tokens in {len(info.streams)} recordings"]
+    for stream in info.streams:
+        experts = f" of {stream.num_experts}" if stream.num_experts else ""
+        lines += [
+            f"  {stream.where}",
+            f"    by {stream.by}",
+            f"    {stream.tokens} tokens, {len(stream.busiest)} MoE layers, top {stream.top_k}{experts} experts",
+        ]
+        if stream.busiest:
+            layer, most = max(stream.busiest.items(), key=lambda item: item[1])
+            middle = sorted(stream.busiest.values())[len(stream.busiest) // 2]
+            lines.append(
+                f"    busiest expert over mean: {middle:.2f} in the middle layer, at most {most:.2f} ({layer})"
+            )
+    return lines
 
 
 def _describe_export(exported: Export, out: Path | None) -> str:

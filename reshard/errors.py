@@ -23,3 +23,7 @@ class OutputError(ReshardError):
 
 class IntegrityError(ReshardError):
     """An output is not what its manifest says."""
+
+
+class TraceError(ReshardError):
+    """A trace cannot be read, is of another model, or does not hold what is asked of it."""

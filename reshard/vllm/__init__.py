@@ -5,6 +5,7 @@ vLLM loads it in every process through the entry point group `vllm.general_plugi
     configs    config.json of an output reads as the original's, with the contract still in it
     routing    the routers of a model with a contract score groups by logical expert and answer with physical ids
     loading    a rank opens the shared files and its own ranks' only; nothing serves before every router was checked
+    recording  where RESHARD_TRACE names a directory, and of any MoE model: which experts each token chose
 
 Models without a contract, and directories that are no output, go the way they always went. A vLLM that this does not
 fit is told so when a group-limited output is loaded, and not before.
@@ -15,10 +16,14 @@ from __future__ import annotations
 
 def register() -> None:
     """What the entry point calls, once or many times in a process; imports nothing of vLLM before vLLM does."""
-    from . import configs, loading, routing
+    import os
+
+    from . import configs, loading, recording, routing
     from .patching import when_imported
 
     configs.install()
     when_imported("vllm.model_executor.layers.fused_moe.layer", routing.install)
     when_imported("vllm.model_executor.model_loader.base_loader", loading.install_check)
     when_imported("vllm.model_executor.model_loader.default_loader", loading.install_file_choice)
+    if os.environ.get(recording.VARIABLE):
+        when_imported("vllm.v1.worker.gpu_worker", recording.install)

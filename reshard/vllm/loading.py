@@ -101,21 +101,31 @@ def check_model(model: Any, contract: Contract, is_draft: bool, pipelined: bool)
     import vllm.model_executor.layers.fused_moe.layer as layer
 
     fault = what_is_wrong_with_hook(getattr(layer, "create_fused_moe_router", None))
-    runners = {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "router") and hasattr(module, "routed_experts")
-    }
+    runners = moe_runners(model)
     for name, runner in runners.items():
         if not isinstance(runner.router, LogicalOrder):
             raise _refuse(f"layer {name} does not route by the contract" + (f": {fault}" if fault else ""))
-        if runner.routed_experts.quant_method.is_monolithic:
+        if lets_kernel_route(runner):
             raise _refuse(f"layer {name} lets its kernel {type(runner.routed_experts.quant_method).__name__} route")
     expected = 1 if is_draft or pipelined else _layers_before(contract, model)
     if len(runners) < expected and not pipelined:
         raise _refuse(
             f"{len(runners)} of its {expected} MoE layers are routed by vLLM" + (f": {fault}" if fault else "")
         )
+
+
+def moe_runners(model: Any) -> dict[str, Any]:
+    """What vLLM makes of each MoE layer, its router among it, by name (`model.layers.3.mlp.experts`)."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "router") and hasattr(module, "routed_experts")
+    }
+
+
+def lets_kernel_route(runner: Any) -> bool:
+    """Whether a layer's kernel chooses by itself, and its router is never asked."""
+    return bool(runner.routed_experts.quant_method.is_monolithic)
 
 
 def _layers_before(contract: Contract, model: Any) -> int:

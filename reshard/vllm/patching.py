@@ -21,13 +21,13 @@ def when_imported(name: str, install: Install) -> None:
         sys.meta_path.insert(0, _Finder(name, install))
 
 
-def replace_once(module: ModuleType, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put `wrap(old)` in the place of the function `name` of `module`, unless that was done before."""
-    old = getattr(module, name)
+def replace_once(owner: object, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put `wrap(old)` in the place of the function `name` of a module or class, unless that was done before."""
+    old = getattr(owner, name)
     if not hasattr(old, "replaced_by_reshard"):
         new = wrap(old)
         new.replaced_by_reshard = True  # type: ignore[attr-defined]
-        setattr(module, name, new)
+        setattr(owner, name, new)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..contract import CONTRACT_KEY, Contract, contract_from_json
+from ..contract import CONTRACT_KEY, Contract, Placement, contract_from_json
 from ..errors import UnsupportedError
 from ..placement import invert
 from .fused import Fused, fused_in_place_of
@@ -126,7 +126,7 @@ def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any],
                 f"{prefix}: this layer's router is not one that reshard can keep exact for a resharded model: {fault}; "
                 "serve the original, or use other options"
             )
-    physical_of_logical = invert(placement_of(contract, prefix))
+    physical_of_logical = invert(placement_of(contract.physical_to_logical, prefix))
     resharded_class = type(f"Resharded{type(router).__name__}", (LogicalOrder, type(router)), {})
     resharded: Any = object.__new__(resharded_class)
     order = torch.tensor(physical_of_logical, device=get_current_vllm_config().device_config.device)
@@ -135,13 +135,13 @@ def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any],
     return resharded
 
 
-def placement_of(contract: Contract, prefix: str) -> tuple[int, ...]:
+def placement_of(placement: Placement, prefix: str) -> tuple[int, ...]:
     """physical_to_logical [E] of the layer that vLLM calls `prefix` (`model.layers.3.mlp.experts`)."""
-    permutations = set(contract.physical_to_logical.values())
+    permutations = set(placement.values())
     if len(permutations) == 1:
         return permutations.pop()
     numbers = [part for part in prefix.split(".") if part.isdigit()]
-    for layer, permutation in contract.physical_to_logical.items():
+    for layer, permutation in placement.items():
         if numbers and [part for part in layer.split(".") if part.isdigit()] == numbers:
             return permutation
-    raise UnsupportedError(f"{prefix}: the contract has a placement for each layer, and none for this one")
+    raise UnsupportedError(f"{prefix}: the output has a placement for each layer, and none for this one")

@@ -1,0 +1,63 @@
+"""What is in a trace: `reshard trace info`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .recordings import Recording, read_recordings
+from .traffic import MOST_TOKENS, runs
+
+
+@dataclass(frozen=True, slots=True)
+class RecordingInfo:
+    """One recording. `busiest` is, for each layer with experts, how often its busiest expert was chosen over the mean.
+
+    The mean is of all experts, or where the recording does not say how many there are, of those up to the last chosen.
+    """
+
+    where: str
+    by: str
+    tokens: int
+    num_experts: int | None
+    top_k: int
+    busiest: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceInfo:
+    """A trace's recordings: streams of reshard's plugin, or files of other recorders."""
+
+    path: Path
+    tokens: int
+    streams: tuple[RecordingInfo, ...]
+
+
+def trace_info(path: str | Path) -> TraceInfo:
+    """Describe what is recorded in the directory or file `path`; TraceError where that is nothing.
+
+    Where a recording is long, its busiest experts are those of a part of it, spread evenly.
+    """
+    recordings = read_recordings(Path(path))
+    infos = tuple(_info(recording) for recording in recordings)
+    return TraceInfo(Path(path), sum(info.tokens for info in infos), infos)
+
+
+def _info(recording: Recording) -> RecordingInfo:
+    import torch
+
+    counts: dict[str, torch.Tensor] = {}
+    experts = recording.num_experts or 0
+    for run in runs(recording.tokens, MOST_TOKENS):
+        for layer, ids in zip(recording.layers, recording.read(run.start, len(run)).unbind(1), strict=True):
+            count = torch.bincount(ids[ids >= 0], minlength=experts)
+            size = max(len(count), len(counts.get(layer, ())))
+            grown = torch.zeros(size, dtype=torch.long)
+            for part in (count, counts.get(layer)):
+                if part is not None:
+                    grown[: len(part)] += part
+            counts[layer] = grown
+    busiest = {layer: float(count.max() / count.double().mean()) for layer, count in counts.items() if int(count.sum())}
+    return RecordingInfo(
+        recording.where, recording.by, recording.tokens, recording.num_experts, recording.top_k, busiest
+    )

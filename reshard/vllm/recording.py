@@ -1,0 +1,242 @@
+"""RESHARD_TRACE=DIR: which logical experts each token of any MoE model chose, layer by layer, as a trace in DIR.
+
+Nothing of this is installed where RESHARD_TRACE is not set. Where it is, each router's answer is kept in a buffer on
+the device, a copy of some KiB in each layer that CUDA graphs hold like any other; vLLM's own `RoutedExpertsCapturer`
+knows which rows are this rank's. After each step the rows of its tokens go to the CPU without being waited for, and a
+thread writes them. Recording never stands in the way of serving: what it cannot do it says once in the log, and ends.
+
+Each DP rank records its tokens, each PP stage its layers, the first TP rank for all of them. MTP drafts are not
+recorded. RESHARD_TRACE_LIMIT is how many bytes a rank's trace may take; the oldest part goes first.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ..contract import CONTRACT_KEY, Placement, contract_from_json, placement_from_json, placement_to_json
+from ..trace import DEFAULT_LIMIT, TRACE_VERSION, Header, TraceWriter
+from .loading import lets_kernel_route, moe_runners
+from .patching import replace_once
+from .routing import placement_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VARIABLE, LIMIT_VARIABLE = "RESHARD_TRACE", "RESHARD_TRACE_LIMIT"
+MANIFEST = "reshard_manifest.json"
+WAITING = 64  # steps between the device and the disk; what comes on top is not recorded
+LAST_SECONDS = 5  # for the writer, when the process ends
+
+
+def install(gpu_worker: ModuleType) -> None:
+    """Make vLLM's worker, on whatever device, record."""
+    replace_once(gpu_worker.Worker, "load_model", _then_attach)
+    replace_once(gpu_worker.Worker, "execute_model", _then_record)
+
+
+def _then_attach(load_model: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load_model)
+    def with_recorder(worker: Any, *args: Any, **kwargs: Any) -> Any:
+        result = load_model(worker, *args, **kwargs)
+        worker.reshard_recorder = _attempt("cannot begin", lambda: attach(worker, os.environ))
+        return result
+
+    return with_recorder
+
+
+def _then_record(execute_model: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(execute_model)
+    def with_record(worker: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        result = execute_model(worker, scheduler_output, *args, **kwargs)
+        if recorder := getattr(worker, "reshard_recorder", None):
+            recorder.step(scheduler_output.total_num_scheduled_tokens)
+        return result
+
+    return with_record
+
+
+def attach(worker: Any, environment: Mapping[str, str]) -> Recorder | None:
+    """Put a recorder behind the routers of the worker's model; None, and a word in the log, where none can be."""
+    config = worker.vllm_config
+    if fault := _why_not(config.parallel_config):
+        _log().warning("%s: nothing is recorded: %s", VARIABLE, fault)
+        return None
+    runners = moe_runners(worker.get_model())
+    blind = [name for name, runner in runners.items() if lets_kernel_route(runner)]
+    routers = {name: runner.router for name, runner in runners.items() if name not in blind}
+    if blind:
+        _log().warning(
+            "%s: %d layers are not recorded, since their kernels route by themselves: %s …",
+            VARIABLE,
+            len(blind),
+            blind[0],
+        )
+    if not routers:
+        _log().warning("%s: nothing is recorded: the model has no MoE layer whose router vLLM asks", VARIABLE)
+        return None
+    return Recorder(routers, config, Path(environment[VARIABLE]), int(environment.get(LIMIT_VARIABLE, DEFAULT_LIMIT)))
+
+
+def _why_not(parallel: Any) -> str | None:
+    """Ways to run in which rows of the buffer are not simply the step's tokens."""
+    if getattr(parallel, "use_ubatching", False):
+        return "microbatches (--enable-dbo) are not supported"
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        return "prefill context parallelism is not supported"
+    return None
+
+
+class Recorder:
+    """Keeps what routers answer, and after each step hands the rows of its tokens to a `Scribe`.
+
+    Every TP rank takes part, as vLLM's capturer may have to gather rows among them; only the first has a scribe.
+    """
+
+    def __init__(self, routers: Mapping[str, Any], config: Any, directory: Path, limit: int) -> None:
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+        from vllm.model_executor.layers.fused_moe.routed_experts_capturer import RoutedExpertsCapturer
+
+        self._capturer = RoutedExpertsCapturer(config.scheduler_config.max_num_batched_tokens, config)
+        self._failed = False
+        self._layers = len(routers)
+        first = next(iter(routers.values()))
+        header = Header(
+            reshard_trace=TRACE_VERSION,
+            engine=f"vLLM {_version()}",
+            model=str(config.model_config.model),
+            layers=tuple(name.removesuffix(".experts") for name in routers),
+            num_experts=config.model_config.get_num_experts(),
+            top_k=first.top_k,
+            physical_to_logical=_order_of(config.model_config, routers),
+            dp_rank=config.parallel_config.data_parallel_rank,
+            pp_rank=get_pp_group().rank_in_group,
+        )
+        self._scribe = None
+        if get_tp_group().rank_in_group == 0:
+            self._scribe = Scribe(TraceWriter(directory, header, limit), header.id_size)
+            _log().info("%s: the experts that tokens choose are recorded in %s", VARIABLE, directory)
+        for column, router in enumerate(routers.values()):
+            router._compute_routing = self._listening(router._compute_routing, column)
+
+    def _listening(self, compute_routing: Callable[..., Any], column: int) -> Callable[..., Any]:
+        @functools.wraps(compute_routing)
+        def compute_and_keep(*args: Any, **kwargs: Any) -> Any:
+            weights, ids = compute_routing(*args, **kwargs)
+            if not self._failed:
+                self._failed = not _attempt("ends here", lambda: self._keep(column, ids))
+            return weights, ids
+
+        return compute_and_keep
+
+    def _keep(self, column: int, ids: Tensor) -> bool:
+        self._capturer.capture(column, ids)
+        return True
+
+    def step(self, tokens: int) -> None:
+        """The forward pass of a step has been started, of so many tokens of this rank."""
+        if tokens and self._scribe is not None and not self._failed:
+            scribe, rows_TLK = self._scribe, self._capturer.device_buffer[:tokens, : self._layers]
+            self._failed = not _attempt("ends here", lambda: scribe.take(rows_TLK))
+
+
+class Scribe:
+    """Brings rows from the device to a trace, in a thread of its own."""
+
+    def __init__(self, writer: TraceWriter, id_size: int) -> None:
+        self._writer = writer
+        self._id_size = id_size
+        self._waiting: queue.Queue[Callable[[], memoryview] | None] = queue.Queue(WAITING)
+        self._lost = 0
+        self._thread = threading.Thread(target=self._write, name="reshard-trace", daemon=True)
+        self._thread.start()
+        atexit.register(self._finish)
+
+    def take(self, rows_TLK: Tensor) -> bool:
+        """Copy the rows, without waiting for the device; False once they can no longer be written."""
+        import torch
+
+        narrow_TLK = rows_TLK.to(torch.uint8 if self._id_size == 1 else torch.int16)
+        if narrow_TLK.is_cuda:
+            on_cpu = torch.empty(narrow_TLK.shape, dtype=narrow_TLK.dtype, pin_memory=True)
+            on_cpu.copy_(narrow_TLK, non_blocking=True)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        else:
+            on_cpu, copied = narrow_TLK.contiguous(), None
+
+        def arrived() -> memoryview:
+            if copied is not None:
+                copied.synchronize()
+            return on_cpu.view(torch.uint8).numpy().data.cast("B")
+
+        try:
+            self._waiting.put_nowait(arrived)
+        except queue.Full:
+            if not self._lost:
+                _log().warning("%s: the disk cannot follow: some steps are not recorded", VARIABLE)
+            self._lost += 1
+        return self._thread.is_alive()
+
+    def _write(self) -> None:
+        _attempt("ends here", self._write_all)
+
+    def _write_all(self) -> None:
+        while arrived := self._waiting.get():
+            self._writer.write(arrived())
+        self._writer.close()
+
+    def _finish(self) -> None:
+        if self._thread.is_alive():
+            self._waiting.put(None, timeout=LAST_SECONDS)
+            self._thread.join(LAST_SECONDS)
+
+
+def _order_of(model_config: Any, routers: Mapping[str, Any]) -> list[int] | dict[str, list[int]] | None:
+    """By which permutation the model's expert ids are physical, as a trace's header has it; None for an original."""
+    placement = _placement_in(model_config)
+    if placement is None:
+        return None
+    return placement_to_json({name.removesuffix(".experts"): placement_of(placement, name) for name in routers})
+
+
+def _placement_in(model_config: Any) -> Placement | None:
+    """An output's placement: from its contract, or where it needs none from its manifest."""
+    where = str(model_config.model)
+    if (contract := getattr(model_config.hf_config, CONTRACT_KEY, None)) is not None:
+        return contract_from_json(contract, where).physical_to_logical
+    path = Path(where, MANIFEST)
+    if not path.is_file():
+        return None
+    manifest = json.loads(path.read_bytes())
+    names = [layer["name"] for layer in manifest["moe_layers"]]
+    return placement_from_json(manifest["physical_to_logical"], names, str(path))
+
+
+def _attempt(outcome: str, act: Callable[[], Any]) -> Any:
+    """What `act` returns; None, and a word in the log, where it raises: serving goes on without the trace."""
+    try:
+        return act()
+    except Exception as error:
+        _log().exception("%s: recording %s: %s", VARIABLE, outcome, error)
+        return None
+
+
+def _version() -> str:
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def _log() -> Any:
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.plugins.reshard")
