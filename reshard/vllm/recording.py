@@ -67,7 +67,7 @@ def _then_record(execute_model: Callable[..., Any]) -> Callable[..., Any]:
 def attach(worker: Any, environment: Mapping[str, str]) -> Recorder | None:
     """Put a recorder behind the routers of the worker's model; None, and a word in the log, where none can be."""
     config = worker.vllm_config
-    if fault := _why_not(config.parallel_config):
+    if fault := _why_not(config):
         _log().warning("%s: nothing is recorded: %s", VARIABLE, fault)
         return None
     runners = moe_runners(worker.get_model())
@@ -83,15 +83,21 @@ def attach(worker: Any, environment: Mapping[str, str]) -> Recorder | None:
     if not routers:
         _log().warning("%s: nothing is recorded: the model has no MoE layer whose router vLLM asks", VARIABLE)
         return None
+    # vLLM keeps compiled code by its config; where routers are compiled with the model (on CPUs), it must not be kept
+    # for, nor taken from, a run that does not record
+    config.additional_config["reshard_trace"] = True
     return Recorder(routers, config, Path(environment[VARIABLE]), int(environment.get(LIMIT_VARIABLE, DEFAULT_LIMIT)))
 
 
-def _why_not(parallel: Any) -> str | None:
-    """Ways to run in which rows of the buffer are not simply the step's tokens."""
+def _why_not(config: Any) -> str | None:
+    """Ways to run in which rows of the buffer are not simply the step's tokens, or the model's code not its own."""
+    parallel = config.parallel_config
     if getattr(parallel, "use_ubatching", False):
         return "microbatches (--enable-dbo) are not supported"
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         return "prefill context parallelism is not supported"
+    if not isinstance(config.additional_config, dict):
+        return f"additional_config is a {type(config.additional_config).__name__}, not a dictionary"
     return None
 
 

@@ -5,7 +5,7 @@ Reads one JSON object from standard input:
     model        directory
     prompts      lists of token ids
     max_tokens   tokens to generate for each prompt
-    llm          further arguments of `vllm.LLM`
+    llm          further arguments of `vllm.LLM`, or others in the place of `FIXED`
 
 Prints one line of JSON; everything else goes to standard error. Log-probabilities are written by `float.hex`, so that
 equal text is equal bits: for each prompt and position a mapping from token id, of all that vLLM returned.
@@ -44,7 +44,7 @@ def generate(request: Mapping[str, Any]) -> dict[str, Any]:
     """Answer a request."""
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model=request["model"], **FIXED, **request["llm"])
+    llm = LLM(model=request["model"], **{**FIXED, **request["llm"]})
     speculative = "speculative_config" in request["llm"]
     sampling = SamplingParams(
         temperature=0,

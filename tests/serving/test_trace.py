@@ -131,16 +131,27 @@ def test_an_output_without_a_contract_records_logical_experts_too(serving: Servi
 def test_a_model_with_drafts_records_its_own_layers(serving: Serving) -> None:
     source = uneven_mtp(serving)
     _, directory = trace(serving, "mtp", serving.resharded(source, 2), ranks=2, speculative_config=MTP)
-    (header,) = [json.loads(path.open("rb").readline()) for path in directory.glob("*.trace")]
+    (header,) = [json.loads(path.read_bytes().partition(b"\n")[0]) for path in directory.glob("*.trace")]
     assert header["layers"] == ["model.layers.1.mlp", "model.layers.2.mlp"]
     # a draft is a token that was computed, taken or not
     assert len(recorded(directory)) > sum(len(prompt) + MAX_TOKENS - 1 for prompt in PROMPTS)
 
 
-def test_a_compiled_model_records_the_same(serving: Serving) -> None:
-    source = v3(serving)
-    answer, directory = trace(serving, "compiled", source, enforce_eager=False)
-    assert recorded(directory) == recomputed(serving, source, answer)
+def test_a_compiled_model_records_the_same_and_its_code_is_not_kept_for_one_that_does_not_record(
+    serving: Serving,
+) -> None:
+    source, cache = v3(serving), serving.directory / "compiled"
+    directory = serving.directory / "trace-compiled"
+    recording = {"VLLM_CACHE_ROOT": str(cache), "RESHARD_TRACE": str(directory)}
+    answer = serving.generate(source, enforce_eager=False, environment=recording)
+    assert_answered(answer)
+    assert "saved AOT compiled function" in answer.log
+    found = recorded(directory)
+    assert found == recomputed(serving, source, answer)
+    without = serving.generate(source, enforce_eager=False, environment={"VLLM_CACHE_ROOT": str(cache)})
+    assert_equal(without, answer)
+    assert "saved AOT compiled function" in without.log
+    assert "load failure" not in without.log, "it found the code of the run that records"
 
 
 def test_a_server_that_is_killed_leaves_what_it_recorded(serving: Serving, tmp_path: Path) -> None:
@@ -195,4 +206,4 @@ def test_a_trace_is_described(serving: Serving) -> None:
     _, directory = trace(serving, "v3-out", serving.resharded(source, 2), ranks=2)
     told = json.loads(run_well("trace", "info", directory, "--json"))
     assert told["tokens"] == sum(len(prompt) + MAX_TOKENS - 1 for prompt in PROMPTS)
-    assert [stream["engine"] for stream in told["streams"]] == ["vLLM 0.32.0"]
+    assert [stream["by"].split(",")[0] for stream in told["streams"]] == ["vLLM 0.32.0"]
