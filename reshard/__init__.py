@@ -9,12 +9,12 @@ The modules, in the order that data flows: `checkpoint` and `header` (what lies 
 tensor is which expert's), `placement` (permutations), `strategies` (which of them is asked for) and `contract` (what an
 engine must know of them), `plan` with `layouts`, `extents` and `sharing` (what to write, and what need not be), `copy`
 with `sources`, `kernel` and `journal` (writing it), `manifest` (the record). `resharding`, `stage`, `restore`, `verify`
-with `compare`, `inspect`, `export`, and `analyze` with `traffic` and `analysis` are the seven things one can do; `cli`
-parses and prints.
+with `compare`, `inspect`, `export`, and `analyze` with `traffic`, `analysis` and `report` are the seven things
+one can do; `cli` parses and prints.
 """
 
 from ._version import __version__
-from .analysis import Effect
+from .analysis import Coselection, Effect
 from .analyze import Analysis, analyze
 from .checkpoint import Checkpoint, read_checkpoint
 from .compare import RouterComparison
@@ -37,6 +37,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Contract",
+    "Coselection",
     "Digests",
     "Effect",
     "Export",

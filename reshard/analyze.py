@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from .analysis import Effect, effect, mean_effect
-from .checkpoint import read_checkpoint
-from .errors import OutputError
-from .moe import read_model
+from .analysis import Coselection, Effect, coselection, effect, mean_coselection, mean_effect
+from .checkpoint import Checkpoint, read_checkpoint
+from .errors import CheckpointError, OutputError
+from .moe import MoeModel, Routing, read_model
+from .placement import rank_slots
 from .resharding import check_ep_size, refuse_resharded
 from .source import find_source
-from .strategies import Strategy
-from .traffic import random_traffic
+from .strategies import FromFile, Linear, NodeZigzag, Strategy, Zigzag
+from .traffic import random_traffic, recorded_traffic
 
-TOKENS = 4096
-BATCH_SIZES = (8, 64, 512, 4096)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RANDOM_TOKENS = 4096
+RECORDED_TOKENS = 65536
+BATCH_SIZES = tuple(2**exponent for exponent in range(13))
+MOST_RUNS = 32  # of experts told apart where tokens choose them together: more can be seen by nobody
+
+
+class Offer(NamedTuple):
+    """A placement that can be asked for: the option that it takes, if any, and how EP ranks and options make it."""
+
+    needs: str | None
+    make: Callable[[int, Mapping[str, Any]], Strategy]
+
+
+# In the order in which they are shown. Without --placement: all that need no option or one that is given.
+PLACEMENTS = {
+    "linear": Offer(None, lambda ep_size, options: Linear(ep_size)),
+    "zigzag": Offer(None, lambda ep_size, options: Zigzag(ep_size)),
+    "node-zigzag": Offer("nodes", lambda ep_size, options: NodeZigzag(ep_size, options["nodes"])),
+    "file": Offer("map", lambda ep_size, options: FromFile(ep_size, options["map"])),
+}
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """A strategy that is made from the first `share` (0 to 1) of the trace: only the rest may judge it."""
+
+    @property
+    def share(self) -> float:
+        """Of the trace's tokens."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +63,57 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Together:
+    """Which experts tokens choose together, whatever the placement: on average over layers, and in each by name.
+
+    `runs` are the first and last expert of each run of experts that is told apart: the model's groups where
+    `are_groups`, else as many as EP ranks.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    are_groups: bool
+    mean: Coselection
+    layers: dict[str, Coselection]
+
+
+@dataclass(frozen=True, slots=True)
 class Analysis:
-    """What was measured. `traffic` says in words whose choices these are."""
+    """What was measured. `traffic` says in words whose choices these are; others are compared with the first candidate.
+
+    `unrecorded` are the MoE layers that a trace lacks, of which nothing is said.
+    """
 
     path: Path
+    family: str
     num_experts: int
     top_k: int
+    n_group: int
+    topk_group: int
     ep_size: int
     nodes: int
     tokens: int
     traffic: str
+    lower_bound: bool
+    unrecorded: tuple[str, ...]
     batch_sizes: tuple[int, ...]
     candidates: tuple[Candidate, ...]
+    together: Together
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The MoE layers that were measured, in order."""
+        return tuple(self.together.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """The choices that candidates are judged by, and what `Analysis` says of them."""
+
+    ids: dict[str, Tensor]
+    tokens: int
+    words: str
+    lower_bound: bool
+    unrecorded: tuple[str, ...] = ()
 
 
 def analyze(
@@ -48,42 +121,128 @@ def analyze(
     strategies: Sequence[Strategy],
     *,
     nodes: int = 1,
-    tokens: int = TOKENS,
+    trace: str | Path | None = None,
+    tokens: int | None = None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     seed: int = 0,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> Analysis:
-    """Route random hidden states through the gates of the checkpoint `src` and see how placements would spread them.
+    """See how placements would spread what the gates of the checkpoint `src` choose.
 
-    Reads the gates and no other weights. All `strategies` are for the same number of EP ranks; batch sizes that exceed
-    `tokens` are left out. Raises CheckpointError and UnsupportedError as `plan_placement` does, OutputError where
-    ranks, nodes or a strategy do not fit.
+    Reads the gates and no other weights, and routes random hidden states through them; with `trace` reads none, and
+    takes the choices recorded there.
+
+    Parameters:
+        src: directory, or repository id in the Hugging Face cache
+        strategies: all for the same number of EP ranks
+        nodes: that these are spread over
+        trace: directory of a trace
+        tokens: how many at most; None for RANDOM_TOKENS, or RECORDED_TOKENS with a trace
+        batch_sizes: in tokens; those larger than what there is are left out
+        seed: of the random hidden states
+        progress: called with the number of layers routed
+
+    Raises:
+        CheckpointError, UnsupportedError: as `plan_placement` does; the trace is none, or another model's
+        OutputError: ranks, nodes, tokens or a strategy do not fit
+
     """
     root = find_source(src)
     refuse_resharded(root)
     checkpoint = read_checkpoint(root)
     model = read_model(checkpoint)
+    routing = model.routing
     (ep_size,) = {strategy.ep_size for strategy in strategies}
-    check_ep_size(ep_size, model.routing.num_experts, root)
+    check_ep_size(ep_size, routing.num_experts, root)
     if nodes < 1 or ep_size % nodes:
         raise OutputError(f"{root}: --nodes must divide the {ep_size} EP ranks, found {nodes}")
-    sizes = tuple(size for size in batch_sizes if 1 <= size <= tokens)
-    if not sizes:
-        raise OutputError(f"{root}: no batch of {', '.join(map(str, batch_sizes))} tokens can be had from {tokens}")
     placements = {strategy.name: strategy.place(model, root) for strategy in strategies}
-    traffic = random_traffic(checkpoint, model, tokens, seed, progress)
+    if trace is None:
+        judged = _random(checkpoint, model, tokens or RANDOM_TOKENS, seed, progress)
+    else:
+        judged = _recorded(Path(trace), model, root, tokens or RECORDED_TOKENS, max(batch_sizes), strategies)
+    sizes = tuple(size for size in batch_sizes if 1 <= size <= judged.tokens)
+    if not sizes:
+        raise OutputError(
+            f"{root}: no batch of {', '.join(map(str, batch_sizes))} tokens can be had from {judged.tokens}"
+        )
     candidates = []
     for name, placement in placements.items():
-        layers = {layer: effect(ids, placement[layer], ep_size, nodes, sizes) for layer, ids in traffic.ids.items()}
+        layers = {layer: effect(ids, placement[layer], ep_size, nodes, sizes) for layer, ids in judged.ids.items()}
         candidates.append(Candidate(name, mean_effect(list(layers.values())), layers))
     return Analysis(
         path=root,
-        num_experts=model.routing.num_experts,
-        top_k=model.routing.top_k,
+        family=model.family.name,
+        num_experts=routing.num_experts,
+        top_k=routing.top_k,
+        n_group=routing.n_group,
+        topk_group=routing.topk_group,
         ep_size=ep_size,
         nodes=nodes,
-        tokens=tokens,
-        traffic="random hidden states through the checkpoint's own gates; text is less even, so this is a lower bound",
+        tokens=judged.tokens,
+        traffic=judged.words,
+        lower_bound=judged.lower_bound,
+        unrecorded=judged.unrecorded,
         batch_sizes=sizes,
         candidates=tuple(candidates),
+        together=_together(judged, routing, ep_size),
+    )
+
+
+def spread_runs(tokens: int, wanted: int, length: int) -> list[range]:
+    """`wanted // length` runs of `length` consecutive tokens, each in the middle of its even part of all `tokens`.
+
+    Whole runs, since tokens that were served one after the other are alike, and a batch has such tokens.
+    """
+    count = wanted // length
+    starts = [(2 * run + 1) * tokens // (2 * count) - length // 2 for run in range(count)]
+    return [range(start, start + length) for start in starts]
+
+
+def _random(
+    checkpoint: Checkpoint, model: MoeModel, tokens: int, seed: int, progress: Callable[[int], None]
+) -> _Judged:
+    words = "random hidden states through the checkpoint's own gates; text is less even, so this is a lower bound"
+    return _Judged(random_traffic(checkpoint, model, tokens, seed, progress).ids, tokens, words, lower_bound=True)
+
+
+def _recorded(
+    trace: Path, model: MoeModel, root: Path, wanted: int, longest: int, strategies: Sequence[Strategy]
+) -> _Judged:
+    """At most `wanted` tokens of those that no strategy was made from, in runs of `longest` if not all."""
+    import torch
+
+    traffic = recorded_traffic(trace, model, root)
+    names = [layer.name for layer in model.layers]
+    words = f"tokens recorded in {trace}"
+    fitted = {strategy.name: strategy.share for strategy in strategies if isinstance(strategy, Fitted)}
+    first = math.ceil(max(fitted.values(), default=0.0) * traffic.tokens)
+    left = traffic.tokens - first
+    if left < 1 or not traffic.ids:
+        raise CheckpointError(
+            f"{trace}: of its {traffic.tokens} tokens in {len(traffic.ids)} layers none are left to judge placements "
+            "by; record more"
+        )
+    if first:
+        words += f" after the first {first}, which {' and '.join(fitted)} was made from"
+    chosen = [range(left)]
+    if wanted < left:
+        length = min(longest, wanted)
+        chosen = spread_runs(left, wanted, length)
+        words += f", in {len(chosen)} runs of {length} spread evenly over the {left} there"
+    index_T = torch.cat([torch.arange(first + run.start, first + run.stop) for run in chosen])
+    ids = {name: traffic.ids[name][index_T] for name in names if name in traffic.ids}
+    unrecorded = tuple(name for name in names if name not in ids)
+    return _Judged(ids, len(index_T), words, lower_bound=False, unrecorded=unrecorded)
+
+
+def _together(judged: _Judged, routing: Routing, ep_size: int) -> Together:
+    are_groups = 1 < routing.n_group <= MOST_RUNS
+    count = routing.n_group if are_groups else min(ep_size, MOST_RUNS)
+    layers = {name: coselection(ids, routing.num_experts, count) for name, ids in judged.ids.items()}
+    return Together(
+        runs=tuple((run.start, run.stop - 1) for run in rank_slots(routing.num_experts, count)),
+        are_groups=are_groups,
+        mean=mean_coselection(list(layers.values())),
+        layers=layers,
     )

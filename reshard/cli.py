@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__
-from .analyze import BATCH_SIZES, TOKENS, Analysis, analyze
+from .analyze import BATCH_SIZES, PLACEMENTS, RANDOM_TOKENS, RECORDED_TOKENS, analyze
 from .checkpoint import CONFIG, INDEX
 from .copy import SPARE_SPACE, Outcome, Progress, free_space, needed_space, refuse_out, shareable_size
 from .errors import ReshardError
@@ -25,12 +25,13 @@ from .manifest import LAYOUTS, Layout, read_manifest
 from .moe import why_plugin
 from .placement import describe_ranks
 from .plan import Digests
+from .report import describe_analysis, describe_trace
 from .resharding import Resharding, plan_placement, write_resharding
 from .restore import restore
 from .sharing import REFLINK, Reflink
 from .stage import Staging, plan_stage, write_staging
-from .strategies import FromFile, Linear, NodeZigzag, Strategy, Zigzag
-from .trace_info import TraceInfo, trace_info
+from .strategies import FromFile, NodeZigzag, Strategy, Zigzag
+from .trace_info import trace_info
 from .verify import Verification, verify
 
 EXIT_INTERRUPTED = 130
@@ -220,37 +221,61 @@ def inspect_command(directory: str, ep: int | None, as_json: bool) -> None:
 @click.argument("src")
 @click.option("--ep", required=True, type=int, help="Number of EP ranks it would be served on.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, help="Nodes that the EP ranks are spread over.")
+@click.option(
+    "--trace", type=click.Path(path_type=Path), help="Directory of recorded traffic, instead of random states."
+)
 @click.option("--map", "map_file", type=click.Path(path_type=Path), help="Also the placement of this file: see place.")
-@click.option("--tokens", type=click.IntRange(1, 1 << 20), default=TOKENS, show_default=True, help="Routed in all.")
+@click.option(
+    "--placement",
+    "placements",
+    type=click.Choice(list(PLACEMENTS)),
+    multiple=True,
+    help="To compare, the others with the first; may be given several times.  [default: linear and zigzag, and those "
+    "that --nodes, --trace and --map make possible]",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(1, 1 << 20),
+    help=f"At most, in all.  [default: {RANDOM_TOKENS}; {RECORDED_TOKENS} of a trace]",
+)
 @click.option(
     "--batch",
     "batches",
     type=click.IntRange(min=1),
     multiple=True,
-    default=BATCH_SIZES,
-    show_default=True,
-    help="Tokens of a batch; may be given several times.",
+    help=f"Tokens of a batch; may be given several times.  [default: powers of 2 up to {BATCH_SIZES[-1]}]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random hidden states.")
+@click.option("--layers", "by_layer", is_flag=True, help="Also print the table of each layer.")
 @_json
 def analyze_command(
     src: str,
     ep: int,
     nodes: int,
+    trace: Path | None,
     map_file: Path | None,
-    tokens: int,
+    placements: tuple[str, ...],
+    tokens: int | None,
     batches: tuple[int, ...],
     seed: int,
+    by_layer: bool,
     as_json: bool,
 ) -> None:
     """Say what placements would do to the load of ranks, before anything is written; reads SRC's gates only."""
-    strategies: list[Strategy] = [Linear(ep), Zigzag(ep)]
-    if nodes > 1:
-        strategies.append(NodeZigzag(ep, nodes))
-    if map_file is not None:
-        strategies.append(FromFile(ep, map_file))
-    analysis = analyze(src, strategies, nodes=nodes, tokens=tokens, batch_sizes=batches, seed=seed)
-    _print(asdict(analysis), _describe_analysis(analysis), quiet=False, as_json=as_json)
+    options = {"nodes": nodes if nodes > 1 else None, "trace": trace, "map": map_file}
+    possible = [name for name, offer in PLACEMENTS.items() if offer.needs is None or options[offer.needs] is not None]
+    if impossible := [name for name in placements if name not in possible]:
+        raise click.UsageError(f"--placement {impossible[0]} takes --{PLACEMENTS[impossible[0]].needs}")
+    analysis = analyze(
+        src,
+        [PLACEMENTS[name].make(ep, options) for name in dict.fromkeys(placements or possible)],
+        nodes=nodes,
+        trace=trace,
+        tokens=tokens,
+        batch_sizes=sorted(set(batches)) or BATCH_SIZES,
+        seed=seed,
+    )
+    _print(asdict(analysis), describe_analysis(analysis, by_layer=by_layer), quiet=False, as_json=as_json)
 
 
 @main.group("trace")
@@ -269,7 +294,7 @@ def trace_group() -> None:
 def trace_info_command(directory: Path, as_json: bool) -> None:
     """Describe what is recorded in DIRECTORY, or in one file."""
     info = trace_info(directory)
-    _print(asdict(info), _describe_trace(info), quiet=False, as_json=as_json)
+    _print(asdict(info), describe_trace(info), quiet=False, as_json=as_json)
 
 
 @main.command("export")
@@ -537,51 +562,6 @@ def _sharing(outcome: Outcome, source: Path) -> list[str]:
             f"{outcome.undigested} tensors were not read, so have no digest: verify can compare them with the source "
             "(--src), and finds no later damage to them by itself (--digests all)"
         )
-    return lines
-
-
-def _describe_analysis(analysis: Analysis) -> list[str]:
-    batches = "".join(f"{f'{size} tokens':>12}" for size in analysis.batch_sizes)
-    lines = [
-        f"{analysis.path}: {len(analysis.candidates[0].layers)} MoE layers of {analysis.num_experts} experts, "
-        f"{analysis.top_k} a token, on {analysis.ep_size} EP ranks",
-        f"traffic: {analysis.tokens} {analysis.traffic}",
-        "",
-        f"{'busiest rank over mean, in batches of':38}{batches}{'ranks a token':>16}"
-        + f"{'nodes a token':>16}" * (analysis.nodes > 1),
-    ]
-    for candidate in analysis.candidates:
-        found = candidate.mean
-        lines.append(
-            f"  {candidate.strategy:36}"
-            + "".join(f"{value:12.3f}" for value in found.imbalance)
-            + f"{found.ranks:16.2f}"
-            + f"{found.nodes:16.2f}" * (analysis.nodes > 1)
-        )
-    return [
-        *lines,
-        "",
-        "The first numbers are the critical path over perfect balance, as far as time follows (token, expert) pairs.",
-        "They alone count where every rank has every token. Where tokens are sent to the ranks of their experts",
-        "(all-to-all), each further rank is one more copy of a token, and each further node a slow one.",
-    ]
-
-
-def _describe_trace(info: TraceInfo) -> list[str]:
-    lines = [f"{info.path}: {info.tokens} tokens in {len(info.streams)} recordings"]
-    for stream in info.streams:
-        experts = f" of {stream.num_experts}" if stream.num_experts else ""
-        lines += [
-            f"  {stream.where}",
-            f"    by {stream.by}",
-            f"    {stream.tokens} tokens, {len(stream.busiest)} MoE layers, top {stream.top_k}{experts} experts",
-        ]
-        if stream.busiest:
-            layer, most = max(stream.busiest.items(), key=lambda item: item[1])
-            middle = sorted(stream.busiest.values())[len(stream.busiest) // 2]
-            lines.append(
-                f"    busiest expert over mean: {middle:.2f} in the middle layer, at most {most:.2f} ({layer})"
-            )
     return lines
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import owner
 
-from reshard.analysis import Effect, effect, mean_effect
+import reshard.analysis
+from reshard.analysis import Coselection, Effect, coselection, effect, mean_coselection, mean_effect
+from reshard.analyze import PLACEMENTS, Offer, spread_runs
+from reshard.checkpoint import read_checkpoint
+from reshard.moe import read_model
 from reshard.placement import zigzag
+from reshard.strategies import Zigzag
+from reshard.traffic import Traffic
 
 EXPERTS, RANKS, GROUP = 16, 4, 4
 LINEAR = tuple(range(EXPERTS))
@@ -27,19 +36,20 @@ def of(ids: list[list[int]], placement: tuple[int, ...], batches: tuple[int, ...
 
 def test_uniform_traffic_is_even_under_any_placement() -> None:
     ids = [[(4 * token + k) % EXPERTS for k in range(4)] for token in range(4)]
-    assert of(ids, LINEAR) == Effect((1.0,), 1.0, 1.0)
-    assert of(ids, ZIGZAG) == Effect((1.0,), 4.0, 1.0)
+    assert of(ids, LINEAR) == Effect((1.0,), 1.0, 1.0, (1.0,) * 4)
+    assert of(ids, ZIGZAG) == Effect((1.0,), 4.0, 1.0, (1.0,) * 4)
 
 
 def test_one_hot_group_is_one_rank_s_under_linear_and_everyone_s_under_zigzag() -> None:
     ids = [[4, 5, 6, 7]] * 8
-    assert of(ids, LINEAR) == Effect((4.0,), 1.0, 1.0)
-    assert of(ids, ZIGZAG) == Effect((1.0,), 4.0, 1.0)
+    assert of(ids, LINEAR) == Effect((4.0,), 1.0, 1.0, (0.0, 4.0, 0.0, 0.0))
+    assert of(ids, ZIGZAG) == Effect((1.0,), 4.0, 1.0, (1.0,) * 4)
 
 
 def test_one_hot_expert_is_one_rank_s_under_any_placement() -> None:
     ids = [[9]] * 8
-    assert of(ids, LINEAR) == of(ids, ZIGZAG) == Effect((4.0,), 1.0, 1.0)
+    assert of(ids, LINEAR) == Effect((4.0,), 1.0, 1.0, (0.0, 0.0, 4.0, 0.0))
+    assert of(ids, ZIGZAG) == Effect((4.0,), 1.0, 1.0, (0.0, 4.0, 0.0, 0.0))
 
 
 def test_small_batches_are_less_even_than_large_ones() -> None:
@@ -48,12 +58,95 @@ def test_small_batches_are_less_even_than_large_ones() -> None:
 
 
 def test_a_token_s_nodes_are_those_of_its_ranks() -> None:
-    assert of([[0, 4, 8, 12]] * 4, LINEAR, nodes=2) == Effect((1.0,), 4.0, 2.0)
-    assert of([[0, 1, 4, 5]] * 4, LINEAR, nodes=2) == Effect((2.0,), 2.0, 1.0)
+    apart, near = of([[0, 4, 8, 12]] * 4, LINEAR, nodes=2), of([[0, 1, 4, 5]] * 4, LINEAR, nodes=2)
+    assert (apart.ranks, apart.nodes) == (4.0, 2.0)
+    assert (near.ranks, near.nodes) == (2.0, 1.0)
 
 
-def test_the_mean_over_layers_is_the_mean_of_each_number() -> None:
-    assert mean_effect([Effect((1.0, 2.0), 3.0, 1.0), Effect((3.0, 4.0), 5.0, 2.0)]) == Effect((2.0, 3.0), 4.0, 1.5)
+def test_the_mean_over_layers_is_the_mean_of_each_number_and_of_the_busiest_ranks() -> None:
+    first, second = Effect((1.0, 2.0), 3.0, 1.0, (1.5, 0.5)), Effect((3.0, 4.0), 5.0, 2.0, (0.25, 1.75))
+    assert mean_effect([first, second]) == Effect((2.0, 3.0), 4.0, 1.5, (1.625, 0.375))
+
+
+def lifts(found: Coselection) -> list[list[float | None]]:
+    """How much more often than by chance, None where chance allows for none."""
+    return [
+        [share / expected if expected else None for share, expected in zip(*rows, strict=True)]
+        for rows in zip(found.share, found.expected, strict=True)
+    ]
+
+
+def test_every_pair_as_often_as_any_other_is_chance() -> None:
+    found = coselection(torch.tensor(list(itertools.combinations(range(EXPERTS), 3))), EXPERTS, 4)
+    assert lifts(found) == [pytest.approx([1.0] * 4)] * 4
+
+
+def test_groups_that_tokens_keep_to_are_wanted_together_however_often_they_are_wanted() -> None:
+    for hot in (1, 5):
+        ids = [[0, 1, 2], [1, 2, 3], [0, 2, 3], [0, 1, 3]] * hot + [[4, 6, 7], [4, 5, 7], [4, 5, 6], [5, 6, 7]]
+        found = lifts(coselection(torch.tensor(ids), 8, 2))
+        assert found[0][1] == found[1][0] == 0
+        assert found[0][0] is not None
+        assert found[0][0] > 1
+        assert found[1][1] is not None
+        assert found[1][1] > 1
+
+
+def test_one_hot_group_is_a_matter_of_how_often_and_not_of_together() -> None:
+    ids = [list(token) for token in itertools.combinations(range(4, 8), 2)]
+    found = coselection(torch.tensor(ids), EXPERTS, 4)
+    assert lifts(found)[1] == [None, pytest.approx(1.0), None, None]
+    assert found.share[1] == (0.0, 1.0, 0.0, 0.0)
+
+
+def test_a_single_expert_is_chosen_with_no_other() -> None:
+    found = coselection(torch.tensor([[3], [9]]), EXPERTS, 4)
+    assert found.share == found.expected == ((0.0,) * 4,) * 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_coselection_agrees_with_counting_by_hand(data: st.DataObject) -> None:
+    experts = data.draw(st.integers(4, 14), label="experts")
+    runs = data.draw(st.integers(1, 4), label="runs")
+    top_k = data.draw(st.integers(2, 4), label="top_k")
+    ids = data.draw(st.lists(st.permutations(range(experts)).map(lambda order: order[:top_k]), min_size=1, max_size=9))
+    popularity = Counter(itertools.chain.from_iterable(ids))
+    share, expected = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+    for e, f in itertools.permutations(range(experts), 2):
+        where = owner(e, experts, runs), owner(f, experts, runs)
+        share[where] += sum(e in token and f in token for token in ids)
+        expected[where] += popularity[e] * popularity[f]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reshard.analysis, "_CHUNK", data.draw(st.sampled_from([1, 3, 1 << 13]), label="chunk"))
+        found = coselection(torch.tensor(ids), experts, runs)
+    for counted, matrix in ((share, found.share), (expected, found.expected)):
+        total = sum(counted.values())
+        for where in itertools.product(range(runs), repeat=2):
+            assert matrix[where[0]][where[1]] == pytest.approx(counted[where] / total)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_mean_of_coselections_is_the_mean_of_each_number(layers: int) -> None:
+    found = [Coselection(((n / 10, 0.5), (0.25, 0.0)), ((0.25,) * 2,) * 2) for n in range(layers)]
+    assert mean_coselection(found).share == ((pytest.approx((layers - 1) / 20), 0.5), (0.25, 0.0))
+    assert mean_coselection(found).expected == ((0.25,) * 2,) * 2
+
+
+@given(st.data())
+def test_runs_are_whole_apart_and_spread_over_all_tokens(data: st.DataObject) -> None:
+    tokens = data.draw(st.integers(2, 500), label="tokens")
+    wanted = data.draw(st.integers(1, tokens), label="wanted")
+    length = data.draw(st.integers(1, wanted), label="length")
+    runs = spread_runs(tokens, wanted, length)
+    assert len(runs) == wanted // length
+    assert all(len(run) == length for run in runs)
+    assert runs[0].start >= 0
+    assert runs[-1].stop <= tokens
+    gaps = [later.start - earlier.stop for earlier, later in itertools.pairwise(runs)]
+    assert all(gap >= 0 for gap in gaps)
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    assert abs(runs[0].start - (tokens - runs[-1].stop)) <= 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,7 +169,11 @@ def test_effects_agree_with_counting_by_hand(data: st.DataObject) -> None:
                 loads[rank_of[expert]] += 1
         uneven.append(max(loads) / (size * top_k / ranks))
     reached = [{rank_of[expert] for expert in token} for token in ids]
-    found = effect(torch.tensor(ids), placement, ranks, nodes, (size,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reshard.analysis, "_CHUNK", data.draw(st.sampled_from([1, 4, 1 << 13]), label="chunk"))
+        found = effect(torch.tensor(ids), placement, ranks, nodes, (size,))
+    loads = Counter(rank_of[expert] for token in ids for expert in token)
+    assert found.loads == pytest.approx([loads[rank] * ranks / (tokens * top_k) for rank in range(ranks)])
     assert found.imbalance[0] == pytest.approx(sum(uneven) / len(uneven))
     assert found.ranks == pytest.approx(sum(map(len, reached)) / tokens)
     assert found.nodes == pytest.approx(sum(len({r // per_node for r in some}) for some in reached) / tokens)
@@ -94,19 +191,156 @@ def test_linear_and_zigzag_are_told_apart_for_every_layer(source: Path) -> None:
     assert [candidate["strategy"] for candidate in found["candidates"]] == ["linear", "zigzag", "node-zigzag"]
     layers = json.loads(run_well("inspect", source, "--json"))["moe_layers"]
     for candidate in found["candidates"]:
-        assert list(candidate["layers"]) == layers
+        assert list(candidate["layers"]) == list(found["together"]["layers"]) == layers
         means = [layer["imbalance"][0] for layer in candidate["layers"].values()]
         assert candidate["mean"]["imbalance"][0] == pytest.approx(sum(means) / len(means))
         assert all(1 <= mean <= RANKS for mean in means)
+        assert all(sum(layer["loads"]) == pytest.approx(RANKS) for layer in candidate["layers"].values())
     ranks = {candidate["strategy"]: candidate["mean"]["ranks"] for candidate in found["candidates"]}
     assert ranks["zigzag"] != ranks["linear"]
     nodes = {candidate["strategy"]: candidate["mean"]["nodes"] for candidate in found["candidates"]}
     assert nodes["node-zigzag"] == nodes["linear"], "groups stay on their node"
     assert "lower bound" in found["traffic"]
+    assert found["lower_bound"]
+    assert found["together"]["are_groups"]
+    assert found["together"]["runs"] == [[0, 3], [4, 7], [8, 11], [12, 15]]
+    same_group = [found["together"]["mean"]["share"][group][group] for group in range(4)]
+    assert sum(same_group) > sum(found["together"]["mean"]["expected"][group][group] for group in range(4))
+
+
+def test_batches_are_all_powers_of_two_that_the_tokens_allow_and_the_table_has_some_of_them(source: Path) -> None:
+    arguments = ("analyze", source, "--ep", RANKS, "--tokens", 1100)
+    assert json.loads(run_well(*arguments, "--json"))["batch_sizes"] == [2**exponent for exponent in range(11)]
+    heading = run_well(*arguments).splitlines()[4].split()
+    assert heading == ["2", "16", "128", "1024", "ranks"]
+
+
+def test_the_table_has_the_numbers_and_says_what_they_mean(source: Path) -> None:
+    arguments = ("analyze", source, "--ep", RANKS, "--nodes", 2, "--batch", 64, "--tokens", 512)
+    found = json.loads(run_well(*arguments, "--json"))
+    linear, zigzag_, _ = (candidate["mean"] for candidate in found["candidates"])
+    text = run_well(*arguments)
+    for mean in (linear, zigzag_):
+        row = f"{mean['imbalance'][0]:9.3f} {mean['ranks']:9.2f}{mean['nodes']:8.2f}".split()
+        assert row in [line.split()[1:] for line in text.splitlines()]
+    more = [f"{100 * (mean['imbalance'][0] - 1):.1f} %" for mean in (zigzag_, linear)]
+    assert f"{more[0]} more time than in perfect balance, not {more[1]}, in batches of 64 tokens" in text
+    change = 100 * (zigzag_["ranks"] / linear["ranks"] - 1)
+    assert change < -1
+    assert f"{zigzag_['ranks']:.2f} ranks a token, not {linear['ranks']:.2f}: {-change:.0f} % less to send" in text
+    assert "across nodes" in text
+
+
+def test_layers_prints_the_table_of_each(source: Path) -> None:
+    arguments = ("analyze", source, "--ep", RANKS, "--batch", 64, "--tokens", 512)
+    found = json.loads(run_well(*arguments, "--json"))
+    text = run_well(*arguments, "--layers")
+    assert text.startswith(run_well(*arguments).removesuffix("\n"))
+    for layer, effects in found["candidates"][1]["layers"].items():
+        of_layer = text.partition(f"\n{layer}:\n")[2].partition("\n\n")[0]
+        assert f"{effects['imbalance'][0]:.3f}" in of_layer
+
+
+def test_the_placements_are_those_asked_for_and_the_first_is_what_others_are_compared_with(source: Path) -> None:
+    asked = ("--placement", "zigzag", "--placement", "linear", "--placement", "zigzag")
+    arguments = ("analyze", source, "--ep", RANKS, "--nodes", 2, *asked)
+    found = json.loads(run_well(*arguments, "--json"))
+    assert [candidate["strategy"] for candidate in found["candidates"]] == ["zigzag", "linear"]
+    assert "linear instead of zigzag:" in run_well(*arguments)
+
+
+@pytest.mark.parametrize(("name", "option"), [("node-zigzag", "--nodes"), ("file", "--map")])
+def test_a_placement_needs_its_option(name: str, option: str, source: Path) -> None:
+    result = run("analyze", source, "--ep", RANKS, "--placement", name)
+    assert result.exit_code == 2
+    assert f"--placement {name} takes {option}" in result.output
+
+
+def test_a_model_without_groups_is_told_apart_by_as_many_runs_as_ranks(tmp_path: Path) -> None:
+    build(Spec("qwen3_moe", experts=10), tmp_path / "source")
+    found = json.loads(run_well("analyze", tmp_path / "source", "--ep", 4, "--tokens", 64, "--json"))
+    assert not found["together"]["are_groups"]
+    assert found["together"]["runs"] == [[0, 2], [3, 5], [6, 7], [8, 9]]
+
+
+class Traces:
+    """Puts traffic where analyze looks for a trace."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
+        self.patch = monkeypatch
+        self.layers = [layer.name for layer in read_model(read_checkpoint(source)).layers]
+
+    def put(self, ids: list[list[int]], layers: list[str] | None = None) -> None:
+        traffic = Traffic({layer: torch.tensor(ids) for layer in layers or self.layers}, len(ids))
+        self.patch.setattr(import_module("reshard.analyze"), "recorded_traffic", lambda *where: traffic)
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch, source: Path) -> Traces:
+    return Traces(monkeypatch, source)
+
+
+def test_a_trace_is_what_placements_are_judged_by(traces: Traces, source: Path, tmp_path: Path) -> None:
+    traces.put([[4, 5]] * 100)
+    arguments = ("analyze", source, "--ep", RANKS, "--trace", tmp_path)
+    found = json.loads(run_well(*arguments, "--json"))
+    assert found["tokens"] == 100
+    assert found["traffic"] == f"tokens recorded in {tmp_path}"
+    assert not found["lower_bound"]
+    means = {candidate["strategy"]: candidate["mean"] for candidate in found["candidates"]}
+    assert means["linear"] == {"imbalance": [4.0] * 7, "ranks": 1.0, "nodes": 1.0, "loads": [4.0, 0.0, 0.0, 0.0]}
+    assert means["zigzag"] == {"imbalance": [2.0] * 7, "ranks": 2.0, "nodes": 1.0, "loads": [2.0, 2.0, 0.0, 0.0]}
+    assert "lower bound" not in run_well(*arguments)
+
+
+def test_layers_that_a_trace_lacks_are_left_out_by_name(traces: Traces, source: Path, tmp_path: Path) -> None:
+    traces.put([[4, 5]] * 100, traces.layers[:-1])
+    arguments = ("analyze", source, "--ep", RANKS, "--trace", tmp_path)
+    found = json.loads(run_well(*arguments, "--json"))
+    assert found["unrecorded"] == traces.layers[-1:]
+    assert list(found["candidates"][0]["layers"]) == traces.layers[:-1]
+    assert f"left out, since not recorded: {traces.layers[-1]}" in run_well(*arguments)
+
+
+def test_of_a_longer_trace_runs_from_all_over_it_are_used(traces: Traces, source: Path, tmp_path: Path) -> None:
+    traces.put([[0, 1]] * 500 + [[4, 5]] * 500)
+    arguments = ("analyze", source, "--ep", RANKS, "--trace", tmp_path, "--tokens", 300, "--batch", 100, "--json")
+    found = json.loads(run_well(*arguments))
+    assert found["tokens"] == 300
+    assert found["traffic"].endswith(", in 3 runs of 100 spread evenly over the 1000 there")
+    loads = found["candidates"][0]["layers"][traces.layers[0]]["loads"]
+    assert loads == pytest.approx([2.0, 2.0, 0.0, 0.0]), "the middle run has 50 tokens of each half"
+
+
+def test_tokens_that_a_placement_was_made_from_do_not_judge_it(
+    traces: Traces, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Made(Zigzag):
+        name = "made"
+        share = 0.5
+
+    arguments = ("analyze", source, "--ep", RANKS, "--trace", tmp_path, "--json")
+    traces.put([[0, 1]] * 50 + [[4, 5]] * 51)
+    assert json.loads(run_well(*arguments))["tokens"] == 101
+    monkeypatch.setitem(PLACEMENTS, "made", Offer("trace", lambda ep_size, options: Made(ep_size)))
+    found = json.loads(run_well(*arguments))
+    assert [candidate["strategy"] for candidate in found["candidates"]] == ["linear", "zigzag", "made"]
+    assert found["tokens"] == 50
+    assert found["traffic"].endswith("after the first 51, which made was made from")
+    assert found["candidates"][0]["layers"][traces.layers[0]]["loads"] == [0.0, 4.0, 0.0, 0.0]
+    Made.share = 1.0
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "none are left to judge placements by" in result.output
+
+
+def test_a_directory_without_a_trace_is_refused(source: Path, tmp_path: Path) -> None:
+    result = run("analyze", source, "--ep", RANKS, "--trace", tmp_path)
+    assert result.exit_code == 1
+    assert str(tmp_path) in result.output
 
 
 def test_the_choices_are_those_of_the_checkpoint_s_gates(source: Path) -> None:
-    from reshard import read_checkpoint, read_model
     from reshard.router import Router, read_routers, route
     from reshard.traffic import random_traffic
 
@@ -151,7 +385,7 @@ def test_a_placement_from_a_file_is_one_more_row(source: Path, tmp_path: Path) -
     [
         (["--ep", 1], 1, "--ep must be from 2 to the 16 experts"),
         (["--ep", 4, "--nodes", 3], 1, "--nodes must divide the 4 EP ranks"),
-        (["--ep", 4, "--tokens", 4], 1, "no batch of 8, 64, 512, 4096 tokens can be had from 4"),
+        (["--ep", 4, "--tokens", 4, "--batch", 8, "--batch", 64], 1, "no batch of 8, 64 tokens can be had from 4"),
         (["--ep", 4, "--tokens", 0], 2, "--tokens"),
         ([], 2, "--ep"),
     ],
