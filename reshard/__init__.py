@@ -9,7 +9,7 @@ The modules, in the order that data flows: `checkpoint` and `header` (what lies 
 tensor is which expert's), `placement` (permutations), `strategies` (which of them is asked for) and `contract` (what an
 engine must know of them), `plan` with `layouts`, `extents` and `sharing` (what to write, and what need not be), `copy`
 with `sources`, `kernel` and `journal` (writing it), `manifest` (the record). `resharding`, `stage`, `restore`, `verify`
-with `compare`, `inspect`, `export`, and `analyze` with `traffic`, `analysis` and `report` are the seven things
+with `compare`, `inspect`, `export`, and `analyze` with `traffic`, `analysis`, `report` and `page` are the seven things
 one can do; `cli` parses and prints.
 """
 
@@ -25,6 +25,7 @@ from .export import Export, export, write_export
 from .inspect import Inspection, inspect
 from .manifest import Manifest, read_manifest
 from .moe import MoeLayer, MoeModel, Routing, read_model
+from .page import write_page
 from .plan import Digests
 from .resharding import Resharding, place, plan_placement, write_resharding, zigzag
 from .restore import restore
@@ -75,6 +76,7 @@ __all__ = [
     "stage",
     "verify",
     "write_export",
+    "write_page",
     "write_resharding",
     "write_staging",
     "zigzag",

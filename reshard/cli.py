@@ -23,6 +23,7 @@ from .export import FORMAT_NAMES, Export, FormatName, export, write_export
 from .inspect import Inspection, inspect
 from .manifest import LAYOUTS, Layout, read_manifest
 from .moe import why_plugin
+from .page import refuse_page, write_page
 from .placement import describe_ranks
 from .plan import Digests
 from .report import describe_analysis, describe_trace
@@ -247,6 +248,11 @@ def inspect_command(directory: str, ep: int | None, as_json: bool) -> None:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random hidden states.")
 @click.option("--layers", "by_layer", is_flag=True, help="Also print the table of each layer.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    help="Also write a page with curves, loads and a heat map; not there yet.",
+)
 @_json
 def analyze_command(
     src: str,
@@ -259,6 +265,7 @@ def analyze_command(
     batches: tuple[int, ...],
     seed: int,
     by_layer: bool,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Say what placements would do to the load of ranks, before anything is written; reads SRC's gates only."""
@@ -266,6 +273,8 @@ def analyze_command(
     possible = [name for name, offer in PLACEMENTS.items() if offer.needs is None or options[offer.needs] is not None]
     if impossible := [name for name in placements if name not in possible]:
         raise click.UsageError(f"--placement {impossible[0]} takes --{PLACEMENTS[impossible[0]].needs}")
+    if html is not None:
+        refuse_page(html, src)
     analysis = analyze(
         src,
         [PLACEMENTS[name].make(ep, options) for name in dict.fromkeys(placements or possible)],
@@ -275,7 +284,10 @@ def analyze_command(
         batch_sizes=sorted(set(batches)) or BATCH_SIZES,
         seed=seed,
     )
-    _print(asdict(analysis), describe_analysis(analysis, by_layer=by_layer), quiet=False, as_json=as_json)
+    if html is not None:
+        write_page(analysis, html)
+    lines = describe_analysis(analysis, by_layer=by_layer)
+    _print(asdict(analysis), lines + [f"wrote {html}"] * (html is not None), quiet=False, as_json=as_json)
 
 
 @main.group("trace")

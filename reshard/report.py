@@ -1,4 +1,4 @@
-"""What `reshard analyze` and `reshard trace info` found, in words."""
+"""What `reshard analyze` and `reshard trace info` found, in words: for the terminal, and for the page."""
 
 from __future__ import annotations
 

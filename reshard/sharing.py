@@ -58,13 +58,13 @@ def find_sharing(root: Path, names: Iterable[str], directories: Iterable[str], o
     return Sharing(block_size, required=reflink == "always")
 
 
-def refuse_inside(out: Path, root: Path, directories: Iterable[str]) -> None:
+def refuse_inside(out: Path, root: Path, directories: Iterable[str], option: str = "--out") -> None:
     """OutputError where `out` is `root` or lies in it; one of its `directories` may be a link to somewhere else."""
     resolved = out.resolve()
     for folder in ("", *directories):
         if resolved.is_relative_to((root / folder).resolve()):
             raise OutputError(
-                f"{out}: is {root / folder} or lies in it; choose another --out: the source is never written to"
+                f"{out}: is {root / folder} or lies in it; choose another {option}: the source is never written to"
             )
 
 
