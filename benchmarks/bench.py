@@ -239,6 +239,16 @@ def whole_model(work: Path) -> Iterator[Row]:
         yield Row("the same: `verify`, seconds", f"{verified.seconds:.0f}", verified.seconds)
         yield Row("the same: `verify --quick`, seconds", f"{quick.seconds:.1f}", quick.seconds)
         yield Row("the same: peak memory of all these, MB", f"{peak:.0f}", peak, 300)
+        shutil.rmtree(out)
+        deepseek_r1.fill_routers(source)
+        analyzed = run(RESHARD, "analyze", source, "--ep", EP, "--nodes", "2", "--html", mounted / "page.html")
+        yield Row(
+            "the same, its gates filled: `analyze --nodes 2 --html`, seconds",
+            f"{analyzed.seconds:.0f}",
+            analyzed.seconds,
+            120,
+        )
+        yield Row("the same: peak memory, MB", f"{analyzed.peak / 1e6:.0f}", analyzed.peak / 1e6, 2000)
 
 
 def help_text() -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""DeepSeek-R1 from its published layout: all of it as sparse files, or one layer in bytes.
+"""DeepSeek-R1 from its published layout: all of it as sparse files, its routers filled or not, or one layer in bytes.
 
 The names, shapes, dtypes and config are the real ones (tests/facts/deepseek-r1-layout.json); the values are not. Writes
 safetensors itself, so that nothing here leans on what is measured.
@@ -71,6 +71,36 @@ def build_sparse(directory: Path) -> None:
             file.write(header)
             file.truncate(len(header) + sum(tensor.size for tensor in shard))
     _write_rest(directory, dict(zip(names, shards, strict=True)))
+
+
+def fill_routers(directory: Path, likeness: float = 0.0, favour: float = 0.0) -> None:
+    """Give the routers of `build_sparse` in `directory` values: 217 MB.
+
+    With `likeness` 0 and `favour` 0 all experts are alike. `likeness` (0 to 1) is the share of a router's row that the
+    experts of a group have in common, so that they are chosen together; `favour` is how much a correction bias differs
+    from another (standard deviation, in scores of 0 to 1; half of it by group), so that some are chosen more often.
+    """
+    import torch
+
+    groups = FACTS["config"]["n_group"]
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    for number, tensor in enumerate(found for found in tensors() if ".mlp.gate." in found.name):
+        generator = torch.Generator().manual_seed(number)
+        common, own = (
+            torch.randn(groups, 1, *tensor.shape[1:], generator=generator),
+            torch.randn(groups, tensor.shape[0] // groups, *tensor.shape[1:], generator=generator),
+        )
+        if len(tensor.shape) == 2:
+            values = (likeness**0.5 * common + (1 - likeness) ** 0.5 * own) / tensor.shape[1] ** 0.5
+        else:
+            values = favour * 0.5**0.5 * (common + own)
+        dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[tensor.dtype]
+        data = values.reshape(tensor.shape).to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+        with (directory / index[tensor.name]).open("r+b") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            start = json.loads(file.read(length))[tensor.name]["data_offsets"][0]
+            file.seek(8 + length + start)
+            file.write(data)
 
 
 def build_layer(directory: Path, layer: int = 3, files: int = 3) -> None:

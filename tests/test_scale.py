@@ -5,6 +5,7 @@ Seconds of the processor's: what a disk that other tests write to takes besides,
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -28,3 +29,17 @@ def test_the_whole_of_r1_is_read_in_six_seconds_and_300_mb(command: str, tmp_pat
     assert "688.6 GB" in took.stdout
     assert took.cpu <= 6
     assert took.peak <= 300e6
+
+
+def test_r1_s_gates_are_analyzed_in_two_minutes_and_2_gb(tmp_path: Path) -> None:
+    source, page = tmp_path / "R1", tmp_path / "page.html"
+    deepseek_r1.build_sparse(source)
+    deepseek_r1.fill_routers(source)
+    took = measure([RESHARD, "analyze", source, "--ep", "8", "--nodes", "2", "--html", page, "--json"])
+    assert took.status == 0
+    assert took.cpu <= 120
+    assert took.peak <= 2e9
+    assert page.stat().st_size <= 1e6
+    means = {found["strategy"]: found["mean"] for found in json.loads(took.stdout)["candidates"]}
+    assert [round(means[name]["ranks"], 1) for name in ("linear", "zigzag")] == [4.0, 5.3]
+    assert means["zigzag"]["imbalance"] < means["linear"]["imbalance"]
