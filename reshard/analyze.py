@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +9,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from .analysis import Coselection, Effect, coselection, effect, mean_coselection, mean_effect
 from .checkpoint import Checkpoint, read_checkpoint
-from .errors import CheckpointError, OutputError
+from .errors import OutputError
 from .moe import MoeModel, Routing, read_model
 from .placement import rank_slots
 from .resharding import check_ep_size, refuse_resharded
 from .source import find_source
 from .strategies import FromFile, Linear, NodeZigzag, Strategy, Zigzag
-from .traffic import random_traffic, recorded_traffic
+from .traffic import MOST_TOKENS, random_traffic, recorded_traffic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 RANDOM_TOKENS = 4096
-RECORDED_TOKENS = 65536
 BATCH_SIZES = tuple(2**exponent for exponent in range(13))
 MOST_RUNS = 32  # of experts told apart where tokens choose them together: more can be seen by nobody
 
@@ -45,7 +43,7 @@ PLACEMENTS = {
 
 @runtime_checkable
 class Fitted(Protocol):
-    """A strategy that is made from the first `share` (0 to 1) of the trace: only the rest may judge it."""
+    """A strategy that is made from the first `share` (0 to 1) of every recording: only the rest may judge it."""
 
     @property
     def share(self) -> float:
@@ -137,13 +135,14 @@ def analyze(
         strategies: all for the same number of EP ranks
         nodes: that these are spread over
         trace: directory of a trace
-        tokens: how many at most; None for RANDOM_TOKENS, or RECORDED_TOKENS with a trace
+        tokens: how many at most; None for RANDOM_TOKENS, or traffic.MOST_TOKENS with a trace
         batch_sizes: in tokens; those larger than what there is are left out
         seed: of the random hidden states
         progress: called with the number of layers routed
 
     Raises:
-        CheckpointError, UnsupportedError: as `plan_placement` does; the trace is none, or another model's
+        CheckpointError, UnsupportedError: as `plan_placement` does
+        TraceError: the trace is none, or another model's
         OutputError: ranks, nodes, tokens or a strategy do not fit
 
     """
@@ -160,7 +159,7 @@ def analyze(
     if trace is None:
         judged = _random(checkpoint, model, tokens or RANDOM_TOKENS, seed, progress)
     else:
-        judged = _recorded(Path(trace), model, root, tokens or RECORDED_TOKENS, max(batch_sizes), strategies)
+        judged = _recorded(Path(trace), model, root, tokens or MOST_TOKENS, strategies)
     sizes = tuple(size for size in batch_sizes if 1 <= size <= judged.tokens)
     if not sizes:
         raise OutputError(
@@ -189,16 +188,6 @@ def analyze(
     )
 
 
-def spread_runs(tokens: int, wanted: int, length: int) -> list[range]:
-    """`wanted // length` runs of `length` consecutive tokens, each in the middle of its even part of all `tokens`.
-
-    Whole runs, since tokens that were served one after the other are alike, and a batch has such tokens.
-    """
-    count = wanted // length
-    starts = [(2 * run + 1) * tokens // (2 * count) - length // 2 for run in range(count)]
-    return [range(start, start + length) for start in starts]
-
-
 def _random(
     checkpoint: Checkpoint, model: MoeModel, tokens: int, seed: int, progress: Callable[[int], None]
 ) -> _Judged:
@@ -206,34 +195,18 @@ def _random(
     return _Judged(random_traffic(checkpoint, model, tokens, seed, progress).ids, tokens, words, lower_bound=True)
 
 
-def _recorded(
-    trace: Path, model: MoeModel, root: Path, wanted: int, longest: int, strategies: Sequence[Strategy]
-) -> _Judged:
-    """At most `wanted` tokens of those that no strategy was made from, in runs of `longest` if not all."""
-    import torch
-
-    traffic = recorded_traffic(trace, model, root)
-    names = [layer.name for layer in model.layers]
-    words = f"tokens recorded in {trace}"
+def _recorded(trace: Path, model: MoeModel, root: Path, wanted: int, strategies: Sequence[Strategy]) -> _Judged:
+    """At most `wanted` of the tokens that no strategy was made from."""
     fitted = {strategy.name: strategy.share for strategy in strategies if isinstance(strategy, Fitted)}
-    first = math.ceil(max(fitted.values(), default=0.0) * traffic.tokens)
-    left = traffic.tokens - first
-    if left < 1 or not traffic.ids:
-        raise CheckpointError(
-            f"{trace}: of its {traffic.tokens} tokens in {len(traffic.ids)} layers none are left to judge placements "
-            "by; record more"
-        )
+    first = max(fitted.values(), default=0.0)
+    traffic = recorded_traffic(trace, model, root, wanted, start=first)
+    words = f"tokens recorded in {trace}"
     if first:
-        words += f" after the first {first}, which {' and '.join(fitted)} was made from"
-    chosen = [range(left)]
-    if wanted < left:
-        length = min(longest, wanted)
-        chosen = spread_runs(left, wanted, length)
-        words += f", in {len(chosen)} runs of {length} spread evenly over the {left} there"
-    index_T = torch.cat([torch.arange(first + run.start, first + run.stop) for run in chosen])
-    ids = {name: traffic.ids[name][index_T] for name in names if name in traffic.ids}
-    unrecorded = tuple(name for name in names if name not in ids)
-    return _Judged(ids, len(index_T), words, lower_bound=False, unrecorded=unrecorded)
+        words += f" after the first {first:.0%}, which {' and '.join(fitted)} was made from"
+    if traffic.tokens < traffic.of:
+        words += f", spread evenly over the {traffic.of} there"
+    unrecorded = tuple(layer.name for layer in model.layers if layer.name not in traffic.ids)
+    return _Judged(traffic.ids, traffic.tokens, words, lower_bound=False, unrecorded=unrecorded)
 
 
 def _together(judged: _Judged, routing: Routing, ep_size: int) -> Together:

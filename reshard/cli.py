@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__
-from .analyze import BATCH_SIZES, PLACEMENTS, RANDOM_TOKENS, RECORDED_TOKENS, analyze
+from .analyze import BATCH_SIZES, PLACEMENTS, RANDOM_TOKENS, analyze
 from .checkpoint import CONFIG, INDEX
 from .copy import SPARE_SPACE, Outcome, Progress, free_space, needed_space, refuse_out, shareable_size
 from .errors import ReshardError
@@ -33,6 +33,7 @@ from .sharing import REFLINK, Reflink
 from .stage import Staging, plan_stage, write_staging
 from .strategies import FromFile, NodeZigzag, Strategy, Zigzag
 from .trace_info import trace_info
+from .traffic import MOST_TOKENS
 from .verify import Verification, verify
 
 EXIT_INTERRUPTED = 130
@@ -237,7 +238,7 @@ def inspect_command(directory: str, ep: int | None, as_json: bool) -> None:
 @click.option(
     "--tokens",
     type=click.IntRange(1, 1 << 20),
-    help=f"At most, in all.  [default: {RANDOM_TOKENS}; {RECORDED_TOKENS} of a trace]",
+    help=f"At most, in all.  [default: {RANDOM_TOKENS}; {MOST_TOKENS} of a trace]",
 )
 @click.option(
     "--batch",

@@ -131,9 +131,11 @@ def _of_sglang(path: Path) -> Iterator[Recording]:
             )
         # SGLang keeps eight columns, whatever the model's top k
         top_k = next((k for k in range(columns) if bool((physical_TLK[:, :, k] < 0).all())), columns)
-        ids_TLK = _logical(physical_TLK[:, :, :top_k], map_LP.long())
+        asked = (physical_TLK >= 0).any(dim=2).any(dim=0)  # dense layers were not, nor MTP's
+        ids_TLK = _logical(physical_TLK[:, :, :top_k], map_LP.long())[:, asked]
+        names = tuple(name for name, kept in zip(_numbered(layers), asked.tolist(), strict=True) if kept)
         read = partial(_rows_of, ids_TLK)
-        yield Recording(str(path), "SGLang, per token", _numbered(layers), True, None, top_k, len(ids_TLK), read)
+        yield Recording(str(path), "SGLang, per token", names, False, None, top_k, len(ids_TLK), read)
 
 
 def _rows_of(ids_TLK: Tensor, first: int, count: int) -> Tensor:

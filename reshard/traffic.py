@@ -6,6 +6,7 @@ measured on random traffic is therefore a lower bound on how uneven the load wil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,37 +28,42 @@ RUN = 4096  # consecutive tokens that a choice of tokens keeps together: a batch
 @dataclass(frozen=True, slots=True)
 class Traffic:
     """`ids` has for each MoE layer the logical experts that each token chose, [T, K] int64; tokens of a batch are
-    neighbours. `tokens` is the largest T: layers of a recording may have lost some.
+    neighbours. `tokens` is T, and `of` how many there were to choose them from.
     """
 
     ids: dict[str, Tensor]
     tokens: int
+    of: int
 
 
-def recorded_traffic(path: Path, model: MoeModel, root: Path, most: int = MOST_TOKENS) -> Traffic:
+def recorded_traffic(
+    path: Path, model: MoeModel, root: Path, most: int = MOST_TOKENS, start: float = 0.0, end: float = 1.0
+) -> Traffic:
     """What was recorded in the directory or file `path` of the model in `root`.
 
-    Where it is more than `most` tokens, runs of consecutive ones that are spread evenly. Layers that were not recorded
-    (MTP drafts are not) are left out. Raises TraceError where nothing was recorded, or another model.
+    Of each recording the tokens from the part `start` to the part `end` of it (0 to 1), in time; where they are more
+    than `most` in all, runs of consecutive ones that are spread evenly. Layers that were not recorded (MTP drafts are
+    not) are left out. Raises TraceError where nothing was recorded, or another model.
     """
     import torch
 
     recordings = read_recordings(path)
-    total = sum(recording.tokens for recording in recordings)
+    spans = [range(*(math.ceil(part * recording.tokens) for part in (start, end))) for recording in recordings]
+    total = sum(map(len, spans))
     parts: dict[str, list[Tensor]] = {layer.name: [] for layer in model.layers}
-    for recording in recordings:
+    for recording, span in zip(recordings, spans, strict=True):
         columns = _columns(recording, model, root)
-        own = recording.tokens * min(most, total) // total
-        for run in runs(recording.tokens, own):
-            ids_TLK = recording.read(run.start, len(run))
-            _refuse_strange(ids_TLK, columns, recording, model)
-            for layer, column in columns.items():
-                chosen_TK = ids_TLK[:, column]
-                parts[layer].append(chosen_TK[(chosen_TK >= 0).all(dim=1)])
-    ids = {layer: torch.cat(found) for layer, found in parts.items() if sum(map(len, found))}
-    if not ids:
-        raise TraceError(f"{path}: no token of the MoE layers of {root} is recorded there; record again")
-    return Traffic(ids, max(map(len, ids.values())))
+        for run in runs(len(span), len(span) * min(most, total) // max(total, 1)):
+            ids_TLK = recording.read(span.start + run.start, len(run))[:, list(columns.values())]
+            _refuse_strange(ids_TLK, recording, model)
+            ids_TLK = ids_TLK[(ids_TLK >= 0).flatten(1).all(dim=1)]
+            for column, layer in enumerate(columns):
+                parts[layer].append(ids_TLK[:, column])
+    found = {layer: torch.cat(part) for layer, part in parts.items() if part}
+    tokens = min(map(len, found.values()), default=0)  # stages of a pipeline may have been cut off at different tokens
+    if not tokens:
+        raise TraceError(f"{path}: no token of the MoE layers of {root} is recorded there; record more")
+    return Traffic({layer: ids[:tokens] for layer, ids in found.items()}, tokens, total)
 
 
 def runs(tokens: int, most: int) -> list[range]:
@@ -96,9 +102,8 @@ def _columns(recording: Recording, model: MoeModel, root: Path) -> dict[str, int
     return columns
 
 
-def _refuse_strange(ids_TLK: Tensor, columns: dict[str, int], recording: Recording, model: MoeModel) -> None:
+def _refuse_strange(ids_TLK: Tensor, recording: Recording, model: MoeModel) -> None:
     """TraceError where a token chose an expert that is not there."""
-    ids_TLK = ids_TLK[:, list(columns.values())]
     if ids_TLK.numel() and int(ids_TLK.max()) >= model.routing.num_experts:
         raise TraceError(
             f"{recording.where}: has expert {int(ids_TLK.max())}, and a layer has {model.routing.num_experts}; "
@@ -117,7 +122,7 @@ def random_traffic(
     for number, layer in enumerate(model.layers):
         ids[layer.name] = _choices(checkpoint, model, layer, tokens, seed + number)
         progress(number + 1)
-    return Traffic(ids, tokens)
+    return Traffic(ids, tokens, tokens)
 
 
 def _choices(checkpoint: Checkpoint, model: MoeModel, layer: MoeLayer, tokens: int, seed: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from importlib import import_module
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,12 @@ from oracle import owner
 
 import reshard.analysis
 from reshard.analysis import Coselection, Effect, coselection, effect, mean_coselection, mean_effect
-from reshard.analyze import PLACEMENTS, Offer, spread_runs
+from reshard.analyze import PLACEMENTS, Offer
 from reshard.checkpoint import read_checkpoint
 from reshard.moe import read_model
 from reshard.placement import zigzag
 from reshard.strategies import Zigzag
-from reshard.traffic import Traffic
+from reshard.trace import Header, TraceWriter
 
 EXPERTS, RANKS, GROUP = 16, 4, 4
 LINEAR = tuple(range(EXPERTS))
@@ -131,22 +131,6 @@ def test_the_mean_of_coselections_is_the_mean_of_each_number(layers: int) -> Non
     found = [Coselection(((n / 10, 0.5), (0.25, 0.0)), ((0.25,) * 2,) * 2) for n in range(layers)]
     assert mean_coselection(found).share == ((pytest.approx((layers - 1) / 20), 0.5), (0.25, 0.0))
     assert mean_coselection(found).expected == ((0.25,) * 2,) * 2
-
-
-@given(st.data())
-def test_runs_are_whole_apart_and_spread_over_all_tokens(data: st.DataObject) -> None:
-    tokens = data.draw(st.integers(2, 500), label="tokens")
-    wanted = data.draw(st.integers(1, tokens), label="wanted")
-    length = data.draw(st.integers(1, wanted), label="length")
-    runs = spread_runs(tokens, wanted, length)
-    assert len(runs) == wanted // length
-    assert all(len(run) == length for run in runs)
-    assert runs[0].start >= 0
-    assert runs[-1].stop <= tokens
-    gaps = [later.start - earlier.stop for earlier, later in itertools.pairwise(runs)]
-    assert all(gap >= 0 for gap in gaps)
-    assert not gaps or max(gaps) - min(gaps) <= 1
-    assert abs(runs[0].start - (tokens - runs[-1].stop)) <= 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -264,20 +248,22 @@ def test_a_model_without_groups_is_told_apart_by_as_many_runs_as_ranks(tmp_path:
 
 
 class Traces:
-    """Puts traffic where analyze looks for a trace."""
+    """A trace of the model in `source`, in `directory`."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
-        self.patch = monkeypatch
+    def __init__(self, directory: Path, source: Path) -> None:
+        self.directory = directory
         self.layers = [layer.name for layer in read_model(read_checkpoint(source)).layers]
 
     def put(self, ids: list[list[int]], layers: list[str] | None = None) -> None:
-        traffic = Traffic({layer: torch.tensor(ids) for layer in layers or self.layers}, len(ids))
-        self.patch.setattr(import_module("reshard.analyze"), "recorded_traffic", lambda *where: traffic)
+        named = tuple(layers or self.layers)
+        header = Header(reshard_trace=1, engine="e", model="m", layers=named, num_experts=EXPERTS, top_k=len(ids[0]))
+        with closing(TraceWriter(self.directory, header)) as writer:
+            writer.write(memoryview(b"".join(bytes(chosen * len(named)) for chosen in ids)))
 
 
 @pytest.fixture
-def traces(monkeypatch: pytest.MonkeyPatch, source: Path) -> Traces:
-    return Traces(monkeypatch, source)
+def traces(tmp_path: Path, source: Path) -> Traces:
+    return Traces(tmp_path, source)
 
 
 def test_a_trace_is_what_placements_are_judged_by(traces: Traces, source: Path, tmp_path: Path) -> None:
@@ -302,14 +288,14 @@ def test_layers_that_a_trace_lacks_are_left_out_by_name(traces: Traces, source: 
     assert f"left out, since not recorded: {traces.layers[-1]}" in run_well(*arguments)
 
 
-def test_of_a_longer_trace_runs_from_all_over_it_are_used(traces: Traces, source: Path, tmp_path: Path) -> None:
+def test_of_a_longer_trace_a_part_is_used_and_that_is_said(traces: Traces, source: Path, tmp_path: Path) -> None:
     traces.put([[0, 1]] * 500 + [[4, 5]] * 500)
     arguments = ("analyze", source, "--ep", RANKS, "--trace", tmp_path, "--tokens", 300, "--batch", 100, "--json")
     found = json.loads(run_well(*arguments))
     assert found["tokens"] == 300
-    assert found["traffic"].endswith(", in 3 runs of 100 spread evenly over the 1000 there")
+    assert found["traffic"].endswith(", spread evenly over the 1000 there")
     loads = found["candidates"][0]["layers"][traces.layers[0]]["loads"]
-    assert loads == pytest.approx([2.0, 2.0, 0.0, 0.0]), "the middle run has 50 tokens of each half"
+    assert loads == pytest.approx([2.0, 2.0, 0.0, 0.0]), "as many of each half"
 
 
 def test_tokens_that_a_placement_was_made_from_do_not_judge_it(
@@ -326,12 +312,12 @@ def test_tokens_that_a_placement_was_made_from_do_not_judge_it(
     found = json.loads(run_well(*arguments))
     assert [candidate["strategy"] for candidate in found["candidates"]] == ["linear", "zigzag", "made"]
     assert found["tokens"] == 50
-    assert found["traffic"].endswith("after the first 51, which made was made from")
+    assert found["traffic"].endswith("after the first 50%, which made was made from")
     assert found["candidates"][0]["layers"][traces.layers[0]]["loads"] == [0.0, 4.0, 0.0, 0.0]
     Made.share = 1.0
     result = run(*arguments)
     assert result.exit_code == 1
-    assert "none are left to judge placements by" in result.output
+    assert "record more" in result.output
 
 
 def test_a_directory_without_a_trace_is_refused(source: Path, tmp_path: Path) -> None:
