@@ -9,6 +9,7 @@ standard error. Log-probabilities are written by `float.hex`, so that equal text
     prompt_logprobs   the same of the prompt's tokens after the first; null where `llm` has speculation
     drafts            drafted and accepted tokens
     digests           [repeat] of tokens and log-probabilities
+    routed            [prompt][token][layer][choice], where `llm` has enable_return_routed_experts
 """
 
 from __future__ import annotations
@@ -56,7 +57,13 @@ def generate(request: Mapping[str, Any]) -> dict[str, Any]:
         digests.append(hashlib.sha256(json.dumps(answer).encode()).hexdigest()[:12])
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     drafts = [metrics.get(f"vllm:spec_decode_num_{what}_tokens") for what in ("draft", "accepted")]
-    return {**answer, "drafts": drafts, "digests": digests}
+    routed = [getattr(output.outputs[0], "routed_experts", None) for output in outputs]
+    return {
+        **answer,
+        "drafts": drafts,
+        "digests": digests,
+        "routed": [None if experts is None else experts.tolist() for experts in routed],
+    }
 
 
 def to_hex(positions: Any) -> list[dict[str, str]]:

@@ -52,6 +52,7 @@ class Answer:
     prompt_logprobs: Any
     drafts: list[float | None]
     digests: list[str]
+    routed: list[Any]
 
     @property
     def bits(self) -> object:
@@ -119,16 +120,18 @@ class Gpu:
         prompts: Sequence[Sequence[int]] = PROMPTS,
         max_tokens: int = MAX_TOKENS,
         repeats: int = 1,
+        trace: Path | None = None,
     ) -> Answer:
-        """Greedy decoding of `model`; the same call is answered once."""
+        """Greedy decoding of `model`; the same call is answered once. `trace` is RESHARD_TRACE."""
         request = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": llm, "repeats": repeats}
-        key = hashlib.sha256(json.dumps([request, ranks, plugins], sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([request, ranks, plugins, str(trace)], sort_keys=True).encode()).hexdigest()
         if key not in self._answers:
-            self._answers[key] = self._run(request, ranks, plugins)
+            self._answers[key] = self._run(request, ranks, plugins, trace)
         return self._answers[key]
 
-    def _run(self, request: dict[str, Any], ranks: int, plugins: str | None) -> Answer:
+    def _run(self, request: dict[str, Any], ranks: int, plugins: str | None, trace: Path | None) -> Answer:
         environment = {**self.environment, **({} if plugins is None else {"VLLM_PLUGINS": plugins})}
+        environment |= {} if trace is None else {"RESHARD_TRACE": str(trace)}
         processes = []
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -172,6 +175,6 @@ class Gpu:
         statuses = [process.returncode for process, _ in processes]
         failed = next((rank for rank, status in enumerate(statuses) if status), None)
         if failed is not None:
-            return Answer(statuses[failed], logs[failed], [], [], [], [], [])
+            return Answer(statuses[failed], logs[failed], [], [], [], [], [], [])
         assert len(set(outputs)) == 1, "the ranks do not agree"
         return Answer(0, "".join(logs), **json.loads(outputs[0]))
