@@ -6,11 +6,13 @@
     assert not verify("R1-zz", "DeepSeek-R1").problems
 
 The modules, in the order that data flows: `checkpoint` and `header` (what lies on disk), `moe` with `families` (which
-tensor is which expert's), `placement` (permutations), `strategies` (which of them is asked for) and `contract` (what an
-engine must know of them), `plan` with `layouts`, `extents` and `sharing` (what to write, and what need not be), `copy`
-with `sources`, `kernel` and `journal` (writing it), `manifest` (the record). `resharding`, `stage`, `restore`, `verify`
-with `compare`, `inspect`, `export`, and `analyze` with `traffic`, `analysis`, `report` and `page` are the seven things
-one can do; `cli` parses and prints.
+tensor is which expert's), `placement` and `balance` (permutations: of numbers alone, and made for traffic),
+`strategies` (which of them is asked for) and `contract` (what an engine must know of them), `plan` with `layouts`,
+`extents` and `sharing` (what to write, and what need not be), `copy` with `sources`, `kernel` and `journal` (writing
+it), `manifest` (the record). Of traffic: `trace` (its own form on disk), `recordings` (whoever recorded it), `traffic`
+(what each layer's tokens chose), `analysis` (what a placement makes of it), `report` and `page` (in words, and drawn).
+`resharding`, `stage`, `restore`, `verify` with `compare`, `inspect`, `export`, `analyze` and `trace_info` are what one
+can do; `cli` parses and prints.
 """
 
 from ._version import __version__
@@ -30,11 +32,12 @@ from .plan import Digests
 from .resharding import Resharding, place, plan_placement, write_resharding, zigzag
 from .restore import restore
 from .stage import Staging, plan_stage, stage, write_staging
-from .strategies import FromFile, Linear, NodeZigzag, Strategy, Zigzag
+from .strategies import Balanced, FromFile, Linear, NodeZigzag, Placed, Strategy, Zigzag
 from .verify import Verification, verify
 
 __all__ = [
     "Analysis",
+    "Balanced",
     "Checkpoint",
     "CheckpointError",
     "Contract",
@@ -52,6 +55,7 @@ __all__ = [
     "NodeZigzag",
     "Outcome",
     "OutputError",
+    "Placed",
     "ReshardError",
     "Resharding",
     "RouterComparison",

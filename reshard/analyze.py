@@ -155,7 +155,7 @@ def analyze(
     check_ep_size(ep_size, routing.num_experts, root)
     if nodes < 1 or ep_size % nodes:
         raise OutputError(f"{root}: --nodes must divide the {ep_size} EP ranks, found {nodes}")
-    placements = {strategy.name: strategy.place(model, root) for strategy in strategies}
+    placements = {strategy.name: strategy.place(model, root).placement for strategy in strategies}
     if trace is None:
         judged = _random(checkpoint, model, tokens or RANDOM_TOKENS, seed, progress)
     else:

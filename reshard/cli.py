@@ -6,9 +6,10 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,7 @@ from .errors import ReshardError
 from .export import FORMAT_NAMES, Export, FormatName, export, write_export
 from .inspect import Inspection, inspect
 from .manifest import LAYOUTS, Layout, read_manifest
-from .moe import why_plugin
+from .moe import MoeLayer, why_plugin
 from .page import refuse_page, write_page
 from .placement import describe_ranks
 from .plan import Digests
@@ -31,13 +32,18 @@ from .resharding import Resharding, plan_placement, write_resharding
 from .restore import restore
 from .sharing import REFLINK, Reflink
 from .stage import Staging, plan_stage, write_staging
-from .strategies import FromFile, NodeZigzag, Strategy, Zigzag
+from .strategies import Balanced, FromFile, NodeZigzag, Strategy, Zigzag
 from .trace_info import trace_info
 from .traffic import MOST_TOKENS
 from .verify import Verification, verify
 
 EXIT_INTERRUPTED = 130
 LONGEST_LINE = 1600
+TAKEN_BY = {  # strategies of `place` by option; the first needs it
+    "--nodes": ("node-zigzag", "balanced"),
+    "--trace": ("balanced",),
+    "--map": ("file",),
+}
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -144,10 +150,16 @@ def zigzag_command(src: str, ep: int, out: Path, **options: Any) -> None:
 @click.option(
     "--strategy",
     required=True,
-    type=click.Choice(["zigzag", "node-zigzag", "file"]),
-    help="Round-robin over all ranks; over the ranks of a node, expert groups staying on theirs; or as --map says.",
+    type=click.Choice(["zigzag", "node-zigzag", "balanced", "file"]),
+    help="Round-robin over all ranks; over the ranks of a node, expert groups staying on theirs; each layer's experts "
+    "so that the slowest rank has least to do with the traffic of --trace; or as --map says.",
 )
-@click.option("--nodes", type=click.IntRange(min=2), help="Nodes that the EP ranks are spread over, for node-zigzag.")
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=2),
+    help="Nodes that the EP ranks are spread over, for node-zigzag, and for balanced if there are several.",
+)
+@click.option("--trace", type=click.Path(path_type=Path), help="Directory of recorded traffic, for balanced.")
 @click.option(
     "--map",
     "map_file",
@@ -156,17 +168,28 @@ def zigzag_command(src: str, ep: int, out: Path, **options: Any) -> None:
 )
 @_rewriting
 def place_command(
-    src: str, ep: int, out: Path, strategy: str, nodes: int | None, map_file: Path | None, **options: Any
+    src: str,
+    ep: int,
+    out: Path,
+    strategy: str,
+    nodes: int | None,
+    trace: Path | None,
+    map_file: Path | None,
+    **options: Any,
 ) -> None:
     """Write OUT: the checkpoint SRC with its experts where a strategy wants them.
 
     Interrupted, the same command takes up where it stopped. The source is never written to.
     """
-    for option, value, needed_by in (("--nodes", nodes, "node-zigzag"), ("--map", map_file, "file")):
-        if (value is not None) != (strategy == needed_by):
-            raise click.UsageError(f"{option} goes with --strategy {needed_by}, and {needed_by} with it")
+    for option, value in (("--nodes", nodes), ("--trace", trace), ("--map", map_file)):
+        needed_by, *taken_by = TAKEN_BY[option]
+        if (strategy == needed_by and value is None) or (strategy not in TAKEN_BY[option] and value is not None):
+            strategies = " or ".join((needed_by, *taken_by))
+            raise click.UsageError(f"{option} goes with --strategy {strategies}, and {needed_by} with it")
     chosen: Strategy = Zigzag(ep)
-    if nodes is not None:
+    if trace is not None:
+        chosen = Balanced(ep, trace, nodes or 1, _layer_bar(options["quiet"] or options["as_json"]))
+    elif nodes is not None:
         chosen = NodeZigzag(ep, nodes)
     elif map_file is not None:
         chosen = FromFile(ep, map_file)
@@ -429,6 +452,13 @@ def _bar(what: str, total: int, silent: bool) -> Iterator[Progress]:
             bar.update(done)
 
         yield progress
+
+
+def _layer_bar(silent: bool) -> Callable[[Sequence[MoeLayer]], Iterable[MoeLayer]]:
+    """Wraps layers in a progress bar on a terminal."""
+    from tqdm import tqdm
+
+    return partial(tqdm, desc="balance", unit=" layers", disable=True if silent else None, file=sys.stderr)
 
 
 def _print(report: dict[str, Any], lines: list[str], quiet: bool, as_json: bool) -> None:

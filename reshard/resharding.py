@@ -99,12 +99,14 @@ def plan_placement(
     check_ep_size(strategy.ep_size, model.routing.num_experts, root)
     if max_shard_size < 1:
         raise OutputError(f"{root}: --max-shard-size must be at least 1 byte, found {max_shard_size}")
+    placed = strategy.place(model, root)
     return plan_resharding(
         checkpoint,
         model,
         strategy.name,
         strategy.ep_size,
-        strategy.place(model, root),
+        placed.placement,
+        notes=placed.notes,
         layout=layout,
         max_shard_size=max_shard_size,
         sharing=find_sharing(root, checkpoint.shards, checkpoint.directories, Path(out), reflink),
@@ -119,12 +121,16 @@ def plan_resharding(
     ep_size: int,
     physical_to_logical: Placement,
     *,
+    notes: Sequence[str] = (),
     layout: Layout = "ranks",
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
     sharing: Sharing = NOTHING_SHARED,
     digests: Digests = Digests.ALL,
 ) -> Resharding:
-    """Decide how `checkpoint` is rewritten for any placement; `physical_to_logical` has [E] for each MoE layer."""
+    """Decide how `checkpoint` is rewritten for any placement; `physical_to_logical` has [E] for each MoE layer.
+
+    What `notes` say of the placement goes before what is to be known of the output.
+    """
     ours = "a model type of reshard" if str(checkpoint.config.get("model_type")).startswith("reshard_") else None
     if mark := CONTRACT_KEY if CONTRACT_KEY in checkpoint.config else ours:
         raise CheckpointError(f"{checkpoint.root / CONFIG}: has {mark}: already resharded; start from the original")
@@ -174,7 +180,7 @@ def plan_resharding(
         index=rewritten[INDEX],
         config=rewritten.get(CONFIG) or (checkpoint.root / CONFIG).read_bytes(),
         originals={name: (checkpoint.root / name).read_bytes() for name in rewritten if name in checkpoint.files},
-        notes=tuple(_notes(checkpoint, model)),
+        notes=(*notes, *_notes(checkpoint, model)),
     )
 
 
@@ -291,11 +297,6 @@ def _refuse_collisions(checkpoint: Checkpoint, weights: Sequence[OutputFile]) ->
 
 def _notes(checkpoint: Checkpoint, model: MoeModel) -> list[str]:
     notes = []
-    if not model.routing.group_limited:
-        notes.append(
-            "this model's router has no expert groups: zigzag is exact for it, but not expected to help "
-            "(the published gains are for models with expert groups)"
-        )
     if not any(layer.experts for layer in model.layers):
         notes.append("its experts are fused into one tensor a layer, so every rank reads all of them: no files by rank")
     other_weights = [

@@ -1,20 +1,37 @@
 """What a user may ask for, and the placement that it makes of a model: physical_to_logical [E] for each MoE layer.
 
-A strategy is made for a number of EP ranks and knows nothing of files. That its permutations are permutations is for
+A strategy is made for a number of EP ranks and knows nothing of weights. That its permutations are permutations is for
 `resharding` to check, whatever made them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from .balance import balanced
 from .checkpoint import read_json_object
 from .contract import Placement
 from .errors import OutputError
-from .moe import MoeModel
+from .moe import MoeLayer, MoeModel
 from .placement import node_zigzag, rank_slots, zigzag
+from .traffic import recorded_traffic
+
+NO_GROUPS = (
+    "this model's router has no expert groups: zigzag is exact for it, but not expected to help "
+    "(the published gains are for models with expert groups)"
+)
+LEAST_TOKENS = 1024  # of a trace that a placement is made for
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What a strategy made of a model, and what its user should know of that."""
+
+    placement: Placement
+    notes: tuple[str, ...] = ()
 
 
 class Strategy(Protocol):
@@ -30,7 +47,7 @@ class Strategy(Protocol):
         """R, EP ranks."""
         ...
 
-    def place(self, model: MoeModel, root: Path) -> Placement:
+    def place(self, model: MoeModel, root: Path) -> Placed:
         """The placement of the model in `root`, or OutputError for one that the strategy does not fit."""
         ...
 
@@ -42,7 +59,7 @@ class Linear:
     ep_size: int
     name: ClassVar[str] = "linear"
 
-    def place(self, model: MoeModel, root: Path) -> Placement:
+    def place(self, model: MoeModel, root: Path) -> Placed:
         """The same permutation in every layer, and it changes nothing."""
         return _in_every_layer(model, tuple(range(model.routing.num_experts)))
 
@@ -54,9 +71,10 @@ class Zigzag:
     ep_size: int
     name: ClassVar[str] = "zigzag"
 
-    def place(self, model: MoeModel, root: Path) -> Placement:
+    def place(self, model: MoeModel, root: Path) -> Placed:
         """The same permutation in every layer."""
-        return _in_every_layer(model, zigzag(model.routing.num_experts, self.ep_size))
+        placed = _in_every_layer(model, zigzag(model.routing.num_experts, self.ep_size))
+        return placed if model.routing.group_limited else Placed(placed.placement, (NO_GROUPS,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +85,7 @@ class NodeZigzag:
     nodes: int
     name: ClassVar[str] = "node-zigzag"
 
-    def place(self, model: MoeModel, root: Path) -> Placement:
+    def place(self, model: MoeModel, root: Path) -> Placed:
         """The same permutation in every layer; OutputError where groups or experts do not come out even."""
         routing, per_node = model.routing, self.ep_size // self.nodes
         faults = {
@@ -93,6 +111,52 @@ class NodeZigzag:
 
 
 @dataclass(frozen=True, slots=True)
+class Balanced:
+    """Experts where the traffic recorded in the directory `trace` wants them; see `balance`.
+
+    A token's experts are kept on few of `nodes` nodes, as far as balance allows. `progress` wraps the layers that one
+    waits for, as tqdm does.
+    """
+
+    ep_size: int
+    trace: Path
+    nodes: int = 1
+    progress: Callable[[Sequence[MoeLayer]], Iterable[MoeLayer]] = field(default=iter, compare=False)
+    name: ClassVar[str] = "balanced"
+
+    def place(self, model: MoeModel, root: Path) -> Placed:
+        """Each layer's own permutation, and zigzag where a layer was not recorded.
+
+        CheckpointError for a directory that is no trace of this model, OutputError for nodes that do not divide the
+        ranks and for a trace that is too short.
+        """
+        if self.nodes < 1 or self.ep_size % self.nodes:
+            raise OutputError(
+                f"{root}: balanced on {self.nodes} nodes: {self.ep_size} EP ranks are not the same number on each; "
+                "choose another --nodes or --ep"
+            )
+        recorded = recorded_traffic(self.trace, model, root).ids
+        for name, ids in recorded.items():
+            if len(ids) < LEAST_TOKENS:
+                raise OutputError(
+                    f"{self.trace}: {name}: {len(ids)} tokens were recorded, and balanced needs at least "
+                    f"{LEAST_TOKENS}; record more of what the model is used for"
+                )
+        placement, without = {}, []
+        for layer in self.progress(model.layers):
+            if layer.name in recorded:
+                ids = recorded[layer.name]
+                placement[layer.name] = balanced(ids, model.routing.num_experts, self.ep_size, self.nodes)
+            else:
+                placement[layer.name] = zigzag(model.routing.num_experts, self.ep_size)
+                without.append(layer.name)
+        if not without:
+            return Placed(placement)
+        names = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
+        return Placed(placement, (f"{self.trace} has no traffic of {names}: zigzag there",))
+
+
+@dataclass(frozen=True, slots=True)
 class FromFile:
     """Whatever the JSON file `path` says: an object with `physical_to_logical`, such as a manifest.
 
@@ -103,7 +167,7 @@ class FromFile:
     path: Path
     name: ClassVar[str] = "file"
 
-    def place(self, model: MoeModel, root: Path) -> Placement:
+    def place(self, model: MoeModel, root: Path) -> Placed:
         """Each layer's own permutation; CheckpointError for a file of another shape, OutputError for other layers."""
         found = read_json_object(self.path).get("physical_to_logical")
         names = [layer.name for layer in model.layers]
@@ -120,8 +184,8 @@ class FromFile:
                     f"{self.path}: physical_to_logical: {name}: expected a list of the {model.routing.num_experts} "
                     f"logical experts in the order of physical ones, found {permutation!r:.80}"
                 )
-        return {name: tuple(by_layer[name]) for name in names}
+        return Placed({name: tuple(by_layer[name]) for name in names})
 
 
-def _in_every_layer(model: MoeModel, physical_to_logical: tuple[int, ...]) -> Placement:
-    return dict.fromkeys((layer.name for layer in model.layers), physical_to_logical)
+def _in_every_layer(model: MoeModel, physical_to_logical: tuple[int, ...]) -> Placed:
+    return Placed(dict.fromkeys((layer.name for layer in model.layers), physical_to_logical))

@@ -1,0 +1,331 @@
+"""A placement for the traffic of one MoE layer: the slowest rank first, then how far tokens travel. Pure functions.
+
+The slowest rank of a batch is the one with the most (token, expert) pairs, and all others wait for it. EPLB packs
+experts by how often they are used; in a batch it also matters which of them are used at the same time, and a trace
+tells. In the order of the code:
+
+    1. packed    experts by falling load, each to the least loaded rank with room: DeepSeek's EPLB without replicas
+    2. batches   the trace cut into batches of 64, 512 and 4096 consecutive tokens
+    3. spread    swap experts of two ranks while that lowers the slowest rank's load, on average over batches
+    4. gather    swap on while tokens reach fewer nodes and ranks, and the slowest rank's load stays as it is
+    5. balanced  try zigzag, 1 and 3 on tokens that they were not made from, and do the best of them, then 4
+
+Tensors carry their shape in their name: T tokens, K experts chosen, E experts, R EP ranks, B batches, U ranks or nodes,
+N swaps. `rank_E` is a placement as the rank of each logical expert; a node has consecutive ranks. Nothing is random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .placement import rank_slots, zigzag
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BATCH_SIZES = (64, 512, 4096)
+TOKENS = 1 << 16  # looked at of a longer trace
+TRAVELLERS = 1 << 13  # tokens that fan-out is lowered on
+TOLERANCE = 0.005  # of the mean rank's load: placements are equally balanced that differ by less
+SWAPS = 128  # tried exactly at a time
+SMOOTHNESS = 0.2  # of the mean rank's load: ranks this close to the slowest count too when swaps are estimated
+ROUNDING = 1e-5
+
+
+# 1. Packing
+
+
+def packed(load_E: Sequence[float], ep_size: int) -> tuple[int, ...]:
+    """DeepSeek's EPLB without replicas: the most loaded expert first, each to the least loaded rank with room.
+
+    Parameters:
+        load_E: how often each logical expert is used
+        ep_size: R
+
+    Returns:
+        physical_to_logical: [E]
+    """
+    room = [len(slots) for slots in rank_slots(len(load_E), ep_size)]
+    load, held = [0.0] * ep_size, [list[int]() for _ in range(ep_size)]
+    for expert in sorted(range(len(load_E)), key=lambda expert: -load_E[expert]):
+        rank = min((rank for rank in range(ep_size) if len(held[rank]) < room[rank]), key=lambda rank: load[rank])
+        held[rank].append(expert)
+        load[rank] += load_E[expert]
+    return tuple(expert for experts in held for expert in sorted(experts))
+
+
+def ranks_of(physical_to_logical: Sequence[int], ep_size: int) -> Tensor:
+    """The rank of each logical expert, rank_E."""
+    import torch
+
+    rank_E = torch.empty(len(physical_to_logical), dtype=torch.long)
+    for rank, slots in enumerate(rank_slots(len(physical_to_logical), ep_size)):
+        rank_E[list(physical_to_logical[slots.start : slots.stop])] = rank
+    return rank_E
+
+
+def placement_of(rank_E: Tensor) -> tuple[int, ...]:
+    """physical_to_logical [E], the experts of a rank in ascending order."""
+    return tuple(rank_E.argsort(stable=True).tolist())
+
+
+# 2. Batches
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What each expert has to do in each batch, in parts of the mean rank's load, and what each batch counts for.
+
+    Batch sizes count alike, and so do batches of one size: `weight_B` sums to 1.
+    """
+
+    load_EB: Tensor
+    weight_B: Tensor
+
+
+def batches(ids_TK: Tensor, num_experts: int, ep_size: int, sizes: Sequence[int] = BATCH_SIZES) -> Batches:
+    """Cut a trace into batches of consecutive tokens, of each size; where it is shorter, it is one batch."""
+    import torch
+
+    tokens, top_k = ids_TK.shape
+    sizes = sorted({min(size, tokens) for size in sizes})
+    loads, weights = [], []
+    for size in sizes:
+        number = tokens // size
+        batch_BK = ids_TK[: number * size].reshape(number, size * top_k)
+        slot_BK = batch_BK + num_experts * torch.arange(number).unsqueeze(1)
+        count_BE = slot_BK.flatten().bincount(minlength=number * num_experts).view(number, num_experts)
+        loads.append(count_BE.T.float() * ep_size / (size * top_k))
+        weights.append(torch.full((number,), 1 / (number * len(sizes))))
+    return Batches(torch.cat(loads, dim=1).contiguous(), torch.cat(weights))
+
+
+def slowest(rank_E: Tensor, traffic: Batches, ep_size: int) -> float:
+    """What `spread` minimizes: the slowest rank's load over the mean rank's, on average over batches."""
+    return _Loads(rank_E, traffic, ep_size).value
+
+
+class _Loads:
+    """The load of ranks under a placement that changes by swaps."""
+
+    def __init__(self, rank_E: Tensor, traffic: Batches, ep_size: int) -> None:
+        self.rank_E, self.traffic = rank_E.clone(), traffic
+        load_EB = traffic.load_EB
+        self.load_RB = load_EB.new_zeros(ep_size, load_EB.shape[1]).index_add_(0, rank_E, load_EB)
+
+    @property
+    def value(self) -> float:
+        return float(self.load_RB.amax(dim=0) @ self.traffic.weight_B)
+
+    def after(self, one_N: Tensor, other_N: Tensor) -> Tensor:
+        """The value after each of N swaps of two experts on two ranks, [N]."""
+        import torch
+
+        load_EB, load_RB = self.traffic.load_EB, self.load_RB
+        rank_N, other_rank_N = self.rank_E[one_N], self.rank_E[other_N]
+        more_NB = load_EB[other_N] - load_EB[one_N]
+        most_NB = torch.maximum(load_RB[rank_N] + more_NB, load_RB[other_rank_N] - more_NB)
+        # of the three busiest ranks one at least is not part of the swap
+        busiest = load_RB.topk(min(3, len(load_RB)), dim=0)
+        rest_NB = busiest.values[2].expand_as(most_NB) if len(load_RB) > 2 else torch.zeros_like(most_NB)
+        for place in (1, 0):
+            rank_B = busiest.indices[place]
+            swapped_NB = (rank_B == rank_N.unsqueeze(1)) | (rank_B == other_rank_N.unsqueeze(1))
+            rest_NB = torch.where(swapped_NB, rest_NB, busiest.values[place])
+        return torch.maximum(most_NB, rest_NB) @ self.traffic.weight_B
+
+    def swap(self, one: int, other: int) -> None:
+        rank, other_rank = int(self.rank_E[one]), int(self.rank_E[other])
+        more_B = self.traffic.load_EB[other] - self.traffic.load_EB[one]
+        self.load_RB[rank] += more_B
+        self.load_RB[other_rank] -= more_B
+        self.rank_E[one], self.rank_E[other] = other_rank, rank
+
+
+# 3. The slowest rank
+
+
+def spread(rank_E: Tensor, traffic: Batches, ep_size: int) -> Tensor:
+    """Swap experts of two ranks until no swap that is tried lowers `slowest`; rank_E after that.
+
+    All swaps are estimated at once, the best SWAPS of them tried exactly, and the best of these made, again and again
+    until none helps; then all are estimated anew. Where there are no more than SWAPS, all are tried.
+    """
+    loads = _Loads(rank_E, traffic, ep_size)
+    value = loads.value
+    while True:
+        before = value
+        one_N, other_N = _lowest(_estimated_change(loads), loads.rank_E)
+        while len(one_N):
+            value_N = loads.after(one_N, other_N)
+            best = int(value_N.argmin())
+            if value_N[best] >= value - ROUNDING:
+                break
+            value = float(value_N[best])
+            loads.swap(int(one_N[best]), int(other_N[best]))
+            apart_N = loads.rank_E[one_N] != loads.rank_E[other_N]
+            one_N, other_N = one_N[apart_N], other_N[apart_N]
+        if value == before:
+            return loads.rank_E
+
+
+def _estimated_change(loads: _Loads) -> Tensor:
+    """By how much each swap of two experts changes the slowest rank's load, [E, E], to second order.
+
+    The slope of a maximum knows of one rank only, and not how soon the next takes over: a softened one is estimated.
+    """
+    import torch
+
+    load_EB, rank_E = loads.traffic.load_EB, loads.rank_E
+    share_RB = torch.softmax(loads.load_RB / SMOOTHNESS, dim=0)
+    bend_RB = share_RB * (1 - share_RB) * loads.traffic.weight_B / SMOOTHNESS
+    share_RB *= loads.traffic.weight_B
+    # what an expert's load adds to a rank, to first and second order
+    slope_ER = load_EB @ share_RB.T
+    curve_ER = load_EB.square() @ bend_RB.T / 2
+    enters_EE = (slope_ER + curve_ER)[:, rank_E]
+    leaves_E = (curve_ER - slope_ER).gather(1, rank_E.unsqueeze(1))
+    crossed_EE = (bend_RB[rank_E] * load_EB) @ load_EB.T
+    one_EE = enters_EE + leaves_E - crossed_EE
+    return one_EE + one_EE.T
+
+
+def _lowest(change_EE: Tensor, rank_E: Tensor) -> tuple[Tensor, Tensor]:
+    """The swaps of experts of two ranks with the lowest (most negative) change, each once."""
+    import torch
+
+    experts = len(rank_E)
+    apart_EE = (rank_E.unsqueeze(1) != rank_E).triu()
+    number = min(SWAPS, int(apart_EE.sum()))
+    flat_N = change_EE.masked_fill(~apart_EE, float("inf")).flatten().topk(number, largest=False).indices
+    return torch.div(flat_N, experts, rounding_mode="floor"), flat_N % experts
+
+
+# 4. Fan-out
+
+
+def gather(rank_E: Tensor, ids_TK: Tensor, traffic: Batches, ep_size: int, nodes: int, ceiling: float) -> Tensor:
+    """Swap experts while tokens reach fewer nodes, or as many and fewer ranks; rank_E after that.
+
+    Parameters:
+        rank_E: where to begin
+        ids_TK: the tokens whose fan-out is lowered
+        traffic: its `slowest` stays at `ceiling` or below
+        ep_size: R, a multiple of `nodes`
+    """
+    loads = _Loads(rank_E, traffic, ep_size)
+    levels = [_Reached(ids_TK, rank_E, ep_size, ep_size // nodes)] if nodes > 1 else []
+    levels.append(_Reached(ids_TK, rank_E, ep_size, 1))
+    while True:
+        change_EE = levels[0].change()
+        for level in levels[1:]:  # all ranks that tokens can reach are less than one node
+            change_EE = change_EE * (2 * ids_TK.numel() + 1) + level.change()
+        change_EE.masked_fill_(_estimated_change(loads) > ceiling - loads.value, 0)
+        one_N, other_N = _lowest(change_EE, loads.rank_E)
+        allowed_N = (change_EE[one_N, other_N] < 0) & (loads.after(one_N, other_N) <= ceiling + ROUNDING)
+        if not allowed_N.any():
+            return loads.rank_E
+        best = int(allowed_N.nonzero()[0])
+        one, other = int(one_N[best]), int(other_N[best])
+        loads.swap(one, other)
+        for level in levels:
+            level.swap(one, other)
+
+
+class _Reached:
+    """On how many units (ranks, or nodes) tokens' experts lie, and what swaps change about it."""
+
+    def __init__(self, ids_TK: Tensor, rank_E: Tensor, ep_size: int, ranks_in_unit: int) -> None:
+        import torch
+
+        self.unit_E, self.units = rank_E // ranks_in_unit, ep_size // ranks_in_unit
+        self.chosen_TE = torch.zeros(len(ids_TK), len(rank_E)).scatter_(1, ids_TK, 1.0)
+        self.alone_EE, self.absent_EU = self._count(self.chosen_TE)
+
+    def _count(self, chosen_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of one expert and another of which the one is alone on its unit; tokens of an expert not on a unit."""
+        import torch
+
+        held_TU = torch.zeros(len(chosen_TE), self.units).index_add_(1, self.unit_E, chosen_TE)
+        alone_TE = chosen_TE * (held_TU[:, self.unit_E] == 1)
+        return alone_TE.T @ chosen_TE, chosen_TE.T @ (held_TU == 0).float()
+
+    def change(self) -> Tensor:
+        """How many units more tokens would reach in all, after each swap of two experts, [E, E]; exact."""
+        # a token with both experts goes where it went: their swap neither leaves a unit nor enters one
+        one_EE = self.absent_EU[:, self.unit_E] - self.alone_EE.diagonal().unsqueeze(1) + self.alone_EE
+        return (one_EE + one_EE.T).masked_fill(self.unit_E.unsqueeze(1) == self.unit_E, 0)
+
+    def swap(self, one: int, other: int) -> None:
+        """Swap two experts; only their tokens count anew."""
+        touched_TE = self.chosen_TE[self.chosen_TE[:, [one, other]].any(dim=1)]
+        alone_EE, absent_EU = self._count(touched_TE)
+        self.unit_E = self.unit_E.clone()
+        self.unit_E[one], self.unit_E[other] = self.unit_E[other].clone(), self.unit_E[one].clone()
+        alone_after_EE, absent_after_EU = self._count(touched_TE)
+        self.alone_EE += alone_after_EE - alone_EE
+        self.absent_EU += absent_after_EU - absent_EU
+
+
+# 5. All of it
+
+
+def balanced(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int = 1) -> tuple[int, ...]:
+    """The placement of one layer under which the slowest rank of a batch is expected to have the least to do.
+
+    A placement that was searched for fits the tokens of the search better than others. So zigzag, EPLB's packing and
+    the search are first tried on every other stretch of the trace, and judged on the stretches between. What did best
+    there is then done on all of it. Lowering fan-out may give up TOLERANCE of the balance, and no more than was won
+    over zigzag and the packing where that was judged. On other tokens of the same source the placement is thus expected
+    to be no worse than those two, as far as the trace is like them: a short one, or one of few texts, tells less.
+
+    Parameters:
+        ids_TK: logical experts that each token chose, in the order of the tokens; at least 16 tokens, and of more than
+            TOKENS stretches that are spread evenly
+        num_experts: E
+        ep_size: R; need not divide E
+        nodes: M, a divisor of R
+
+    Returns:
+        physical_to_logical: [E], each rank's experts in ascending order
+    """
+    ids_TK = _sample(ids_TK, TOKENS)
+    some_TK, others_TK = _alternate(ids_TK)
+    judges = batches(others_TK, num_experts, ep_size)
+    *simple, searched = (slowest(rank_E, judges, ep_size) for rank_E in _ways(some_TK, num_experts, ep_size))
+    won = min(simple) - searched
+    ways = _ways(ids_TK, num_experts, ep_size)
+    rank_E = ways[-1] if won > 0 else ways[simple.index(min(simple))]
+    traffic = batches(ids_TK, num_experts, ep_size)
+    ceiling = slowest(rank_E, traffic, ep_size) + min(TOLERANCE, max(won, 0))
+    return placement_of(gather(rank_E, _sample(ids_TK, TRAVELLERS), traffic, ep_size, nodes, ceiling))
+
+
+def _ways(ids_TK: Tensor, num_experts: int, ep_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What can be done with a trace, as rank_E: zigzag, EPLB's packing, and what a search finds from there.
+
+    Where the search begins does not matter for what it finds, and what it finds is not near: measured.
+    """
+    load_E = ids_TK.flatten().bincount(minlength=num_experts).tolist()
+    dealt, filled = (ranks_of(made, ep_size) for made in (zigzag(num_experts, ep_size), packed(load_E, ep_size)))
+    return dealt, filled, spread(filled, batches(ids_TK, num_experts, ep_size), ep_size)
+
+
+def _sample(ids_TK: Tensor, tokens: int) -> Tensor:
+    """Of a longer trace stretches of the largest batch's length, evenly spread, `tokens` in all."""
+    if len(ids_TK) <= tokens:
+        return ids_TK
+    length = BATCH_SIZES[-1]
+    there, wanted = len(ids_TK) // length, tokens // length
+    taken = [number * there // wanted for number in range(wanted)]
+    return ids_TK[: there * length].reshape(there, length, -1)[taken].flatten(0, 1)
+
+
+def _alternate(ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Every other stretch of a trace, and those between."""
+    length = min(BATCH_SIZES[-1], len(ids_TK) // 8)
+    there = len(ids_TK) // length
+    stretches = ids_TK[: there * length].reshape(there, length, -1)
+    return stretches[::2].flatten(0, 1), stretches[1::2].flatten(0, 1)
