@@ -8,10 +8,10 @@ tells. In the order of the code:
     2. batches   the trace cut into batches of 64, 512 and 4096 consecutive tokens
     3. spread    swap experts of two ranks while that lowers the slowest rank's load, on average over batches
     4. gather    swap on while tokens reach fewer nodes and ranks, and the slowest rank's load stays as it is
-    5. balanced  try zigzag, 1 and 3 on tokens that they were not made from, and do the best of them, then 4
+    5. balanced  judge linear, zigzag, 1, 3 and 4 on tokens that they were not made from, and do what is best
 
 Tensors carry their shape in their name: T tokens, K experts chosen, E experts, R EP ranks, B batches, U ranks or nodes,
-N swaps. `rank_E` is a placement as the rank of each logical expert; a node has consecutive ranks. Nothing is random.
+N swaps. `rank_E` is a placement as the rank of each logical expert; a node has consecutive ranks. Shuffles are seeded.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 BATCH_SIZES = (64, 512, 4096)
 TOKENS = 1 << 16  # looked at of a longer trace
 TRAVELLERS = 1 << 13  # tokens that fan-out is lowered on
+WORTH = 3e-3  # ranks a token, on average: a swap that lowers fan-out by less is not made
 TOLERANCE = 0.005  # of the mean rank's load: placements are equally balanced that differ by less
 SWAPS = 128  # tried exactly at a time
 SMOOTHNESS = 0.2  # of the mean rank's load: ranks this close to the slowest count too when swaps are estimated
+STARTS = 256  # of searches, over the number of experts
 ROUNDING = 1e-5
 
 
@@ -150,8 +152,9 @@ class _Loads:
 def spread(rank_E: Tensor, traffic: Batches, ep_size: int) -> Tensor:
     """Swap experts of two ranks until no swap that is tried lowers `slowest`; rank_E after that.
 
-    All swaps are estimated at once, the best SWAPS of them tried exactly, and the best of these made, again and again
-    until none helps; then all are estimated anew. Where there are no more than SWAPS, all are tried.
+    All swaps are estimated at once, and the best SWAPS of them tried exactly. The best of these is made, those that
+    would have helped are tried again, and so on; when none helps all are estimated anew. With no more than SWAPS in
+    all, none helps at the end.
     """
     loads = _Loads(rank_E, traffic, ep_size)
     value = loads.value
@@ -160,15 +163,32 @@ def spread(rank_E: Tensor, traffic: Batches, ep_size: int) -> Tensor:
         one_N, other_N = _lowest(_estimated_change(loads), loads.rank_E)
         while len(one_N):
             value_N = loads.after(one_N, other_N)
-            best = int(value_N.argmin())
-            if value_N[best] >= value - ROUNDING:
+            helps_N = value_N < value - ROUNDING
+            if not helps_N.any():
                 break
+            best = int(value_N.argmin())
             value = float(value_N[best])
             loads.swap(int(one_N[best]), int(other_N[best]))
-            apart_N = loads.rank_E[one_N] != loads.rank_E[other_N]
-            one_N, other_N = one_N[apart_N], other_N[apart_N]
+            helps_N &= loads.rank_E[one_N] != loads.rank_E[other_N]
+            one_N, other_N = one_N[helps_N], other_N[helps_N]
         if value == before:
             return loads.rank_E
+
+
+def search(starts: Sequence[Tensor], traffic: Batches, ep_size: int) -> Tensor:
+    """The best that `spread` comes to from STARTS // E starts: those given, and the first of them shuffled.
+
+    With hundreds of experts one end is as good as another, on tokens that were not searched on too. With few it may be
+    far from the best there is, and a start costs little.
+    """
+    import torch
+
+    experts = len(starts[0])
+    shuffles = [torch.randperm(experts, generator=torch.Generator().manual_seed(seed)) for seed in range(STARTS)]
+    tried = [*starts, *(starts[0][shuffle] for shuffle in shuffles)][: max(1, STARTS // experts)]
+    return min(
+        (spread(rank_E, traffic, ep_size) for rank_E in tried), key=lambda end_E: slowest(end_E, traffic, ep_size)
+    )
 
 
 def _estimated_change(loads: _Loads) -> Tensor:
@@ -218,13 +238,14 @@ def gather(rank_E: Tensor, ids_TK: Tensor, traffic: Batches, ep_size: int, nodes
     loads = _Loads(rank_E, traffic, ep_size)
     levels = [_Reached(ids_TK, rank_E, ep_size, ep_size // nodes)] if nodes > 1 else []
     levels.append(_Reached(ids_TK, rank_E, ep_size, 1))
+    least = len(ids_TK) * WORTH
     while True:
-        change_EE = levels[0].change()
-        for level in levels[1:]:  # all ranks that tokens can reach are less than one node
-            change_EE = change_EE * (2 * ids_TK.numel() + 1) + level.change()
+        change_EE = levels[-1].change()
+        if nodes > 1:  # one node outweighs all ranks that a token can reach
+            change_EE += ids_TK.shape[1] * levels[0].change()
         change_EE.masked_fill_(_estimated_change(loads) > ceiling - loads.value, 0)
         one_N, other_N = _lowest(change_EE, loads.rank_E)
-        allowed_N = (change_EE[one_N, other_N] < 0) & (loads.after(one_N, other_N) <= ceiling + ROUNDING)
+        allowed_N = (change_EE[one_N, other_N] <= -least) & (loads.after(one_N, other_N) <= ceiling + ROUNDING)
         if not allowed_N.any():
             return loads.rank_E
         best = int(allowed_N.nonzero()[0])
@@ -275,11 +296,13 @@ class _Reached:
 def balanced(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int = 1) -> tuple[int, ...]:
     """The placement of one layer under which the slowest rank of a batch is expected to have the least to do.
 
-    A placement that was searched for fits the tokens of the search better than others. So zigzag, EPLB's packing and
-    the search are first tried on every other stretch of the trace, and judged on the stretches between. What did best
-    there is then done on all of it. Lowering fan-out may give up TOLERANCE of the balance, and no more than was won
-    over zigzag and the packing where that was judged. On other tokens of the same source the placement is thus expected
-    to be no worse than those two, as far as the trace is like them: a short one, or one of few texts, tells less.
+    A placement that was searched for fits the tokens of the search better than others. So every other stretch of the
+    trace is left linear, and placed by zigzag, by EPLB's packing, and by the search without and with `gather`, and the
+    stretches between judge these five; of a trace that is shorter than half of TOKENS also the other way round. Good
+    are those that come within TOLERANCE of the best and are no worse than the first three; of them that is done on all
+    of the trace which sends tokens to the fewest nodes, then ranks. On other tokens of the same source it is thus
+    expected to be no worse than the first three, as far as the trace is like them: a short one, or one of few texts,
+    tells less.
 
     Parameters:
         ids_TK: logical experts that each token chose, in the order of the tokens; at least 16 tokens, and of more than
@@ -292,25 +315,45 @@ def balanced(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int = 1) -> 
         physical_to_logical: [E], each rank's experts in ascending order
     """
     ids_TK = _sample(ids_TK, TOKENS)
-    some_TK, others_TK = _alternate(ids_TK)
-    judges = batches(others_TK, num_experts, ep_size)
-    *simple, searched = (slowest(rank_E, judges, ep_size) for rank_E in _ways(some_TK, num_experts, ep_size))
-    won = min(simple) - searched
-    ways = _ways(ids_TK, num_experts, ep_size)
-    rank_E = ways[-1] if won > 0 else ways[simple.index(min(simple))]
-    traffic = batches(ids_TK, num_experts, ep_size)
-    ceiling = slowest(rank_E, traffic, ep_size) + min(TOLERANCE, max(won, 0))
-    return placement_of(gather(rank_E, _sample(ids_TK, TRAVELLERS), traffic, ep_size, nodes, ceiling))
+    values = _unseen(ids_TK, num_experts, ep_size, nodes)
+    limit = min(min(values) + TOLERANCE, *values[:3]) + ROUNDING
+    ways = _ways(ids_TK, num_experts, ep_size, nodes)
+    good = [rank_E for rank_E, value in zip(ways, values, strict=True) if value <= limit]
+    return placement_of(min(good, key=lambda rank_E: _reach(rank_E, ids_TK, ep_size, nodes)))
 
 
-def _ways(ids_TK: Tensor, num_experts: int, ep_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What can be done with a trace, as rank_E: zigzag, EPLB's packing, and what a search finds from there.
-
-    Where the search begins does not matter for what it finds, and what it finds is not near: measured.
-    """
+def _ways(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int) -> list[Tensor]:
+    """What can be done with a trace, as rank_E: nothing, zigzag, EPLB's packing, a search, and that with `gather`."""
     load_E = ids_TK.flatten().bincount(minlength=num_experts).tolist()
-    dealt, filled = (ranks_of(made, ep_size) for made in (zigzag(num_experts, ep_size), packed(load_E, ep_size)))
-    return dealt, filled, spread(filled, batches(ids_TK, num_experts, ep_size), ep_size)
+    plain = (tuple(range(num_experts)), zigzag(num_experts, ep_size), packed(load_E, ep_size))
+    linear, dealt, filled = (ranks_of(physical_to_logical, ep_size) for physical_to_logical in plain)
+    traffic = batches(ids_TK, num_experts, ep_size)
+    found = search((filled, dealt), traffic, ep_size)
+    ceiling = slowest(found, traffic, ep_size) + TOLERANCE
+    near = gather(found, _sample(ids_TK, TRAVELLERS), traffic, ep_size, nodes, ceiling)
+    return [linear, dealt, filled, found, near]
+
+
+def _unseen(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int) -> list[float]:
+    """`slowest` of each of the ways on stretches of the trace, made from those between."""
+    one_TK, other_TK = _alternate(ids_TK)
+    sides = [(one_TK, other_TK), (other_TK, one_TK)]
+    judged = []
+    for made_from_TK, judged_on_TK in sides if 2 * len(ids_TK) <= TOKENS else sides[:1]:
+        traffic = batches(judged_on_TK, num_experts, ep_size)
+        ways = _ways(made_from_TK, num_experts, ep_size, nodes)
+        judged.append([slowest(rank_E, traffic, ep_size) for rank_E in ways])
+    return [sum(values) / len(values) for values in zip(*judged, strict=True)]
+
+
+def _reach(rank_E: Tensor, ids_TK: Tensor, ep_size: int, nodes: int) -> tuple[int, int]:
+    """How many nodes, and how many ranks, tokens are sent to, all tokens together."""
+
+    def units(ranks_in_unit: int) -> int:
+        unit_TK = (rank_E[ids_TK] // ranks_in_unit).sort(dim=1).values
+        return len(ids_TK) + int((unit_TK.diff(dim=1) > 0).sum())
+
+    return units(ep_size // nodes), units(1)
 
 
 def _sample(ids_TK: Tensor, tokens: int) -> Tensor:

@@ -23,7 +23,7 @@ NO_GROUPS = (
     "this model's router has no expert groups: zigzag is exact for it, but not expected to help "
     "(the published gains are for models with expert groups)"
 )
-LEAST_TOKENS = 1024  # of a trace that a placement is made for
+LEAST_TOKENS = 4096  # of a trace that a placement is made for
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,233 @@
+"""What balanced placement buys on learned routing, on such text as it was made for and on other; what time it takes.
+
+    python benchmarks/balanced.py --json balanced.json > balanced.md     trains for four minutes on a CPU
+    python benchmarks/balanced.py --traces traces.safetensors            the same, and the next time without training
+
+A small model of 64 experts in 8 groups (`small_moe`) is trained on three kinds of text and its routing followed
+through text that it has not seen. Placements are made from the first half of one kind's tokens, and judged on the other
+half, in the order of the text and in random order, as when many users are answered at once, and on the second halves of
+the other kinds. Then placements are made for as many layers as R1 has, of its size, for traffic that is drawn by lot:
+only their time is looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpus import read_documents
+from safetensors.torch import load_file, save_file
+from small_moe import Shape, train
+from torch import Tensor
+
+from reshard.analysis import Effect, effect, mean_effect
+from reshard.balance import BATCH_SIZES, balanced, packed
+from reshard.moe import Routing
+from reshard.placement import node_zigzag, zigzag
+
+ROUTING = Routing(64, 6, "sigmoid", True, 2.5, 8, 4)
+SHAPE = Shape(
+    vocabulary=2048,
+    hidden=128,
+    heads=4,
+    layers=4,
+    intermediate=32,
+    window=256,
+    windows=8,
+    traced_windows=2000,  # all that is held out
+    text_bytes=6 << 20,
+    learning_rate=2e-3,
+    bias_speed=2e-3,
+    routing=ROUTING,
+)
+SHUFFLED = "the same, in random order"
+R1_EXPERTS, R1_TOP_K, R1_LAYERS = 256, 8, 59
+R1_RANKS = (8, 16, 64)
+TRACED = 1 << 16  # tokens of an R1-sized layer
+
+
+def traces_of_training(seconds: float) -> dict[str, Tensor]:
+    """Train the model, and follow its routing of held-out text of each kind: uint8 [L, T, K], L layers."""
+    torch.manual_seed(0)
+    trained = train(read_documents(SHAPE.text_bytes), SHAPE, seconds, torch.device("cpu"), _log)
+    _log(json.dumps(trained.report["held_out"]))
+    return {kind: trace.experts_LTK.to(torch.uint8) for kind, trace in trained.traces.items()}
+
+
+def placements(ids_TK: Tensor, ep_size: int, nodes: int) -> dict[str, tuple[int, ...]]:
+    """What there is to compare, made for these tokens: physical_to_logical [E] by name."""
+    experts = ROUTING.num_experts
+    by_node = {"node-zigzag": node_zigzag(experts, ep_size, nodes)} if nodes > 1 else {}
+    return {
+        "linear": tuple(range(experts)),
+        "zigzag": zigzag(experts, ep_size),
+        **by_node,
+        "EPLB packing": packed(ids_TK.flatten().bincount(minlength=experts).tolist(), ep_size),
+        "balanced": balanced(ids_TK, experts, ep_size, nodes),
+    }
+
+
+def judge(traces: dict[str, Tensor], ep_size: int, nodes: int) -> list[dict[str, Any]]:
+    """A row for each kind that placements were made for, kind that they are judged on, layer, and placement."""
+    rows = []
+    for kind, ids_LTK in traces.items():
+        for layer, ids_TK in enumerate(ids_LTK.long()):
+            made = placements(_half(ids_TK, 0), ep_size, nodes)
+            unseen = {other: _half(other_LTK[layer].long(), 1) for other, other_LTK in traces.items()}
+            unseen[SHUFFLED] = unseen[kind][
+                torch.randperm(len(unseen[kind]), generator=torch.Generator().manual_seed(0))
+            ]
+            for other, unseen_TK in unseen.items():
+                for name, physical_to_logical in made.items():
+                    found = effect(unseen_TK, physical_to_logical, ep_size, nodes, BATCH_SIZES)
+                    rows.append(
+                        {"made_for": kind, "judged_on": other, "layer": layer, "placement": name} | asdict(found)
+                    )
+    return rows
+
+
+def _half(ids_TK: Tensor, which: int) -> Tensor:
+    return ids_TK.tensor_split(2)[which]
+
+
+def drawn_traffic(layer: int) -> Tensor:
+    """R1-sized traffic [T, K]: experts that are liked unequally, by all tokens and by each stretch of 64."""
+    generator = torch.Generator().manual_seed(layer)
+    topics = torch.randn(64, R1_EXPERTS, generator=generator)
+    topic_T = torch.randint(len(topics), (TRACED // 64,), generator=generator).repeat_interleave(64)
+    liking_TE = 0.7 * (topics[topic_T] + torch.randn(R1_EXPERTS, generator=generator))
+    drawn_TE = liking_TE - torch.rand(TRACED, R1_EXPERTS, generator=generator).log().neg().log()
+    return drawn_TE.topk(R1_TOP_K, dim=1).indices
+
+
+def time_of_r1(layers: int) -> list[dict[str, Any]]:
+    """Seconds that placements of so many R1-sized layers take, for each number of ranks, on one node and on several."""
+    spent = {(ranks, nodes): [0.0, 0.0] for ranks in R1_RANKS for nodes in (1, ranks // 8) if ranks > 8 or nodes == 1}
+    for layer in range(layers):
+        ids_TK = drawn_traffic(layer)
+        for (ranks, nodes), seconds in spent.items():
+            started, used = time.perf_counter(), time.process_time()
+            balanced(ids_TK, R1_EXPERTS, ranks, nodes)
+            seconds[0] += time.perf_counter() - started
+            seconds[1] += time.process_time() - used
+        _log(f"R1-sized layers: {layer + 1} of {layers}")
+    return [
+        {"layers": layers, "ep_size": ranks, "nodes": nodes, "seconds": seconds[0], "cpu_seconds": seconds[1]}
+        for (ranks, nodes), seconds in spent.items()
+    ]
+
+
+# Tables
+
+
+def tables(rows: Sequence[dict[str, Any]], nodes: int) -> str:
+    """Markdown: the mean over kinds and layers, then each kind and layer."""
+    sides: dict[str, list[dict[str, Any]]] = {
+        "the other half of the same kind's tokens": [row for row in rows if row["made_for"] == row["judged_on"]],
+        "the same tokens in random order": [row for row in rows if row["judged_on"] == SHUFFLED],
+        "tokens of another kind": [row for row in rows if row["judged_on"] not in (row["made_for"], SHUFFLED)],
+    }
+    parts = []
+    for title, chosen in sides.items():
+        parts += [f"### Judged on {title}", "", _table(chosen, lambda row: (row["placement"],), ("placement",), nodes)]
+        for rival in ("zigzag", "EPLB packing"):
+            worse, pairs = worse_than(chosen, rival)
+            parts += ["", f"balanced is worse than {rival} (mean of the three columns) in {worse} of {pairs} cases"]
+        parts.append("")
+    same = next(iter(sides.values()))
+    names = ("kind", "layer", "placement")
+    by_layer = _table(same, lambda row: (row["made_for"], row["layer"], row["placement"]), names, nodes)
+    return "\n".join([*parts, "### By layer, the other half of the same kind's tokens", "", by_layer])
+
+
+def worse_than(rows: Sequence[dict[str, Any]], rival: str) -> tuple[int, int]:
+    """In how many cases balanced is less even than `rival` on average over batch sizes, and of how many."""
+    mean: dict[tuple[str, str, int], dict[str, float]] = {}
+    for row in rows:
+        case = mean.setdefault((row["made_for"], row["judged_on"], row["layer"]), {})
+        case[row["placement"]] = sum(row["imbalance"]) / len(row["imbalance"])
+    return sum(case["balanced"] > case[rival] for case in mean.values()), len(mean)
+
+
+def _table(
+    rows: Sequence[dict[str, Any]],
+    key: Callable[[dict[str, Any]], tuple[Any, ...]],
+    names: Sequence[str],
+    nodes: int,
+) -> str:
+    groups: dict[tuple[Any, ...], list[Effect]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(Effect(row["imbalance"], row["ranks"], row["nodes"]))
+    columns = [*names, *(f"{size} tokens" for size in BATCH_SIZES), "ranks a token", *["nodes a token"] * (nodes > 1)]
+    lines = [columns, ["---"] * len(columns)]
+    for group, effects in groups.items():
+        found = mean_effect(effects)
+        far = [found.ranks, found.nodes][: 1 + (nodes > 1)]
+        lines.append([*map(str, group), *(f"{value:.3f}" for value in found.imbalance), *(f"{n:.2f}" for n in far)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def save_sample(traces: dict[str, Tensor], path: Path) -> None:
+    """What the tests look at: two layers, 24576 tokens of one kind and 4096 of another, windows from all over them."""
+    sample = {}
+    for kind, windows in (("python", 96), ("prose", 16)):
+        there = traces[kind].shape[1] // SHAPE.window
+        windows_LNSK = traces[kind][[0, -1], : there * SHAPE.window].unflatten(1, (there, SHAPE.window))
+        taken = [number * there // windows for number in range(windows)]
+        sample[kind] = windows_LNSK[:, taken].flatten(1, 2).contiguous()
+    made = "benchmarks/balanced.py --sample: experts of 64 that held-out text of a kind chose, [layers, tokens, top k]"
+    save_file(sample, path, {"made": made})
+
+
+def main() -> None:
+    """Train or read traces, judge, time, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=240, help="of training")
+    parser.add_argument("--traces", type=Path, help="read from here, or written here where it is absent")
+    parser.add_argument("--ep", type=int, default=8)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=R1_LAYERS, help="R1-sized layers to time")
+    parser.add_argument("--sample", type=Path, help="write what the tests look at")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.traces and options.traces.exists():
+        traces = load_file(options.traces)
+    else:
+        traces = traces_of_training(options.seconds)
+        if options.traces:
+            save_file(traces, options.traces)
+    if options.sample:
+        save_sample(traces, options.sample)
+    rows = judge(traces, options.ep, options.nodes)
+    tokens = {kind: ids_LTK.shape[1] for kind, ids_LTK in traces.items()}
+    print(
+        f"{ROUTING.num_experts} experts, top {ROUTING.top_k}, {ROUTING.n_group} groups; {options.ep} EP ranks, ", end=""
+    )
+    print(f"{options.nodes} nodes; the busiest rank over the mean in batches; tokens traced: {tokens}\n")
+    print(tables(rows, options.nodes), "\n")
+    timed = time_of_r1(options.layers) if options.layers else []
+    for row in timed:
+        where = f"{row['ep_size']} EP ranks, {row['nodes']} nodes: {row['seconds']:.1f} s"
+        print(
+            f"- {row['layers']} layers of {R1_EXPERTS} experts, {where}, {row['cpu_seconds']:.1f} s of processor time"
+        )
+    if timed:
+        print(f"\n{torch.get_num_threads()} threads, {os.cpu_count()} processors")
+    if options.json:
+        options.json.write_text(json.dumps({"tokens": tokens, "rows": rows, "time": timed}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
