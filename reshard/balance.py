@@ -8,7 +8,7 @@ tells. In the order of the code:
     2. batches   the trace cut into batches of 64, 512 and 4096 consecutive tokens
     3. spread    swap experts of two ranks while that lowers the slowest rank's load, on average over batches
     4. gather    swap on while tokens reach fewer nodes and ranks, and the slowest rank's load stays as it is
-    5. balanced  judge linear, zigzag, 1, 3 and 4 on tokens that they were not made from, and do what is best
+    5. balanced  judge zigzag and others, 1, 3 and 4 on tokens that they were not made from, and do what is best
 
 Tensors carry their shape in their name: T tokens, K experts chosen, E experts, R EP ranks, B batches, U ranks or nodes,
 N swaps. `rank_E` is a placement as the rank of each logical expert; a node has consecutive ranks. Shuffles are seeded.
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .placement import rank_slots, zigzag
+from .placement import node_zigzag, rank_slots, zigzag
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,13 +129,15 @@ class _Loads:
         rank_N, other_rank_N = self.rank_E[one_N], self.rank_E[other_N]
         more_NB = load_EB[other_N] - load_EB[one_N]
         most_NB = torch.maximum(load_RB[rank_N] + more_NB, load_RB[other_rank_N] - more_NB)
-        # of the three busiest ranks one at least is not part of the swap
-        busiest = load_RB.topk(min(3, len(load_RB)), dim=0)
-        rest_NB = busiest.values[2].expand_as(most_NB) if len(load_RB) > 2 else torch.zeros_like(most_NB)
-        for place in (1, 0):
-            rank_B = busiest.indices[place]
-            swapped_NB = (rank_B == rank_N.unsqueeze(1)) | (rank_B == other_rank_N.unsqueeze(1))
-            rest_NB = torch.where(swapped_NB, rest_NB, busiest.values[place])
+        # of the three busiest ranks at least one takes no part in a swap
+        left_RB, busiest = load_RB.clone(), []
+        for _ in range(3):
+            busiest.append(left_RB.max(dim=0))
+            left_RB.scatter_(0, busiest[-1].indices.unsqueeze(0), float("-inf"))
+        rest_NB = busiest[2].values
+        for busy in (busiest[1], busiest[0]):
+            swapped_NB = (busy.indices == rank_N.unsqueeze(1)) | (busy.indices == other_rank_N.unsqueeze(1))
+            rest_NB = torch.where(swapped_NB, rest_NB, busy.values)
         return torch.maximum(most_NB, rest_NB) @ self.traffic.weight_B
 
     def swap(self, one: int, other: int) -> None:
@@ -296,13 +298,13 @@ class _Reached:
 def balanced(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int = 1) -> tuple[int, ...]:
     """The placement of one layer under which the slowest rank of a batch is expected to have the least to do.
 
-    A placement that was searched for fits the tokens of the search better than others. So every other stretch of the
-    trace is left linear, and placed by zigzag, by EPLB's packing, and by the search without and with `gather`, and the
-    stretches between judge these five; of a trace that is shorter than half of TOKENS also the other way round. Good
-    are those that come within TOLERANCE of the best and are no worse than the first three; of them that is done on all
-    of the trace which sends tokens to the fewest nodes, then ranks. On other tokens of the same source it is thus
-    expected to be no worse than the first three, as far as the trace is like them: a short one, or one of few texts,
-    tells less.
+    A placement that was searched for fits the tokens of the search better than others. So it has to win where it was
+    not made from. Of every other stretch of the trace five placements are made, and judged on the stretches between:
+    linear, zigzag (with nodes, node-zigzag too), EPLB's packing, and what the search finds without and with `gather`.
+    A trace shorter than half of TOKENS is judged the other way round as well. Good is what comes within TOLERANCE of
+    the best and is no worse than any of the simple ones; of the good, that is done on the whole trace which sends
+    tokens to the fewest nodes, then ranks. On other tokens of the same source it is thus expected to be no worse than
+    the simple ones, as far as the trace is like them: a short one, or one of few texts, tells less.
 
     Parameters:
         ids_TK: logical experts that each token chose, in the order of the tokens; at least 16 tokens, and of more than
@@ -316,22 +318,23 @@ def balanced(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int = 1) -> 
     """
     ids_TK = _sample(ids_TK, TOKENS)
     values = _unseen(ids_TK, num_experts, ep_size, nodes)
-    limit = min(min(values) + TOLERANCE, *values[:3]) + ROUNDING
+    limit = min(min(values) + TOLERANCE, *values[:-2]) + ROUNDING
     ways = _ways(ids_TK, num_experts, ep_size, nodes)
     good = [rank_E for rank_E, value in zip(ways, values, strict=True) if value <= limit]
     return placement_of(min(good, key=lambda rank_E: _reach(rank_E, ids_TK, ep_size, nodes)))
 
 
 def _ways(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int) -> list[Tensor]:
-    """What can be done with a trace, as rank_E: nothing, zigzag, EPLB's packing, a search, and that with `gather`."""
+    """What can be done with a trace, as rank_E: the simple ones first; then a search, without and with `gather`."""
     load_E = ids_TK.flatten().bincount(minlength=num_experts).tolist()
-    plain = (tuple(range(num_experts)), zigzag(num_experts, ep_size), packed(load_E, ep_size))
-    linear, dealt, filled = (ranks_of(physical_to_logical, ep_size) for physical_to_logical in plain)
+    dealt, filled = zigzag(num_experts, ep_size), packed(load_E, ep_size)
+    by_node = [node_zigzag(num_experts, ep_size, nodes)] if nodes > 1 and num_experts % ep_size == 0 else []
+    simple = [ranks_of(made, ep_size) for made in (tuple(range(num_experts)), *by_node, dealt, filled)]
     traffic = batches(ids_TK, num_experts, ep_size)
-    found = search((filled, dealt), traffic, ep_size)
+    found = search((simple[-1], simple[-2]), traffic, ep_size)
     ceiling = slowest(found, traffic, ep_size) + TOLERANCE
     near = gather(found, _sample(ids_TK, TRAVELLERS), traffic, ep_size, nodes, ceiling)
-    return [linear, dealt, filled, found, near]
+    return [*simple, found, near]
 
 
 def _unseen(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int) -> list[float]:
