@@ -141,11 +141,10 @@ class _Loads:
         return torch.maximum(most_NB, rest_NB) @ self.traffic.weight_B
 
     def swap(self, one: int, other: int) -> None:
-        rank, other_rank = int(self.rank_E[one]), int(self.rank_E[other])
         more_B = self.traffic.load_EB[other] - self.traffic.load_EB[one]
-        self.load_RB[rank] += more_B
-        self.load_RB[other_rank] -= more_B
-        self.rank_E[one], self.rank_E[other] = other_rank, rank
+        self.load_RB[self.rank_E[one]] += more_B
+        self.load_RB[self.rank_E[other]] -= more_B
+        self.rank_E[[one, other]] = self.rank_E[[other, one]]
 
 
 # 3. The slowest rank
@@ -178,7 +177,7 @@ def spread(rank_E: Tensor, traffic: Batches, ep_size: int) -> Tensor:
 
 
 def search(starts: Sequence[Tensor], traffic: Batches, ep_size: int) -> Tensor:
-    """The best that `spread` comes to from STARTS // E starts: those given, and the first of them shuffled.
+    """The best that `spread` comes to from STARTS // E starts: those given, then the first of them shuffled.
 
     With hundreds of experts one end is as good as another, on tokens that were not searched on too. With few it may be
     far from the best there is, and a start costs little.
@@ -186,11 +185,11 @@ def search(starts: Sequence[Tensor], traffic: Batches, ep_size: int) -> Tensor:
     import torch
 
     experts = len(starts[0])
-    shuffles = [torch.randperm(experts, generator=torch.Generator().manual_seed(seed)) for seed in range(STARTS)]
-    tried = [*starts, *(starts[0][shuffle] for shuffle in shuffles)][: max(1, STARTS // experts)]
-    return min(
-        (spread(rank_E, traffic, ep_size) for rank_E in tried), key=lambda end_E: slowest(end_E, traffic, ep_size)
-    )
+    number = max(1, STARTS // experts)
+    shuffles = (torch.randperm(experts, generator=torch.Generator().manual_seed(seed)) for seed in range(number))
+    tried = [*starts, *(starts[0][shuffle] for shuffle in shuffles)][:number]
+    ends = [spread(rank_E, traffic, ep_size) for rank_E in tried]
+    return min(ends, key=lambda rank_E: slowest(rank_E, traffic, ep_size))
 
 
 def _estimated_change(loads: _Loads) -> Tensor:
@@ -285,8 +284,7 @@ class _Reached:
         """Swap two experts; only their tokens count anew."""
         touched_TE = self.chosen_TE[self.chosen_TE[:, [one, other]].any(dim=1)]
         alone_EE, absent_EU = self._count(touched_TE)
-        self.unit_E = self.unit_E.clone()
-        self.unit_E[one], self.unit_E[other] = self.unit_E[other].clone(), self.unit_E[one].clone()
+        self.unit_E[[one, other]] = self.unit_E[[other, one]]
         alone_after_EE, absent_after_EU = self._count(touched_TE)
         self.alone_EE += alone_after_EE - alone_EE
         self.absent_EU += absent_after_EU - absent_EU
@@ -316,7 +314,7 @@ def balanced(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int = 1) -> 
     Returns:
         physical_to_logical: [E], each rank's experts in ascending order
     """
-    ids_TK = _sample(ids_TK, TOKENS)
+    ids_TK = _sample(ids_TK.long(), TOKENS, BATCH_SIZES[-1])
     values = _unseen(ids_TK, num_experts, ep_size, nodes)
     limit = min(min(values) + TOLERANCE, *values[:-2]) + ROUNDING
     ways = _ways(ids_TK, num_experts, ep_size, nodes)
@@ -333,7 +331,7 @@ def _ways(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int) -> list[Te
     traffic = batches(ids_TK, num_experts, ep_size)
     found = search((simple[-1], simple[-2]), traffic, ep_size)
     ceiling = slowest(found, traffic, ep_size) + TOLERANCE
-    near = gather(found, _sample(ids_TK, TRAVELLERS), traffic, ep_size, nodes, ceiling)
+    near = gather(found, _sample(ids_TK, TRAVELLERS, BATCH_SIZES[0]), traffic, ep_size, nodes, ceiling)
     return [*simple, found, near]
 
 
@@ -359,11 +357,10 @@ def _reach(rank_E: Tensor, ids_TK: Tensor, ep_size: int, nodes: int) -> tuple[in
     return units(ep_size // nodes), units(1)
 
 
-def _sample(ids_TK: Tensor, tokens: int) -> Tensor:
-    """Of a longer trace stretches of the largest batch's length, evenly spread, `tokens` in all."""
+def _sample(ids_TK: Tensor, tokens: int, length: int) -> Tensor:
+    """Of a longer trace stretches of that length, evenly spread, `tokens` in all."""
     if len(ids_TK) <= tokens:
         return ids_TK
-    length = BATCH_SIZES[-1]
     there, wanted = len(ids_TK) // length, tokens // length
     taken = [number * there // wanted for number in range(wanted)]
     return ids_TK[: there * length].reshape(there, length, -1)[taken].flatten(0, 1)
