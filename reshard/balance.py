@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 BATCH_SIZES = (64, 512, 4096)
 TOKENS = 1 << 16  # looked at of a longer trace
-TRAVELLERS = 1 << 13  # tokens that fan-out is lowered on
-WORTH = 3e-3  # ranks a token, on average: a swap that lowers fan-out by less is not made
+TRAVELLERS = 1 << 12  # tokens that fan-out is lowered on
+WORTH = 1e-2  # ranks a token, on average: a swap that lowers fan-out by less is not made
 TOLERANCE = 0.005  # of the mean rank's load: placements are equally balanced that differ by less
 SWAPS = 128  # tried exactly at a time
 SMOOTHNESS = 0.2  # of the mean rank's load: ranks this close to the slowest count too when swaps are estimated
