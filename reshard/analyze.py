@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from .analysis import Coselection, Effect, coselection, effect, mean_coselection, mean_effect
 from .checkpoint import Checkpoint, read_checkpoint
+from .contract import Placement
 from .errors import OutputError
 from .moe import MoeModel, Routing, read_model
 from .placement import rank_slots
 from .resharding import check_ep_size, refuse_resharded
 from .source import find_source
-from .strategies import FromFile, Linear, NodeZigzag, Strategy, Zigzag
+from .strategies import Strategy, check_placement
 from .traffic import MOST_TOKENS, random_traffic, recorded_traffic
 
 if TYPE_CHECKING:
@@ -25,25 +26,14 @@ BATCH_SIZES = tuple(2**exponent for exponent in range(13))
 MOST_RUNS = 32  # of experts told apart where tokens choose them together: more can be seen by nobody
 
 
-class Offer(NamedTuple):
-    """A placement that can be asked for: the option that it takes, if any, and how EP ranks and options make it."""
-
-    needs: str | None
-    make: Callable[[int, Mapping[str, Any]], Strategy]
-
-
-# In the order in which they are shown. Without --placement: all that need no option or one that is given.
-PLACEMENTS = {
-    "linear": Offer(None, lambda ep_size, options: Linear(ep_size)),
-    "zigzag": Offer(None, lambda ep_size, options: Zigzag(ep_size)),
-    "node-zigzag": Offer("nodes", lambda ep_size, options: NodeZigzag(ep_size, options["nodes"])),
-    "file": Offer("map", lambda ep_size, options: FromFile(ep_size, options["map"])),
-}
-
-
 @runtime_checkable
 class Fitted(Protocol):
     """A strategy that is made from the first `share` (0 to 1) of every recording: only the rest may judge it."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        ...
 
     @property
     def share(self) -> float:
@@ -78,7 +68,8 @@ class Together:
 class Analysis:
     """What was measured. `traffic` says in words whose choices these are; others are compared with the first candidate.
 
-    `unrecorded` are the MoE layers that a trace lacks, of which nothing is said.
+    `unrecorded` are the MoE layers that a trace lacks, of which nothing is said; `unfit` the strategies that do not fit
+    the model, the ranks or the trace, and why.
     """
 
     path: Path
@@ -93,6 +84,7 @@ class Analysis:
     traffic: str
     lower_bound: bool
     unrecorded: tuple[str, ...]
+    unfit: dict[str, str]
     batch_sizes: tuple[int, ...]
     candidates: tuple[Candidate, ...]
     together: Together
@@ -143,7 +135,7 @@ def analyze(
     Raises:
         CheckpointError, UnsupportedError: as `plan_placement` does
         TraceError: the trace is none, or another model's
-        OutputError: ranks, nodes, tokens or a strategy do not fit
+        OutputError: ranks, nodes or tokens do not fit, or none of the strategies does
 
     """
     root = find_source(src)
@@ -155,11 +147,12 @@ def analyze(
     check_ep_size(ep_size, routing.num_experts, root)
     if nodes < 1 or ep_size % nodes:
         raise OutputError(f"{root}: --nodes must divide the {ep_size} EP ranks, found {nodes}")
-    placements = {strategy.name: strategy.place(model, root).placement for strategy in strategies}
+    placements, unfit = _place(strategies, model, root)
     if trace is None:
         judged = _random(checkpoint, model, tokens or RANDOM_TOKENS, seed, progress)
     else:
-        judged = _recorded(Path(trace), model, root, tokens or MOST_TOKENS, strategies)
+        fitted = [strategy for strategy in strategies if isinstance(strategy, Fitted) and strategy.name in placements]
+        judged = _recorded(Path(trace), model, root, tokens or MOST_TOKENS, fitted)
     sizes = tuple(size for size in batch_sizes if 1 <= size <= judged.tokens)
     if not sizes:
         raise OutputError(
@@ -182,10 +175,28 @@ def analyze(
         traffic=judged.words,
         lower_bound=judged.lower_bound,
         unrecorded=judged.unrecorded,
+        unfit=unfit,
         batch_sizes=sizes,
         candidates=tuple(candidates),
         together=_together(judged, routing, ep_size),
     )
+
+
+def _place(strategies: Sequence[Strategy], model: MoeModel, root: Path) -> tuple[dict[str, Placement], dict[str, str]]:
+    """The placements of those that fit, and why others do not; OutputError where none does."""
+    placements: dict[str, Placement] = {}
+    unfit: dict[str, str] = {}
+    for strategy in strategies:
+        try:
+            placement = strategy.place(model, root).placement
+            check_placement(placement, model, root)
+        except OutputError as error:
+            unfit[strategy.name] = str(error)
+        else:
+            placements[strategy.name] = placement
+    if not placements:
+        raise OutputError("; ".join(unfit.values()))
+    return placements, unfit
 
 
 def _random(
@@ -195,14 +206,15 @@ def _random(
     return _Judged(random_traffic(checkpoint, model, tokens, seed, progress).ids, tokens, words, lower_bound=True)
 
 
-def _recorded(trace: Path, model: MoeModel, root: Path, wanted: int, strategies: Sequence[Strategy]) -> _Judged:
+def _recorded(trace: Path, model: MoeModel, root: Path, wanted: int, fitted: Sequence[Fitted]) -> _Judged:
     """At most `wanted` of the tokens that no strategy was made from."""
-    fitted = {strategy.name: strategy.share for strategy in strategies if isinstance(strategy, Fitted)}
-    first = max(fitted.values(), default=0.0)
+    first = max((strategy.share for strategy in fitted), default=0.0)
     traffic = recorded_traffic(trace, model, root, wanted, start=first)
     words = f"tokens recorded in {trace}"
     if first:
-        words += f" after the first {first:.0%}, which {' and '.join(fitted)} was made from"
+        words += (
+            f" after the first {first:.0%}, which {' and '.join(strategy.name for strategy in fitted)} was made from"
+        )
     if traffic.tokens < traffic.of:
         words += f", spread evenly over the {traffic.of} there"
     unrecorded = tuple(layer.name for layer in model.layers if layer.name not in traffic.ids)

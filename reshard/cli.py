@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from . import __version__
-from .analyze import BATCH_SIZES, PLACEMENTS, RANDOM_TOKENS, analyze
+from .analyze import BATCH_SIZES, RANDOM_TOKENS, analyze
 from .checkpoint import CONFIG, INDEX
 from .copy import SPARE_SPACE, Outcome, Progress, free_space, needed_space, refuse_out, shareable_size
 from .errors import ReshardError
@@ -32,18 +32,14 @@ from .resharding import Resharding, plan_placement, write_resharding
 from .restore import restore
 from .sharing import REFLINK, Reflink
 from .stage import Staging, plan_stage, write_staging
-from .strategies import Balanced, FromFile, NodeZigzag, Strategy, Zigzag
+from .strategies import STRATEGIES, Linear, Options, Strategy, Zigzag
 from .trace_info import trace_info
 from .traffic import MOST_TOKENS
 from .verify import Verification, verify
 
 EXIT_INTERRUPTED = 130
+FITTED_SHARE = 0.5  # of a trace, that analyze makes a placement from; the rest judges it
 LONGEST_LINE = 1600
-TAKEN_BY = {  # strategies of `place` by option; the first needs it
-    "--nodes": ("node-zigzag", "balanced"),
-    "--trace": ("balanced",),
-    "--map": ("file",),
-}
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -128,6 +124,48 @@ _ep = click.option("--ep", required=True, type=int, help="Number of EP ranks it 
 _dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 
 
+def _placing(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of strategies, given to the command as `placing`."""
+
+    @functools.wraps(command)
+    def with_options(nodes: int | None, trace: Path | None, map_file: Path | None, **options: Any) -> None:
+        command(placing=Options(nodes, trace, map_file), **options)
+
+    for option in (
+        click.option(
+            "--map",
+            "map_file",
+            type=click.Path(path_type=Path),
+            help="JSON with physical_to_logical, for file: one list for all MoE layers or one for each by name; a "
+            "manifest is one.",
+        ),
+        click.option(
+            "--trace",
+            type=click.Path(path_type=Path),
+            help="Directory of recorded traffic, for balanced; see trace.",
+        ),
+        click.option(
+            "--nodes",
+            type=click.IntRange(min=2),
+            help="Nodes that the EP ranks are spread over, for node-zigzag, and for balanced if there are several.",
+        ),
+    ):
+        with_options = option(with_options)
+    return with_options
+
+
+def _strategy(name: str, options: Options, silent: bool) -> Callable[[int], Strategy]:
+    """The strategy `name` for a number of EP ranks, if its options were given and no others."""
+    offer = STRATEGIES[name]
+    for option in ("nodes", "trace", "map"):
+        given = getattr(options, option) is not None
+        if option in offer.needs and not given:
+            raise click.UsageError(f"--strategy {name} needs --{option}")
+        if given and option not in (*offer.needs, *offer.takes):
+            raise click.UsageError(f"--{option} does not go with --strategy {name}")
+    return lambda ep_size: offer.make(ep_size, replace(options, progress=_layer_bar(silent)))
+
+
 def _rewriting(command: Callable[..., None]) -> Callable[..., None]:
     """What `zigzag` and `place` have in common: where from, where to, and how it is written."""
     options = (_source, _ep, _out, _layout, _max_shard_size, _reflink, _digests, _workers, _dry_run, _restart)
@@ -150,50 +188,19 @@ def zigzag_command(src: str, ep: int, out: Path, **options: Any) -> None:
 @click.option(
     "--strategy",
     required=True,
-    type=click.Choice(["zigzag", "node-zigzag", "balanced", "file"]),
+    type=click.Choice([name for name in STRATEGIES if name != Linear.name]),
     help="Round-robin over all ranks; over the ranks of a node, expert groups staying on theirs; each layer's experts "
     "so that the slowest rank has least to do with the traffic of --trace; or as --map says.",
 )
-@click.option(
-    "--nodes",
-    type=click.IntRange(min=2),
-    help="Nodes that the EP ranks are spread over, for node-zigzag, and for balanced if there are several.",
-)
-@click.option("--trace", type=click.Path(path_type=Path), help="Directory of recorded traffic, for balanced.")
-@click.option(
-    "--map",
-    "map_file",
-    type=click.Path(path_type=Path),
-    help="JSON with physical_to_logical, one list for all MoE layers or one for each by name; a manifest is one.",
-)
+@_placing
 @_rewriting
-def place_command(
-    src: str,
-    ep: int,
-    out: Path,
-    strategy: str,
-    nodes: int | None,
-    trace: Path | None,
-    map_file: Path | None,
-    **options: Any,
-) -> None:
+def place_command(src: str, ep: int, out: Path, strategy: str, placing: Options, **options: Any) -> None:
     """Write OUT: the checkpoint SRC with its experts where a strategy wants them.
 
     Interrupted, the same command takes up where it stopped. The source is never written to.
     """
-    for option, value in (("--nodes", nodes), ("--trace", trace), ("--map", map_file)):
-        needed_by, *taken_by = TAKEN_BY[option]
-        if (strategy == needed_by and value is None) or (strategy not in TAKEN_BY[option] and value is not None):
-            strategies = " or ".join((needed_by, *taken_by))
-            raise click.UsageError(f"{option} goes with --strategy {strategies}, and {needed_by} with it")
-    chosen: Strategy = Zigzag(ep)
-    if trace is not None:
-        chosen = Balanced(ep, trace, nodes or 1, _layer_bar(options["quiet"] or options["as_json"]))
-    elif nodes is not None:
-        chosen = NodeZigzag(ep, nodes)
-    elif map_file is not None:
-        chosen = FromFile(ep, map_file)
-    _rewrite(src, chosen, out, **options)
+    silent = options["quiet"] or options["as_json"]
+    _rewrite(src, _strategy(strategy, placing, silent)(ep), out, **options)
 
 
 def _rewrite(
@@ -245,19 +252,15 @@ def inspect_command(directory: str, ep: int | None, as_json: bool) -> None:
 @main.command("analyze")
 @click.argument("src")
 @click.option("--ep", required=True, type=int, help="Number of EP ranks it would be served on.")
-@click.option("--nodes", type=click.IntRange(min=1), default=1, help="Nodes that the EP ranks are spread over.")
-@click.option(
-    "--trace", type=click.Path(path_type=Path), help="Directory of recorded traffic, instead of random states."
-)
-@click.option("--map", "map_file", type=click.Path(path_type=Path), help="Also the placement of this file: see place.")
 @click.option(
     "--placement",
     "placements",
-    type=click.Choice(list(PLACEMENTS)),
+    type=click.Choice(list(STRATEGIES)),
     multiple=True,
     help="To compare, the others with the first; may be given several times.  [default: linear and zigzag, and those "
     "that --nodes, --trace and --map make possible]",
 )
+@_placing
 @click.option(
     "--tokens",
     type=click.IntRange(1, 1 << 20),
@@ -281,9 +284,7 @@ def inspect_command(directory: str, ep: int | None, as_json: bool) -> None:
 def analyze_command(
     src: str,
     ep: int,
-    nodes: int,
-    trace: Path | None,
-    map_file: Path | None,
+    placing: Options,
     placements: tuple[str, ...],
     tokens: int | None,
     batches: tuple[int, ...],
@@ -292,22 +293,32 @@ def analyze_command(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Say what placements would do to the load of ranks, before anything is written; reads SRC's gates only."""
-    options = {"nodes": nodes if nodes > 1 else None, "trace": trace, "map": map_file}
-    possible = [name for name, offer in PLACEMENTS.items() if offer.needs is None or options[offer.needs] is not None]
+    """Say what placements would do to the load of ranks, before anything is written; reads SRC's gates only.
+
+    With --trace reads no gates: placements are judged by the choices recorded there. If one is made from the trace, it
+    is made from the first half of every recording, and all are judged by the second.
+    """
+    possible = [
+        name
+        for name, offer in STRATEGIES.items()
+        if all(getattr(placing, option) is not None for option in offer.needs)
+    ]
     if impossible := [name for name in placements if name not in possible]:
-        raise click.UsageError(f"--placement {impossible[0]} takes --{PLACEMENTS[impossible[0]].needs}")
+        raise click.UsageError(f"--placement {impossible[0]} takes --{STRATEGIES[impossible[0]].needs[0]}")
+    options = replace(placing, share=FITTED_SHARE, progress=_layer_bar(as_json))
     if html is not None:
         refuse_page(html, src)
     analysis = analyze(
         src,
-        [PLACEMENTS[name].make(ep, options) for name in dict.fromkeys(placements or possible)],
-        nodes=nodes,
-        trace=trace,
+        [STRATEGIES[name].make(ep, options) for name in dict.fromkeys(placements or possible)],
+        nodes=placing.nodes or 1,
+        trace=placing.trace,
         tokens=tokens,
         batch_sizes=sorted(set(batches)) or BATCH_SIZES,
         seed=seed,
     )
+    if placements and analysis.unfit:
+        _fail(next(iter(analysis.unfit.values())), 1)
     if html is not None:
         write_page(analysis, html)
     lines = describe_analysis(analysis, by_layer=by_layer)
@@ -337,16 +348,34 @@ def trace_info_command(directory: Path, as_json: bool) -> None:
 @click.argument("src")
 @click.option("--to", required=True, type=click.Choice(FORMAT_NAMES), help="The engine that reads the file.")
 @click.option("--ep", type=int, help="Number of EP ranks; of an output, its own.")
+@click.option(
+    "--strategy",
+    type=click.Choice([name for name in STRATEGIES if name != Linear.name]),
+    default=Zigzag.name,
+    show_default=True,
+    help="As of place; an output has its own.",
+)
+@_placing
 @click.option("--out", type=click.Path(path_type=Path), help="File to write, not there yet.  [default: stdout]")
 @_quiet
 @_json
-def export_command(src: str, to: FormatName, ep: int | None, out: Path | None, quiet: bool, as_json: bool) -> None:
-    """Write where zigzag places the experts of SRC as a file for another engine. Nothing is resharded.
+def export_command(
+    src: str,
+    to: FormatName,
+    ep: int | None,
+    strategy: str,
+    placing: Options,
+    out: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Write where a strategy places the experts of SRC as a file for another engine. Nothing is resharded.
 
     The file is for serving the original: the engine loads that, and places its experts itself. Where SRC is an output
     of reshard, the file has that output's placement, still of the original's experts: it is not for the output.
     """
-    exported = export(src, to, ep)
+    made = _strategy(strategy, placing, quiet or as_json)
+    exported = export(src, to, ep, Zigzag if strategy == Zigzag.name else made)
     if out is not None:
         write_export(exported, out)
     report = {key: value for key, value in asdict(exported).items() if key != "content" or out is None}
@@ -458,7 +487,7 @@ def _layer_bar(silent: bool) -> Callable[[Sequence[MoeLayer]], Iterable[MoeLayer
     """Wraps layers in a progress bar on a terminal."""
     from tqdm import tqdm
 
-    return partial(tqdm, desc="balance", unit=" layers", disable=True if silent else None, file=sys.stderr)
+    return functools.partial(tqdm, desc="balance", unit=" layers", disable=True if silent else None, file=sys.stderr)
 
 
 def _print(report: dict[str, Any], lines: list[str], quiet: bool, as_json: bool) -> None:

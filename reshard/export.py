@@ -19,15 +19,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from . import placement
 from .checkpoint import CONFIG, read_checkpoint, read_json_object
 from .contract import Placement
 from .errors import CheckpointError, OutputError, UnsupportedError
 from .families import TEXT_CONFIG_KEYS
 from .manifest import MANIFEST, read_manifest
 from .moe import read_model
+from .placement import rank_slots
 from .resharding import check_ep_size
 from .source import find_source
+from .strategies import Strategy, Zigzag, check_placement
 
 FormatName = Literal["sglang", "vllm-ascend", "trtllm", "eplb"]
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
@@ -97,25 +98,36 @@ class Export:
     content: str
 
 
-def export(src: str | Path, to: FormatName, ep_size: int | None = None) -> Export:
+def export(
+    src: str | Path,
+    to: FormatName,
+    ep_size: int | None = None,
+    strategy: Callable[[int], Strategy] = Zigzag,
+) -> Export:
     """Put a placement into an engine's form. Reads no weights, writes nothing.
 
     Parameters:
-        src: a checkpoint directory or a repository in the Hugging Face cache, to be placed in zigzag; or an output of
-            reshard, whose placement its manifest has
+        src: a checkpoint directory or a repository in the Hugging Face cache, to be placed by `strategy`; or an output
+            of reshard, whose placement its manifest has
         to: the engine, one of `FORMATS`
         ep_size: R, 2 to E, a divisor of E; for an output it may be left out
+        strategy: where experts shall live on so many EP ranks; for an output none but zigzag may be asked for
 
     Raises:
         CheckpointError, UnsupportedError: as `plan_placement` does
         IntegrityError: an output's manifest is damaged
-        OutputError: `to` or `ep_size` does not fit
+        OutputError: `to`, `ep_size` or `strategy` does not fit
 
     """
     if to not in FORMATS:
         raise OutputError(f"{src}: no format is called {to!r:.80}; known are {', '.join(FORMATS)}")
     root = find_source(src)
-    model = _of_output(root, ep_size) if (root / MANIFEST).exists() else _of_checkpoint(root, ep_size)
+    if (root / MANIFEST).exists():
+        if strategy is not Zigzag:
+            raise OutputError(f"{root}: an output has its placement: leave out --strategy, or export from the original")
+        model = _of_output(root, ep_size)
+    else:
+        model = _of_checkpoint(root, ep_size, strategy)
     form = FORMATS[to]
     if not form.mtp:
         model = replace(model, layers=tuple(layer for layer in model.layers if layer.number < model.num_layers))
@@ -149,16 +161,17 @@ def write_export(exported: Export, out: Path) -> None:
         raise
 
 
-def _of_checkpoint(root: Path, ep_size: int | None) -> PlacedModel:
+def _of_checkpoint(root: Path, ep_size: int | None, make: Callable[[int], Strategy]) -> PlacedModel:
     checkpoint = read_checkpoint(root)
     model = read_model(checkpoint)
     num_experts = model.routing.num_experts
     if ep_size is None:
         raise OutputError(f"{root}: a checkpoint, not an output of reshard: say for how many EP ranks with --ep")
     check_ep_size(ep_size, num_experts, root)
-    order = placement.zigzag(num_experts, ep_size)
-    by_layer = dict.fromkeys((layer.name for layer in model.layers), order)
-    return _place(str(root), root, "zigzag", ep_size, num_experts, by_layer, checkpoint.config)
+    strategy = make(ep_size)
+    by_layer = strategy.place(model, root).placement
+    check_placement(by_layer, model, root)
+    return _place(str(root), root, strategy.name, ep_size, num_experts, by_layer, checkpoint.config)
 
 
 def _of_output(root: Path, ep_size: int | None) -> PlacedModel:
@@ -298,7 +311,7 @@ def _eplb(model: PlacedModel) -> str:
 
 def _by_rank(model: PlacedModel, layer: PlacedLayer) -> Iterable[tuple[int, ...]]:
     """The logical experts of each rank's slots, [R][E / R]."""
-    for slots in placement.rank_slots(model.num_experts, model.ep_size):
+    for slots in rank_slots(model.num_experts, model.ep_size):
         yield layer.physical_to_logical[slots.start : slots.stop]
 
 

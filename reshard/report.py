@@ -42,6 +42,7 @@ def headlines(analysis: Analysis) -> list[str]:
         f"{analysis.top_k} a token{groups}, on {analysis.ep_size} EP ranks{nodes}",
         f"traffic: {analysis.tokens} {analysis.traffic}",
     ]
+    lines += [f"left out: {name}: {why}" for name, why in analysis.unfit.items()]
     if analysis.unrecorded:
         lines.append(f"left out, since not recorded: {', '.join(analysis.unrecorded)}")
     return lines

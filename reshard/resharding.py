@@ -33,11 +33,10 @@ from .manifest import (
     record_bytes,
 )
 from .moe import MoeModel, read_model
-from .placement import is_permutation
 from .plan import Digests, OutputFile, Plan, literal_file, plan_index, whole_file
 from .sharing import NOTHING_SHARED, Reflink, Sharing, find_sharing
 from .source import find_source, identify
-from .strategies import Strategy, Zigzag
+from .strategies import Strategy, Zigzag, check_placement
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
 _NAME_OF_RANK = re.compile(r"model-ep\d+-of-\d+-")
@@ -134,16 +133,7 @@ def plan_resharding(
     ours = "a model type of reshard" if str(checkpoint.config.get("model_type")).startswith("reshard_") else None
     if mark := CONTRACT_KEY if CONTRACT_KEY in checkpoint.config else ours:
         raise CheckpointError(f"{checkpoint.root / CONFIG}: has {mark}: already resharded; start from the original")
-    num_experts = model.routing.num_experts
-    layers = [layer.name for layer in model.layers]
-    if sorted(physical_to_logical) != sorted(layers):
-        raise OutputError(f"{checkpoint.root}: expected a placement for each of its {len(layers)} MoE layers")
-    for layer, permutation in physical_to_logical.items():
-        if len(permutation) != num_experts or not is_permutation(permutation):
-            raise OutputError(
-                f"{checkpoint.root}: {layer}: expected a permutation of 0 to {num_experts - 1}, found "
-                f"{list(permutation)!r:.80}"
-            )
+    check_placement(physical_to_logical, model, checkpoint.root)
     contract = None
     if model.routing.group_limited:
         original = {key: checkpoint.config[key] for key in LOCKED_KEYS if key in checkpoint.config}

@@ -1,22 +1,22 @@
 """What a user may ask for, and the placement that it makes of a model: physical_to_logical [E] for each MoE layer.
 
-A strategy is made for a number of EP ranks and knows nothing of weights. That its permutations are permutations is for
-`resharding` to check, whatever made them.
+A strategy is made for a number of EP ranks and knows nothing of weights. Whatever made a placement, `check_placement`
+looks at it before it is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from .balance import balanced
 from .checkpoint import read_json_object
 from .contract import Placement
 from .errors import OutputError
 from .moe import MoeLayer, MoeModel
-from .placement import node_zigzag, rank_slots, zigzag
+from .placement import is_permutation, node_zigzag, rank_slots, zigzag
 from .traffic import recorded_traffic
 
 NO_GROUPS = (
@@ -24,6 +24,8 @@ NO_GROUPS = (
     "(the published gains are for models with expert groups)"
 )
 LEAST_TOKENS = 4096  # of a trace that a placement is made for
+T = TypeVar("T")
+Progress = Callable[[Sequence[MoeLayer]], Iterable[MoeLayer]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,20 +116,22 @@ class NodeZigzag:
 class Balanced:
     """Experts where the traffic recorded in the directory `trace` wants them; see `balance`.
 
-    A token's experts are kept on few of `nodes` nodes, as far as balance allows. `progress` wraps the layers that one
-    waits for, as tqdm does.
+    A token's experts are kept on few of `nodes` nodes, as far as balance allows. `share` is the part of every
+    recording, from its beginning on, that the placement is made from: the rest can judge it. `progress` wraps the
+    layers that one waits for, as tqdm does.
     """
 
     ep_size: int
     trace: Path
     nodes: int = 1
-    progress: Callable[[Sequence[MoeLayer]], Iterable[MoeLayer]] = field(default=iter, compare=False)
+    share: float = 1.0
+    progress: Progress = field(default=iter, compare=False)
     name: ClassVar[str] = "balanced"
 
     def place(self, model: MoeModel, root: Path) -> Placed:
         """Each layer's own permutation, and zigzag where a layer was not recorded.
 
-        CheckpointError for a directory that is no trace of this model, OutputError for nodes that do not divide the
+        TraceError for a directory that is no trace of this model, OutputError for nodes that do not divide the
         ranks and for a trace that is too short.
         """
         if self.nodes < 1 or self.ep_size % self.nodes:
@@ -135,13 +139,14 @@ class Balanced:
                 f"{root}: balanced on {self.nodes} nodes: {self.ep_size} EP ranks are not the same number on each; "
                 "choose another --nodes or --ep"
             )
-        recorded = recorded_traffic(self.trace, model, root).ids
-        for name, ids in recorded.items():
-            if len(ids) < LEAST_TOKENS:
-                raise OutputError(
-                    f"{self.trace}: {name}: {len(ids)} tokens were recorded, and balanced needs at least "
-                    f"{LEAST_TOKENS}; record more of what the model is used for"
-                )
+        traffic = recorded_traffic(self.trace, model, root, end=self.share)
+        if traffic.tokens < LEAST_TOKENS:
+            part = "were recorded" if self.share == 1 else f"are in the {self.share:.0%} that it is to be made from"
+            raise OutputError(
+                f"{self.trace}: {traffic.tokens} tokens {part}, and balanced needs at least {LEAST_TOKENS}; record "
+                "more of what the model is used for"
+            )
+        recorded = traffic.ids
         placement, without = {}, []
         for layer in self.progress(model.layers):
             if layer.name in recorded:
@@ -185,6 +190,58 @@ class FromFile:
                     f"logical experts in the order of physical ones, found {permutation!r:.80}"
                 )
         return Placed({name: tuple(by_layer[name]) for name in names})
+
+
+def check_placement(placement: Placement, model: MoeModel, root: Path) -> None:
+    """OutputError unless `placement` has a permutation of its experts for each MoE layer of the model in `root`."""
+    num_experts = model.routing.num_experts
+    if sorted(placement) != sorted(layer.name for layer in model.layers):
+        raise OutputError(f"{root}: expected a placement for each of its {len(model.layers)} MoE layers")
+    for layer, permutation in placement.items():
+        if len(permutation) != num_experts or not is_permutation(permutation):
+            raise OutputError(
+                f"{root}: {layer}: expected a permutation of 0 to {num_experts - 1}, found {list(permutation)!r:.80}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What strategies may be given beside the number of EP ranks; see those that take it."""
+
+    nodes: int | None = None
+    trace: Path | None = None
+    map: Path | None = None
+    share: float = 1.0
+    progress: Progress = iter
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """How a strategy is made, and which of `nodes`, `trace` and `map` it needs, or takes if given."""
+
+    make: Callable[[int, Options], Strategy]
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+
+
+def _balanced(ep_size: int, options: Options) -> Strategy:
+    return Balanced(ep_size, _given(options.trace), options.nodes or 1, options.share, options.progress)
+
+
+# By name, in the order in which they are shown.
+STRATEGIES: Mapping[str, Offer] = {
+    Linear.name: Offer(lambda ep_size, options: Linear(ep_size)),
+    Zigzag.name: Offer(lambda ep_size, options: Zigzag(ep_size)),
+    NodeZigzag.name: Offer(lambda ep_size, options: NodeZigzag(ep_size, _given(options.nodes)), needs=("nodes",)),
+    Balanced.name: Offer(_balanced, needs=("trace",), takes=("nodes",)),
+    FromFile.name: Offer(lambda ep_size, options: FromFile(ep_size, _given(options.map)), needs=("map",)),
+}
+
+
+def _given(value: T | None) -> T:
+    if value is None:
+        raise OutputError("a strategy was not given what it needs; see reshard.strategies.STRATEGIES")
+    return value
 
 
 def _in_every_layer(model: MoeModel, physical_to_logical: tuple[int, ...]) -> Placed:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,14 @@ from command_line import run, run_well
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import owner
+from traces import write_trace
 
 import reshard.analysis
 from reshard.analysis import Coselection, Effect, coselection, effect, mean_coselection, mean_effect
-from reshard.analyze import PLACEMENTS, Offer
 from reshard.checkpoint import read_checkpoint
 from reshard.moe import read_model
 from reshard.placement import zigzag
-from reshard.strategies import Zigzag
-from reshard.trace import Header, TraceWriter
+from reshard.strategies import STRATEGIES, Offer, Zigzag
 
 EXPERTS, RANKS, GROUP = 16, 4, 4
 LINEAR = tuple(range(EXPERTS))
@@ -255,10 +253,7 @@ class Traces:
         self.layers = [layer.name for layer in read_model(read_checkpoint(source)).layers]
 
     def put(self, ids: list[list[int]], layers: list[str] | None = None) -> None:
-        named = tuple(layers or self.layers)
-        header = Header(reshard_trace=1, engine="e", model="m", layers=named, num_experts=EXPERTS, top_k=len(ids[0]))
-        with closing(TraceWriter(self.directory, header)) as writer:
-            writer.write(memoryview(b"".join(bytes(chosen * len(named)) for chosen in ids)))
+        write_trace(self.directory, dict.fromkeys(layers or self.layers, ids), EXPERTS)
 
 
 @pytest.fixture
@@ -308,7 +303,7 @@ def test_tokens_that_a_placement_was_made_from_do_not_judge_it(
     arguments = ("analyze", source, "--ep", RANKS, "--trace", tmp_path, "--json")
     traces.put([[0, 1]] * 50 + [[4, 5]] * 51)
     assert json.loads(run_well(*arguments))["tokens"] == 101
-    monkeypatch.setitem(PLACEMENTS, "made", Offer("trace", lambda ep_size, options: Made(ep_size)))
+    monkeypatch.setitem(STRATEGIES, "made", Offer(lambda ep_size, options: Made(ep_size), needs=("trace",)))
     found = json.loads(run_well(*arguments))
     assert [candidate["strategy"] for candidate in found["candidates"]] == ["linear", "zigzag", "made"]
     assert found["tokens"] == 50

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from oracle import assert_resharded, owner, zigzag
 from safetensors.torch import load_file
 from torch import Tensor
+from traces import write_trace
 
-from reshard import balance, read_checkpoint, read_model, strategies
+from reshard import balance, read_checkpoint, read_model
 from reshard.analysis import Effect, effect
 from reshard.balance import (
     BATCH_SIZES,
@@ -33,12 +35,11 @@ from reshard.balance import (
     spread,
 )
 from reshard.errors import OutputError
-from reshard.moe import MoeModel
 from reshard.strategies import Balanced
-from reshard.traffic import Traffic
 
 LEARNED = load_file(Path(__file__).parent / "data" / "routing.safetensors")
 EXPERTS = 64
+EXPERTS_OF_SOURCE = 8
 
 
 def drawn(seed: int, experts: int, top_k: int, tokens: int = 1024, stretch: int = 64) -> Tensor:
@@ -81,7 +82,7 @@ def zigzag_of(experts: int, ranks: int) -> tuple[int, ...]:
 
 def test_uniform_routing_is_spread_evenly_and_what_is_used_together_stays_together() -> None:
     ids_TK = torch.arange(4096 * 4).view(-1, 4) % 16  # a token's experts are 0 to 3, or 4 to 7, and so on
-    assert seen(ids_TK, balanced(ids_TK, 16, 4), 4) == Effect((1.0, 1.0, 1.0), 1.0, 1.0)
+    assert seen(ids_TK, balanced(ids_TK, 16, 4), 4) == Effect((1.0, 1.0, 1.0), 1.0, 1.0, (1.0,) * 4)
 
 
 def test_of_one_hot_group_every_rank_gets_a_part() -> None:
@@ -312,74 +313,101 @@ def test_a_search_that_does_not_hold_on_unseen_tokens_is_not_used(monkeypatch: p
         assert balanced(made_from, EXPERTS, 8) in (zigzag_of(EXPERTS, 8), eplb(made_from, EXPERTS, 8))
 
 
-# The strategy, and `reshard place`
+# The strategy, `reshard place`, `export` and `analyze`
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 experts in 4 groups, two MoE layers, and an MTP draft that is one more."""
     directory = tmp_path_factory.mktemp("balance") / "source"
-    build(Spec("deepseek_v3", experts=8), directory)
+    build(Spec("deepseek_v3", experts=EXPERTS_OF_SOURCE), directory)
     return directory
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch, *ids: Tensor) -> None:
-    """Have a trace with these ids of the first layers."""
-
-    def traffic(directory: Path, model: MoeModel, root: Path) -> Traffic:
-        assert directory == Path("trace")
-        return Traffic({layer.name: ids_TK for layer, ids_TK in zip(model.layers, ids, strict=False)}, len(ids[0]))
-
-    monkeypatch.setattr(strategies, "recorded_traffic", traffic)
+def recorded(directory: Path, source: Path, *ids: Tensor) -> Path:
+    """A trace with these ids of the first layers."""
+    layers = read_model(read_checkpoint(source)).layers
+    named = {layer.name: ids_TK.tolist() for layer, ids_TK in zip(layers, ids, strict=False)}
+    return write_trace(directory / "trace", named, EXPERTS_OF_SOURCE)
 
 
-def test_place_puts_each_layer_s_experts_where_its_own_traffic_wants_them(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_place_puts_each_layer_s_experts_where_its_own_traffic_wants_them(source: Path, tmp_path: Path) -> None:
     traffic = [drawn(seed, 8, 2, tokens=4096) for seed in (1, 2, 3)]
-    recorded(monkeypatch, *traffic)
+    trace = recorded(tmp_path, source, *traffic)
     layers = [layer.name for layer in read_model(read_checkpoint(source)).layers]
     expected = {name: list(balanced(ids_TK, 8, 4, 2)) for name, ids_TK in zip(layers, traffic, strict=True)}
     assert len({tuple(placed) for placed in expected.values()}) == 3
-    arguments = ("--strategy", "balanced", "--trace", "trace", "--nodes", 2)
+    arguments = ("--strategy", "balanced", "--trace", trace, "--nodes", 2)
     said = run_well("place", "--src", source, "--ep", 4, "--out", tmp_path / "out", *arguments)
     assert "balanced for 4 EP ranks" in said
     assert "zigzag" not in said
     assert_resharded(source, tmp_path / "out", 4, expected, strategy="balanced")
 
 
-def test_a_layer_without_traffic_gets_zigzag_and_place_says_so(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layer_without_traffic_gets_zigzag_and_place_says_so(source: Path, tmp_path: Path) -> None:
     traffic = [drawn(seed, 8, 2, tokens=4096) for seed in (1, 2)]
-    recorded(monkeypatch, *traffic)
+    trace = recorded(tmp_path, source, *traffic)
     *first, draft = (layer.name for layer in read_model(read_checkpoint(source)).layers)
-    arguments = ("--strategy", "balanced", "--trace", "trace")
+    arguments = ("--strategy", "balanced", "--trace", trace)
     said = run_well("place", "--src", source, "--ep", 4, "--out", tmp_path / "out", *arguments)
-    assert f"note: trace has no traffic of {draft}: zigzag there" in said
+    assert f"note: {trace} has no traffic of {draft}: zigzag there" in said
     expected = {name: list(balanced(ids_TK, 8, 4)) for name, ids_TK in zip(first, traffic, strict=True)}
     expected[draft] = zigzag(8, 4)
     assert_resharded(source, tmp_path / "out", 4, expected, strategy="balanced")
 
 
-def test_a_model_without_expert_groups_is_not_told_that_zigzag_will_not_help(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_writes_the_same_placement_for_an_engine_without_resharding(source: Path, tmp_path: Path) -> None:
+    trace = recorded(tmp_path, source, *[drawn(seed, 8, 2, tokens=4096) for seed in (1, 2, 3)])
+    arguments = ("--strategy", "balanced", "--trace", trace)
+    run_well("place", "--src", source, "--ep", 4, "--out", tmp_path / "out", *arguments)
+    run_well("export", source, "--to", "trtllm", "--ep", 4, *arguments, "--out", tmp_path / "straight.yaml")
+    run_well("export", tmp_path / "out", "--to", "trtllm", "--out", tmp_path / "from-output.yaml")
+    straight, from_output = ((tmp_path / f"{name}.yaml").read_text() for name in ("straight", "from-output"))
+    assert straight == from_output
+    run_well("export", source, "--to", "trtllm", "--ep", 4, "--out", tmp_path / "zigzag.yaml")
+    assert straight != (tmp_path / "zigzag.yaml").read_text()
+    refused = run("export", tmp_path / "out", "--to", "trtllm", *arguments)
+    assert refused.exit_code == 1
+    assert "leave out --strategy" in refused.output
+
+
+def test_analyze_makes_it_from_the_first_half_and_judges_all_by_the_second(source: Path, tmp_path: Path) -> None:
+    first, second = drawn(1, 8, 2, tokens=4096), drawn(2, 8, 2, tokens=4096)
+    trace = recorded(tmp_path, source, torch.cat([first, second]))
+    found = json.loads(run_well("analyze", source, "--ep", 4, "--trace", trace, "--batch", 64, "--json"))
+    (layer,) = found["candidates"][0]["layers"]
+    names = ["linear", "zigzag", "balanced"]
+    assert [candidate["strategy"] for candidate in found["candidates"]] == names
+    assert found["tokens"] == 4096
+    assert found["traffic"].endswith("after the first 50%, which balanced was made from")
+    placed = (tuple(range(8)), zigzag_of(8, 4), balanced(first, 8, 4))
+    for candidate, placement in zip(found["candidates"], placed, strict=True):
+        expected = effect(second, placement, 4, 1, (64,)).imbalance
+        assert candidate["layers"][layer]["imbalance"] == pytest.approx(expected)
+
+
+def test_analyze_leaves_out_what_a_trace_is_too_short_for_unless_it_was_asked_for(source: Path, tmp_path: Path) -> None:
+    arguments = ("analyze", source, "--ep", 4, "--trace", recorded(tmp_path, source, drawn(1, 8, 2, tokens=4096)))
+    said = run_well(*arguments)
+    assert "left out: balanced: " in said
+    assert "2048 tokens are in the 50% that it is to be made from" in said
+    refused = run(*arguments, "--placement", "balanced", "--placement", "linear")
+    assert refused.exit_code == 1
+    assert "balanced needs at least 4096" in refused.output
+
+
+def test_a_model_without_expert_groups_is_not_told_that_zigzag_will_not_help(tmp_path: Path) -> None:
     build(Spec("qwen3_moe", experts=8), tmp_path / "source")
-    recorded(monkeypatch, *[drawn(seed, 8, 2, tokens=4096) for seed in range(9)])
+    trace = recorded(tmp_path, tmp_path / "source", *[drawn(seed, 8, 2, tokens=4096) for seed in range(9)])
     arguments = ("place", "--src", tmp_path / "source", "--ep", 4, "--out", tmp_path / "out", "--dry-run", "--strategy")
-    assert "note:" not in run_well(*arguments, "balanced", "--trace", "trace")
+    assert "note:" not in run_well(*arguments, "balanced", "--trace", trace)
     assert "not expected to help" in run_well(*arguments, "zigzag")
 
 
-def test_layers_are_handed_out_one_by_one_to_whoever_shows_progress(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorded(monkeypatch, *[drawn(seed, 8, 2, tokens=4096) for seed in (1, 2, 3)])
+def test_layers_are_handed_out_one_by_one_to_whoever_shows_progress(source: Path, tmp_path: Path) -> None:
+    trace = recorded(tmp_path, source, *[drawn(seed, 8, 2, tokens=4096) for seed in (1, 2, 3)])
     model, shown = read_model(read_checkpoint(source)), []
-    Balanced(4, Path("trace"), progress=lambda layers: (shown.append(layer) or layer for layer in layers)).place(
-        model, source
-    )
+    Balanced(4, trace, progress=lambda layers: (shown.append(layer) or layer for layer in layers)).place(model, source)
     assert tuple(shown) == model.layers
 
 
@@ -388,21 +416,21 @@ def test_layers_are_handed_out_one_by_one_to_whoever_shows_progress(
     [(4095, 4, 2, "4095 tokens were recorded"), (4096, 4, 3, "4 EP ranks are not the same number on each")],
 )
 def test_what_does_not_fit_is_refused(
-    tokens: int, ep: int, nodes: int, words: str, source: Path, monkeypatch: pytest.MonkeyPatch
+    tokens: int, ep: int, nodes: int, words: str, source: Path, tmp_path: Path
 ) -> None:
-    recorded(monkeypatch, drawn(1, 8, 2, tokens=tokens))
+    trace = recorded(tmp_path, source, drawn(1, 8, 2, tokens=tokens))
     with pytest.raises(OutputError, match=words):
-        Balanced(ep, Path("trace"), nodes).place(read_model(read_checkpoint(source)), source)
+        Balanced(ep, trace, nodes).place(read_model(read_checkpoint(source)), source)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--strategy", "balanced"], "--trace goes with --strategy balanced, and balanced with it"),
-        (["--strategy", "zigzag", "--trace", "trace"], "--trace goes with"),
+        (["--strategy", "balanced"], "--strategy balanced needs --trace"),
+        (["--strategy", "zigzag", "--trace", "trace"], "--trace does not go with --strategy zigzag"),
         (
             ["--strategy", "file", "--map", "x.json", "--nodes", 2],
-            "--nodes goes with --strategy node-zigzag or balanced",
+            "--nodes does not go with",
         ),
     ],
 )

@@ -106,10 +106,10 @@ def test_what_was_placed_is_said(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--strategy", "node-zigzag"], "--nodes goes with"),
-        (["--strategy", "zigzag", "--nodes", 2], "--nodes goes with"),
-        (["--strategy", "file"], "--map goes with"),
-        (["--strategy", "node-zigzag", "--nodes", 2, "--map", "x.json"], "--map goes with"),
+        (["--strategy", "node-zigzag"], "--strategy node-zigzag needs --nodes"),
+        (["--strategy", "zigzag", "--nodes", 2], "--nodes does not go with --strategy zigzag"),
+        (["--strategy", "file"], "--strategy file needs --map"),
+        (["--strategy", "node-zigzag", "--nodes", 2, "--map", "x.json"], "--map does not go with"),
         (["--strategy", "node-zigzag", "--nodes", 1], "--nodes"),
         (["--strategy", "other"], "--strategy"),
     ],
