@@ -165,7 +165,7 @@ def _table(
 ) -> str:
     groups: dict[tuple[Any, ...], list[Effect]] = {}
     for row in rows:
-        groups.setdefault(key(row), []).append(Effect(row["imbalance"], row["ranks"], row["nodes"]))
+        groups.setdefault(key(row), []).append(Effect(row["imbalance"], row["ranks"], row["nodes"], row["loads"]))
     columns = [*names, *(f"{size} tokens" for size in BATCH_SIZES), "ranks a token", *["nodes a token"] * (nodes > 1)]
     lines = [columns, ["---"] * len(columns)]
     for group, effects in groups.items():

@@ -1,24 +1,30 @@
 """A picture of the page that `reshard analyze --html` writes: python benchmarks/page_picture.py OUT.png
 
-The layout is DeepSeek-R1's, its gates are random ones that favour some groups, so that there is something to see: the
-numbers are no model's. Takes chromium, Playwright and half a minute. The page itself is written beside the picture.
+The traffic is real: what Python source made two routers of a small model choose, which had been trained on such text
+(tests/data; `balanced.py` trains it). The checkpoint around it is the demo's, whose gates are not looked at. Takes
+chromium, Playwright and half a minute. The page itself is written beside the picture.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import runpy
 import shutil
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
-import deepseek_r1
 from playwright.sync_api import sync_playwright
+from safetensors.torch import load_file
 
-from reshard import Linear, NodeZigzag, Zigzag, analyze, write_page
+from reshard import Balanced, Linear, NodeZigzag, Zigzag, analyze, write_page
+from reshard.trace import Header, TraceWriter
 
+ROOT = Path(__file__).parents[1]
+ROUTING = ROOT / "tests" / "data" / "routing.safetensors"
 RANKS, NODES, WIDTH = 8, 2, 1120
-LIKENESS, FAVOUR = 0.25, 0.08
 
 
 def main() -> None:
@@ -29,10 +35,10 @@ def main() -> None:
         raise SystemExit("a picture of a page takes a browser: install chromium")
     with tempfile.TemporaryDirectory(prefix="reshard-page-") as name:
         os.chdir(name)
-        source = Path("Random-R1")  # as the page will call it
-        deepseek_r1.build_sparse(source)
-        deepseek_r1.fill_routers(source, LIKENESS, FAVOUR)
-        analysis = analyze(source, [Linear(RANKS), Zigzag(RANKS), NodeZigzag(RANKS, NODES)], nodes=NODES)
+        source, trace = Path("Small-MoE"), Path("python-source")  # as the page will call them
+        record(build(source), trace)
+        strategies = [Linear(RANKS), Zigzag(RANKS), NodeZigzag(RANKS, NODES), Balanced(RANKS, trace, NODES, share=0.5)]
+        analysis = analyze(source, strategies, nodes=NODES, trace=trace)
         page = out.with_suffix(".html")
         page.unlink(missing_ok=True)
         write_page(analysis, page)
@@ -40,6 +46,24 @@ def main() -> None:
             tab = browser.new_page(viewport={"width": WIDTH, "height": 900})
             tab.goto(page.as_uri())
             tab.screenshot(path=out, full_page=True)
+
+
+def build(source: Path) -> int:
+    """The demo's checkpoint, of whose 64 experts a token chooses as many as were recorded; how many that is."""
+    runpy.run_path(str(ROOT / "examples" / "deepseek_v3.py"))["build"](source)
+    config = json.loads((source / "config.json").read_text())
+    top_k: int = load_file(ROUTING)["python"].shape[2]
+    (source / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": top_k}))
+    return top_k
+
+
+def record(top_k: int, trace: Path) -> None:
+    """The traffic, as the plugin would have recorded it."""
+    layers = ("model.layers.1.mlp", "model.layers.2.mlp")
+    about = {"engine": "small_moe", "model": "Small-MoE", "layers": layers, "num_experts": 64, "top_k": top_k}
+    rows = load_file(ROUTING)["python"].transpose(0, 1).contiguous().flatten()
+    with closing(TraceWriter(trace, Header(reshard_trace=1, **about))) as writer:
+        writer.write(memoryview(bytes(rows.tolist())))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ given, and `choose` picks experts from that as DeepSeek-V3 does. The files are r
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 from command_line import run_well
 from harness import BIN, HERE, MAX_TOKENS, PROMPTS, Result, Serving
-from test_serving import MTP, assert_answered, assert_equal, kimi, uneven_mtp, v3
+from test_serving import MTP, assert_answered, assert_close, assert_equal, kimi, uneven_mtp, v3
 
 Choices = list[list[frozenset[int]]]
 """For each token, in the order in which they were computed, and each MoE layer: the logical experts that it chose."""
@@ -199,6 +200,19 @@ def test_vllm_is_left_as_it_is_unless_a_trace_is_asked_for(value: str, installed
     )
     ran = serving.python(code, value)
     assert ran.stdout.splitlines()[-1:] == [f"{installed} {installed}"], ran.stderr
+
+
+def test_a_placement_made_for_a_servers_own_traffic_answers_as_the_original(serving: Serving, tmp_path: Path) -> None:
+    source, chance = v3(serving), random.Random(0)
+    prompts = [[chance.randrange(2, 250) for _ in range(120)] for _ in range(36)]
+    _, directory = trace(serving, "much", source, prompts=prompts, max_tokens=2)
+    out = tmp_path / "balanced"
+    run_well("place", "--src", source, "--ep", 2, "--out", out, "--strategy", "balanced", "--trace", directory)
+    run_well("verify", out, "--src", source)
+    placed = json.loads((out / "reshard_manifest.json").read_text())["physical_to_logical"]
+    assert len({tuple(order) for order in placed.values()}) > 1, "each layer has a placement of its own"
+    assert_equal(serving.generate(out), serving.generate(source))
+    assert_close(serving.generate(out, ranks=2), serving.generate(source, ranks=2))
 
 
 def test_a_trace_is_described(serving: Serving) -> None:
