@@ -29,7 +29,7 @@ from small_moe import Shape, train
 from torch import Tensor
 
 from reshard.analysis import Effect, effect, mean_effect
-from reshard.balance import BATCH_SIZES, balanced, packed
+from reshard.balance import BATCH_SIZES, balanced, balanced_layers, packed
 from reshard.moe import Routing
 from reshard.placement import node_zigzag, zigzag
 
@@ -50,7 +50,7 @@ SHAPE = Shape(
 )
 SHUFFLED = "the same, in random order"
 R1_EXPERTS, R1_TOP_K, R1_LAYERS = 256, 8, 59
-R1_RANKS = (8, 16, 64)
+R1_RANKS = ((8, 1), (16, 1), (16, 2), (64, 1), (64, 8))  # and nodes
 TRACED = 1 << 16  # tokens of an R1-sized layer
 
 
@@ -110,19 +110,15 @@ def drawn_traffic(layer: int) -> Tensor:
 
 def time_of_r1(layers: int) -> list[dict[str, Any]]:
     """Seconds that placements of so many R1-sized layers take, for each number of ranks, on one node and on several."""
-    spent = {(ranks, nodes): [0.0, 0.0] for ranks in R1_RANKS for nodes in (1, ranks // 8) if ranks > 8 or nodes == 1}
-    for layer in range(layers):
-        ids_TK = drawn_traffic(layer)
-        for (ranks, nodes), seconds in spent.items():
-            started, used = time.perf_counter(), time.process_time()
-            balanced(ids_TK, R1_EXPERTS, ranks, nodes)
-            seconds[0] += time.perf_counter() - started
-            seconds[1] += time.process_time() - used
-        _log(f"R1-sized layers: {layer + 1} of {layers}")
-    return [
-        {"layers": layers, "ep_size": ranks, "nodes": nodes, "seconds": seconds[0], "cpu_seconds": seconds[1]}
-        for (ranks, nodes), seconds in spent.items()
-    ]
+    traffic = [drawn_traffic(layer) for layer in range(layers)]
+    spent = []
+    for ranks, nodes in R1_RANKS:
+        started, used = time.perf_counter(), time.process_time()
+        list(balanced_layers(traffic, R1_EXPERTS, ranks, nodes))
+        seconds, processor = time.perf_counter() - started, time.process_time() - used
+        spent.append({"ep_size": ranks, "nodes": nodes, "layers": layers, "seconds": seconds, "cpu_seconds": processor})
+        _log(f"{layers} R1-sized layers, {ranks} ranks, {nodes} nodes: {seconds:.1f} s")
+    return spent
 
 
 # Tables
@@ -224,7 +220,7 @@ def main() -> None:
             f"- {row['layers']} layers of {R1_EXPERTS} experts, {where}, {row['cpu_seconds']:.1f} s of processor time"
         )
     if timed:
-        print(f"\n{torch.get_num_threads()} threads, {os.cpu_count()} processors")
+        print(f"\n{os.cpu_count()} processors")
     if options.json:
         options.json.write_text(json.dumps({"tokens": tokens, "rows": rows, "time": timed}, indent=1) + "\n")
 

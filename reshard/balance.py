@@ -16,7 +16,9 @@ N swaps. `rank_E` is a placement as the rank of each logical expert; a node has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -320,6 +322,19 @@ def balanced(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int = 1) -> 
     ways = _ways(ids_TK, num_experts, ep_size, nodes)
     good = [rank_E for rank_E, value in zip(ways, values, strict=True) if value <= limit]
     return placement_of(min(good, key=lambda rank_E: _reach(rank_E, ids_TK, ep_size, nodes)))
+
+
+def balanced_layers(
+    layers: Sequence[Tensor], num_experts: int, ep_size: int, nodes: int = 1
+) -> Iterator[tuple[int, ...]]:
+    """`balanced` for each layer's ids_TK, in their order: a thread a processor, and a layer on one of them."""
+    import torch
+
+    pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(lambda ids_TK: balanced(ids_TK, num_experts, ep_size, nodes), layers)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _ways(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int) -> list[Tensor]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from .balance import balanced
+from .balance import balanced_layers
 from .checkpoint import read_json_object
 from .contract import Placement
 from .errors import OutputError
@@ -147,13 +147,18 @@ class Balanced:
                 "more of what the model is used for"
             )
         recorded = traffic.ids
+        found = balanced_layers(
+            [recorded[layer.name] for layer in model.layers if layer.name in recorded],
+            model.routing.num_experts,
+            self.ep_size,
+            self.nodes,
+        )
         placement, without = {}, []
         for layer in self.progress(model.layers):
             if layer.name in recorded:
-                ids = recorded[layer.name]
-                placement[layer.name] = balanced(ids, model.routing.num_experts, self.ep_size, self.nodes)
+                placement[layer.name] = next(found)
             else:
-                placement[layer.name] = zigzag(model.routing.num_experts, self.ep_size)
+                placement[layer.name] = zigzag(experts, self.ep_size)
                 without.append(layer.name)
         if not without:
             return Placed(placement)
