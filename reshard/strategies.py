@@ -147,11 +147,9 @@ class Balanced:
                 "more of what the model is used for"
             )
         recorded = traffic.ids
+        experts = model.routing.num_experts
         found = balanced_layers(
-            [recorded[layer.name] for layer in model.layers if layer.name in recorded],
-            model.routing.num_experts,
-            self.ep_size,
-            self.nodes,
+            [recorded[layer.name] for layer in model.layers if layer.name in recorded], experts, self.ep_size, self.nodes
         )
         placement, without = {}, []
         for layer in self.progress(model.layers):
