@@ -149,7 +149,10 @@ class Balanced:
         recorded = traffic.ids
         experts = model.routing.num_experts
         found = balanced_layers(
-            [recorded[layer.name] for layer in model.layers if layer.name in recorded], experts, self.ep_size, self.nodes
+            [recorded[layer.name] for layer in model.layers if layer.name in recorded],
+            experts,
+            self.ep_size,
+            self.nodes,
         )
         placement, without = {}, []
         for layer in self.progress(model.layers):
