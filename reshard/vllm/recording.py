@@ -104,7 +104,8 @@ def _why_not(config: Any) -> str | None:
 class Recorder:
     """Keeps what routers answer, and after each step hands the rows of its tokens to a `Scribe`.
 
-    Every TP rank takes part, as vLLM's capturer may have to gather rows among them; only the first has a scribe.
+    Every TP rank takes part, as vLLM's capturer may have to gather rows among them; only the first has a scribe, and
+    goes on taking part when that cannot write any more.
     """
 
     def __init__(self, routers: Mapping[str, Any], config: Any, directory: Path, limit: int) -> None:
@@ -112,7 +113,7 @@ class Recorder:
         from vllm.model_executor.layers.fused_moe.routed_experts_capturer import RoutedExpertsCapturer
 
         self._capturer = RoutedExpertsCapturer(config.scheduler_config.max_num_batched_tokens, config)
-        self._failed = False
+        self._listens = True
         self._layers = len(routers)
         first = next(iter(routers.values()))
         header = Header(
@@ -126,7 +127,7 @@ class Recorder:
             dp_rank=config.parallel_config.data_parallel_rank,
             pp_rank=get_pp_group().rank_in_group,
         )
-        self._scribe = None
+        self._scribe: Scribe | None = None
         if get_tp_group().rank_in_group == 0:
             self._scribe = Scribe(TraceWriter(directory, header, limit), header.id_size)
             _log().info("%s: the experts that tokens choose are recorded in %s", VARIABLE, directory)
@@ -137,8 +138,8 @@ class Recorder:
         @functools.wraps(compute_routing)
         def compute_and_keep(*args: Any, **kwargs: Any) -> Any:
             weights, ids = compute_routing(*args, **kwargs)
-            if not self._failed:
-                self._failed = not _attempt("ends here", lambda: self._keep(column, ids))
+            if self._listens:
+                self._listens = bool(_attempt("ends here", lambda: self._keep(column, ids)))
             return weights, ids
 
         return compute_and_keep
@@ -149,9 +150,9 @@ class Recorder:
 
     def step(self, tokens: int) -> None:
         """The forward pass of a step has been started, of so many tokens of this rank."""
-        if tokens and self._scribe is not None and not self._failed:
-            scribe, rows_TLK = self._scribe, self._capturer.device_buffer[:tokens, : self._layers]
-            self._failed = not _attempt("ends here", lambda: scribe.take(rows_TLK))
+        scribe, rows_TLK = self._scribe, self._capturer.device_buffer[:tokens, : self._layers]
+        if tokens and scribe is not None and self._listens and not _attempt("ends here", lambda: scribe.take(rows_TLK)):
+            self._scribe = None
 
 
 class Scribe:
