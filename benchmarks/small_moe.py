@@ -1,8 +1,9 @@
 """A small mixture of experts that routes as DeepSeek-V3 does, trained for minutes on what text there is.
 
-It stands in for R1's routers, which no small machine can run: 256 experts in 8 groups of which a token may use 4, 8
-experts a token, sigmoid scores, balanced without an auxiliary loss by a correction bias (arXiv 2408.15664). What it
-learns is little beside R1; how far its routing is like R1's is not known. Tensors carry their shape in their name: B
+It stands in for R1's routers, which no small machine can run: sigmoid scores, groups of experts of which a token may
+use some, balanced without an auxiliary loss by a correction bias (arXiv 2408.15664); unless told otherwise 256 experts
+in 8 groups of which 4 are used, 8 experts a token, as R1 has them. What it learns is little beside R1; how far its
+routing is like R1's is not known. Tensors carry their shape in their name: B
 windows, S tokens in one, T tokens, V vocabulary, H hidden size, E experts, G groups of M, K experts chosen, L layers.
 """
 
@@ -22,7 +23,7 @@ from torch.nn import functional
 
 from reshard.moe import Routing
 
-ROUTING = Routing(
+R1_ROUTING = Routing(
     num_experts=256,
     top_k=8,
     scoring="sigmoid",
@@ -50,6 +51,7 @@ class Shape:
     text_bytes: int = 24 << 20  # of each kind
     learning_rate: float = 1e-3
     bias_speed: float = 1e-3
+    routing: Routing = R1_ROUTING
 
 
 SMALL = Shape(512, 64, 2, 3, 16, 64, 16, 32, 1 << 18)
@@ -68,6 +70,7 @@ class Trace:
 class Trained:
     """A trained model's routers, what they did with held-out text of each kind, and how the training went."""
 
+    routing: Routing
     gates: dict[str, Tensor]
     traces: dict[str, Trace]
     report: dict[str, Any]
@@ -98,9 +101,9 @@ class Gate(nn.Module):
     correction_E: Tensor
     load_E: Tensor
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, routing: Routing) -> None:
         super().__init__()
-        experts = ROUTING.num_experts
+        experts, self.routing = routing.num_experts, routing
         self.weight_EH = nn.Parameter(torch.randn(experts, hidden) / math.sqrt(hidden))
         self.register_buffer("correction_E", torch.zeros(experts))
         self.register_buffer("load_E", torch.zeros(experts))
@@ -109,7 +112,7 @@ class Gate(nn.Module):
         """Choose experts_TK, weights_TK."""
         with torch.autocast(hidden_TH.device.type, enabled=False):
             scores_TE = functional.linear(hidden_TH.float(), self.weight_EH).sigmoid()
-        experts_TK, weights_TK = choose(scores_TE, self.correction_E, ROUTING)
+        experts_TK, weights_TK = choose(scores_TE, self.correction_E, self.routing)
         with torch.no_grad():
             self.load_E.zero_().index_add_(0, experts_TK.flatten(), torch.ones_like(weights_TK).flatten())
         return experts_TK, weights_TK
@@ -136,10 +139,10 @@ class Mlp(nn.Module):
 class Moe(nn.Module):
     """Routed experts and a shared one."""
 
-    def __init__(self, hidden: int, intermediate: int) -> None:
+    def __init__(self, hidden: int, intermediate: int, routing: Routing) -> None:
         super().__init__()
-        experts = ROUTING.num_experts
-        self.gate = Gate(hidden)
+        experts, self.routing = routing.num_experts, routing
+        self.gate = Gate(hidden, routing)
         self.shared = Mlp(hidden, 4 * intermediate)
         self.up_EIH = nn.Parameter(torch.randn(experts, 2 * intermediate, hidden) / math.sqrt(hidden))
         self.down_EHI = nn.Parameter(torch.randn(experts, hidden, intermediate) / math.sqrt(intermediate))
@@ -147,8 +150,8 @@ class Moe(nn.Module):
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """Answer [T, H]."""
         experts_TK, weights_TK = self.gate(hidden_TH)
-        row_of_TK, ends_E, rows = sorted_rows(experts_TK, ROUTING.num_experts)
-        pairs_PH = _narrow(hidden_TH).repeat_interleave(ROUTING.top_k, dim=0)
+        row_of_TK, ends_E, rows = sorted_rows(experts_TK, self.routing.num_experts)
+        pairs_PH = _narrow(hidden_TH).repeat_interleave(self.routing.top_k, dim=0)
         sorted_RH = pairs_PH.new_zeros(rows, hidden_TH.shape[1]).index_copy(0, row_of_TK.flatten(), pairs_PH)
         answers_RH = multiply(swiglu(multiply(sorted_RH, self.up_EIH, ends_E)), self.down_EHI, ends_E)
         answers_TKH = answers_RH.index_select(0, row_of_TK.flatten()).unflatten(0, row_of_TK.shape)
@@ -228,7 +231,8 @@ class Block(nn.Module):
     def __init__(self, shape: Shape, *, dense: bool) -> None:
         super().__init__()
         self.attention = Attention(shape.hidden, shape.heads)
-        self.mlp = Mlp(shape.hidden, 4 * shape.hidden) if dense else Moe(shape.hidden, shape.intermediate)
+        moe = (shape.hidden, shape.intermediate, shape.routing)
+        self.mlp = Mlp(shape.hidden, 4 * shape.hidden) if dense else Moe(*moe)
         self.norms = nn.ModuleList([nn.RMSNorm(shape.hidden), nn.RMSNorm(shape.hidden)])
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
@@ -292,12 +296,14 @@ def train(documents: Sequence[Document], shape: Shape, seconds: float, device: t
     }
     traces = {kind: _trace(model, ids_NS, shape) for kind, ids_NS in held_out.items()}
     for kind, trace in traces.items():
-        report["held_out"][kind]["busiest_expert_over_mean_by_layer"] = [_skew(row_TK) for row_TK in trace.experts_LTK]
+        report["held_out"][kind]["busiest_expert_over_mean_by_layer"] = [
+            _skew(row_TK, shape.routing.num_experts) for row_TK in trace.experts_LTK
+        ]
     gates = {}
     for name, gate in model.gates().items():
         gates[f"{name}.weight"] = gate.weight_EH.detach().cpu()
         gates[f"{name}.e_score_correction_bias"] = gate.correction_E.cpu()
-    return Trained(gates, traces, report)
+    return Trained(shape.routing, gates, traces, report)
 
 
 def _stream(documents: Sequence[Document], tokenizer: Tokenizer, kind: str, held_out: bool) -> Tensor:
@@ -352,8 +358,8 @@ def _held_out(model: Decoder, stream_T: Tensor, ids_NS: Tensor, shape: Shape) ->
     }
 
 
-def _skew(experts_TK: Tensor) -> float:
-    count_E = torch.bincount(experts_TK.flatten(), minlength=ROUTING.num_experts).double()
+def _skew(experts_TK: Tensor, num_experts: int) -> float:
+    count_E = torch.bincount(experts_TK.flatten(), minlength=num_experts).double()
     return (count_E.max() / count_E.mean()).item()
 
 
@@ -389,4 +395,4 @@ def save_gates(trained: Trained, path: str) -> None:
     for kind, trace in trained.traces.items():
         for name, hidden_TH in zip(names, trace.hidden_LTH, strict=True):
             tensors[f"{name}.input.{kind}"] = hidden_TH.contiguous()
-    save_file(tensors, path, {"routing": json.dumps(asdict(ROUTING))})
+    save_file(tensors, path, {"routing": json.dumps(asdict(trained.routing))})

@@ -33,7 +33,7 @@ from typing import Any, Protocol
 import torch
 from corpus import read_documents
 from measure import median
-from small_moe import ROUTING, SMALL, Shape, Trace, Trained, choose, save_gates, train
+from small_moe import R1_ROUTING, SMALL, Shape, Trace, Trained, choose, save_gates, train
 from torch import Tensor
 
 from reshard import __version__
@@ -141,9 +141,9 @@ def part(batch: Batch, physical_TK: Tensor, owner_E: Tensor, rank: int, way: str
 def random_batch(tokens: int, hidden: int, generator: torch.Generator, device: torch.device) -> Batch:
     """Hidden states and a router at random, logits with variance 1, no bias: nothing is learned."""
     given_TH = torch.randn(tokens, hidden, generator=generator, device=device)
-    weight_EH = torch.randn(ROUTING.num_experts, hidden, generator=generator, device=device) / hidden**0.5
-    correction_E = torch.zeros(ROUTING.num_experts, device=device)
-    experts_TK, weights_TK = choose((given_TH @ weight_EH.T).sigmoid(), correction_E, ROUTING)
+    weight_EH = torch.randn(R1_ROUTING.num_experts, hidden, generator=generator, device=device) / hidden**0.5
+    correction_E = torch.zeros(R1_ROUTING.num_experts, device=device)
+    experts_TK, weights_TK = choose((given_TH @ weight_EH.T).sigmoid(), correction_E, R1_ROUTING)
     return Batch("random", "none", 0, experts_TK.cpu(), weights_TK.cpu())
 
 
@@ -205,7 +205,7 @@ class VllmExperts:
         from vllm.model_executor.layers.fused_moe import fused_experts
         from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 
-        experts, ranks, top_k = len(owner_E), int(owner_E.max()) + 1, ROUTING.top_k
+        experts, ranks, top_k = len(owner_E), int(owner_E.max()) + 1, R1_ROUTING.top_k
         local = int((owner_E == 0).sum())  # the first rank has as many as any
         self.about = f"vLLM {installed('vllm')} `fused_experts`, FP8 in blocks of 128 x 128, {local} experts a rank"
         self._run = fused_experts
@@ -261,7 +261,7 @@ class VllmExperts:
         """A work's experts and weights on the GPU, padded."""
         rows = len(work.experts_TK)
         padding = min(-rows % self._step, self._tokens - rows)
-        pad = torch.full((padding, ROUTING.top_k), self._other_R[work.rank])
+        pad = torch.full((padding, R1_ROUTING.top_k), self._other_R[work.rank])
         experts_TK = torch.cat([work.experts_TK, pad]).to(self._experts_TK.device, torch.int32)
         weights_TK = torch.cat([work.weights_TK, pad * 0.0]).to(self._weights_TK.device, torch.float32)
         return experts_TK, weights_TK
@@ -515,7 +515,7 @@ def main() -> None:
     shape = SMALL if options.small else Shape()
     sizes = Sizes(64, 32) if options.small and device.type == "cpu" else Sizes()
     torch.manual_seed(options.seed)
-    owner_E = owners(ROUTING.num_experts, options.ep)
+    owner_E = owners(R1_ROUTING.num_experts, options.ep)
     experts = (
         VllmExperts(sizes, owner_E, max(options.tokens), device)
         if device.type == "cuda"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_moe import ROUTING, choose, multiply, sorted_rows
+from small_moe import R1_ROUTING, choose, multiply, sorted_rows
 from what_zigzag_buys import Batch, Loads, loads, over_mean, owners, part, placements, speedup, tables
 
 from reshard.router import Router, route
@@ -85,11 +85,11 @@ def test_the_small_model_routes_as_reshard_says() -> None:
     hidden_TH = torch.randn(64, 16, dtype=torch.float64, generator=generator)
     weight_EH = torch.randn(EXPERTS, 16, dtype=torch.float64, generator=generator)
     correction_E = torch.randn(EXPERTS, dtype=torch.float64, generator=generator) / 10
-    expected = route(hidden_TH, Router(weight_EH, None, correction_E), ROUTING)
-    experts_TK, weights_TK = choose((hidden_TH @ weight_EH.T).sigmoid(), correction_E, ROUTING)
+    expected = route(hidden_TH, Router(weight_EH, None, correction_E), R1_ROUTING)
+    experts_TK, weights_TK = choose((hidden_TH @ weight_EH.T).sigmoid(), correction_E, R1_ROUTING)
     assert torch.equal(experts_TK, expected.experts_TK)
     assert torch.allclose(weights_TK, expected.weights_TK)
-    assert len((experts_TK // 32)[0].unique()) <= ROUTING.topk_group
+    assert len((experts_TK // 32)[0].unique()) <= R1_ROUTING.topk_group
 
 
 def test_sorted_rows_meet_their_experts() -> None:
