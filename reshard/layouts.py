@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .checkpoint import Checkpoint
 from .contract import Placement
@@ -152,7 +152,7 @@ def _place(checkpoint: Checkpoint, model: MoeModel, placement: Placement, digest
     for name, tensor in checkpoint.tensors.items():
         new_name = renumber(name, tables)
         as_it_is = Part(new_name, Range(tensor.file, tensor.offset, tensor.size), digests)
-        renamed = tensor if new_name == name else replace(tensor, name=new_name)
+        renamed = Tensor(new_name, tensor.dtype, tensor.shape, tensor.file, tensor.offset, tensor.size)
         placed[name] = _Placed(renamed, rewritten.get(name, as_it_is))
     return placed
 

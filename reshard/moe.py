@@ -133,7 +133,7 @@ def renumber(name: str, tables: Mapping[str, Sequence[int]]) -> str:
     parsed = parse_expert_name(name, tables)
     if parsed is None or parsed.expert >= len(tables[parsed.layer]):
         return name
-    return str(parsed._replace(expert=tables[parsed.layer][parsed.expert]))
+    return str(ExpertName(parsed.layer, tables[parsed.layer][parsed.expert], parsed.leaf))
 
 
 def why_plugin(routing: Routing) -> str:
