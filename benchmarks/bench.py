@@ -55,6 +55,7 @@ class Row:
 
 def main() -> None:
     """Measure everything and write the results."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its byte code
     parent = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.gettempdir())
     with tempfile.TemporaryDirectory(prefix="reshard-bench-", dir=parent) as name:
         work = Path(name)
