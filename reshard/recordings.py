@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import TraceError
-from .trace import SUFFIX, Stream, read_streams
+from .trace import MOST_EXPERTS, MOST_LAYERS, SUFFIX, Stream, read_streams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +57,9 @@ def read_recordings(path: Path) -> list[Recording]:
                 found.append(_of_array(file))
             case ".pt":
                 found += _of_sglang(file)
+    for recording in found:
+        if len(recording.layers) > MOST_LAYERS:
+            raise TraceError(f"{recording.where}: has {len(recording.layers)} layers, and no model has; move it away")
     if not any(recording.tokens for recording in found):
         kinds = f"files *{SUFFIX}, *.npy of vLLM or *.pt of SGLang"
         raise TraceError(f"{path}: no token is recorded there; expected {kinds} (reshard trace --help)")
@@ -101,7 +104,7 @@ def _of_array(path: Path) -> Recording:
     def read(first: int, count: int) -> Tensor:
         import torch
 
-        return torch.from_numpy(ids_TLK[first : first + count].astype("int64"))
+        return _plausible(torch.from_numpy(ids_TLK[first : first + count].astype("int64")), path)
 
     tokens, layers, top_k = ids_TLK.shape
     return Recording(str(path), "vLLM, returned with an answer", _numbered(layers), True, None, top_k, tokens, read)
@@ -132,7 +135,7 @@ def _of_sglang(path: Path) -> Iterator[Recording]:
         # SGLang keeps eight columns, whatever the model's top k
         top_k = next((k for k in range(columns) if bool((physical_TLK[:, :, k] < 0).all())), columns)
         asked = (physical_TLK >= 0).any(dim=2).any(dim=0)  # dense layers were not, nor MTP's
-        ids_TLK = _logical(physical_TLK[:, :, :top_k], map_LP.long())[:, asked]
+        ids_TLK = _plausible(_logical(physical_TLK[:, :, :top_k], map_LP.long())[:, asked], path)
         names = tuple(name for name, kept in zip(_numbered(layers), asked.tolist(), strict=True) if kept)
         read = partial(_rows_of, ids_TLK)
         yield Recording(str(path), "SGLang, per token", names, False, None, top_k, len(ids_TLK), read)
@@ -168,6 +171,13 @@ def _logical(physical_TLK: Tensor, map_LP: Tensor) -> Tensor:
     physical_LN = physical_TLK.transpose(0, 1).flatten(1)
     logical_LN = map_LP.gather(1, physical_LN.clamp(min=0)).where(physical_LN >= 0, physical_LN)
     return logical_LN.view(len(map_LP), *physical_TLK.shape[::2]).transpose(0, 1)
+
+
+def _plausible(ids_TLK: Tensor, path: Path) -> Tensor:
+    """The same; TraceError where one can be no expert's."""
+    if ids_TLK.numel() and int(ids_TLK.max()) >= MOST_EXPERTS:
+        raise TraceError(f"{path}: has expert {int(ids_TLK.max())}, and no model has so many; give recorded routing")
+    return ids_TLK
 
 
 def _numbered(layers: int) -> tuple[str, ...]:

@@ -24,6 +24,8 @@ from .errors import TraceError
 SUFFIX = ".trace"
 TRACE_VERSION = 1
 DEFAULT_LIMIT = 1 << 30  # bytes of a stream: 2.3 million tokens of R1
+MOST_EXPERTS = 1 << 16  # that an id has room for
+MOST_LAYERS = 1000
 SEGMENTS = 8  # files that a stream is cut into, so that what goes first is a part
 _NAME = re.compile(r"(?P<stream>[0-9a-f]{8}-dp\d{2,}-pp\d{2,})-(?P<number>\d{6,})\.trace")
 _LAYER = re.compile(r"([A-Za-z_]\w*)\.(\d+)(?:\.|$)")
@@ -201,7 +203,7 @@ def _decode(line: bytes, path: Path) -> Header:
         )
     if not header.layers or len(set(header.layers)) < len(header.layers):
         raise TraceError(f"{path}: expected the names of its layers, each once, found {header.layers!r:.80}")
-    if not 0 < header.top_k <= header.num_experts <= 1 << 16:
+    if not 0 < header.top_k <= header.num_experts <= MOST_EXPERTS:
         raise TraceError(f"{path}: top {header.top_k} of {header.num_experts} experts cannot be; move the file away")
     if (placement := header.placement(str(path))) is not None and any(
         len(permutation) != header.num_experts for permutation in placement.values()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .recordings import Recording, read_recordings
+from .trace import MOST_EXPERTS
 from .traffic import MOST_TOKENS, runs
 
 
@@ -46,18 +47,16 @@ def trace_info(path: str | Path) -> TraceInfo:
 def _info(recording: Recording) -> RecordingInfo:
     import torch
 
-    counts: dict[str, torch.Tensor] = {}
-    experts = recording.num_experts or 0
+    counts_LE = torch.zeros(len(recording.layers), MOST_EXPERTS, dtype=torch.long)
     for run in runs(recording.tokens, MOST_TOKENS):
-        for layer, ids in zip(recording.layers, recording.read(run.start, len(run)).unbind(1), strict=True):
-            count = torch.bincount(ids[ids >= 0], minlength=experts)
-            size = max(len(count), len(counts.get(layer, ())))
-            grown = torch.zeros(size, dtype=torch.long)
-            for part in (count, counts.get(layer)):
-                if part is not None:
-                    grown[: len(part)] += part
-            counts[layer] = grown
-    busiest = {layer: float(count.max() / count.double().mean()) for layer, count in counts.items() if int(count.sum())}
+        for layer, ids in enumerate(recording.read(run.start, len(run)).unbind(1)):
+            counts_LE[layer] += torch.bincount(ids[ids >= 0], minlength=MOST_EXPERTS)
+    experts = recording.num_experts or int(counts_LE.any(dim=0).nonzero().max()) + 1
+    busiest = {
+        name: float(count_E.max() / count_E.double().mean())
+        for name, count_E in zip(recording.layers, counts_LE[:, :experts], strict=True)
+        if count_E.any()
+    }
     return RecordingInfo(
         recording.where, recording.by, recording.tokens, recording.num_experts, recording.top_k, busiest
     )

@@ -261,6 +261,13 @@ def test_counts_of_sglang_are_refused_with_how_to_record(tmp_path: Path) -> None
     assert "--expert-distribution-recorder-mode per_token" in refused.output
 
 
+def test_a_dump_whose_map_leads_to_no_expert_is_refused(tmp_path: Path) -> None:
+    torch.save(to_sglang_dump([random_ids(5)], [[1 << 40] * EXPERTS] * 4), tmp_path / "dump.pt")
+    refused = run("trace", "info", tmp_path)
+    assert refused.exit_code == 1
+    assert "no model has so many" in refused.output
+
+
 class Malice:
     """A pickle that would write a file when it is loaded."""
 
@@ -336,7 +343,16 @@ def test_an_expert_that_is_not_there_is_refused(tmp_path: Path, model: MoeModel)
         traffic(tmp_path / "a.npy", model)
 
 
-@pytest.mark.parametrize("array", [numpy.zeros((2, 3)), numpy.zeros((2, 3, 4)), numpy.array([{}, {}])])
+@pytest.mark.parametrize(
+    "array",
+    [
+        numpy.zeros((2, 3)),
+        numpy.zeros((2, 3, 4)),
+        numpy.array([{}, {}]),
+        numpy.full((2, 3, 4), 1 << 40),
+        numpy.zeros((1, 100_000, 1), dtype=numpy.uint8),
+    ],
+)
 def test_an_array_that_is_no_routing_is_refused(array: Any, tmp_path: Path) -> None:
     numpy.save(tmp_path / "a.npy", array)
     refused = run("trace", "info", tmp_path)
