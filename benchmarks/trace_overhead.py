@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-PAIRS = 5
+PAIRS = 4
 ROUNDS = 12
 PREFILL, DECODE = 512, 64
 
