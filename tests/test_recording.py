@@ -182,6 +182,15 @@ def test_rows_that_cannot_be_kept_end_the_recording_once_and_not_the_routing(vll
     assert len([line for line in vllm.said if "recording ends here: unexpected topk_ids" in line]) == 1
 
 
+def test_a_directory_that_cannot_be_written_is_said_and_this_rank_takes_part(vllm: Vllm, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    of = worker()
+    recorder = start(of, tmp_path / "file")
+    step(of, recorder, [[3, 4]])
+    assert recorder._capturer.device_buffer[0, :2].tolist() == [[3, 4], [3, 4]]
+    assert len([line for line in vllm.said if "recording cannot begin" in line]) == 1
+
+
 def test_a_disk_that_is_full_ends_the_writing_and_this_rank_goes_on_taking_part(vllm: Vllm, tmp_path: Path) -> None:
     of = worker()
     recorder = start(of, tmp_path)

@@ -105,7 +105,7 @@ class Recorder:
     """Keeps what routers answer, and after each step hands the rows of its tokens to a `Scribe`.
 
     Every TP rank takes part, as vLLM's capturer may have to gather rows among them; only the first has a scribe, and
-    goes on taking part when that cannot write any more.
+    takes part also when that cannot write.
     """
 
     def __init__(self, routers: Mapping[str, Any], config: Any, directory: Path, limit: int) -> None:
@@ -129,8 +129,7 @@ class Recorder:
         )
         self._scribe: Scribe | None = None
         if get_tp_group().rank_in_group == 0:
-            self._scribe = Scribe(TraceWriter(directory, header, limit), header.id_size)
-            _log().info("%s: the experts that tokens choose are recorded in %s", VARIABLE, directory)
+            self._scribe = _attempt("cannot begin", lambda: _scribe_in(directory, header, limit))
         for column, router in enumerate(routers.values()):
             router._compute_routing = self._listening(router._compute_routing, column)
 
@@ -205,6 +204,12 @@ class Scribe:
         if self._thread.is_alive():
             self._waiting.put(None, timeout=LAST_SECONDS)
             self._thread.join(LAST_SECONDS)
+
+
+def _scribe_in(directory: Path, header: Header, limit: int) -> Scribe:
+    scribe = Scribe(TraceWriter(directory, header, limit), header.id_size)
+    _log().info("%s: the experts that tokens choose are recorded in %s", VARIABLE, directory)
+    return scribe
 
 
 def _order_of(model_config: Any, routers: Mapping[str, Any]) -> list[int] | dict[str, list[int]] | None:
