@@ -11,7 +11,7 @@ from .trace_info import TraceInfo
 _COLUMNS = 5
 _TYPICAL_BATCH = 64
 # A copy to each rank or node is what most backends send; DeepEP's low-latency kernels have a row for each expert that a
-# token chose (torchtitan pull request 3808), and send it across nodes as often unless layered (DeepEP pull request 500).
+# token chose (torchtitan pull request 3808), and send as many unless layered (DeepEP pull request 500).
 WHERE = (
     ("every rank has every token (tensor parallelism)", "the busiest rank alone: no token is sent"),
     ("all-to-all within a node", "the busiest rank, and ranks a token: to each goes a copy over a fast link"),
