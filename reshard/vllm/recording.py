@@ -161,8 +161,10 @@ class Scribe:
         self._writer = writer
         self._id_size = id_size
         self._waiting: queue.Queue[Callable[[], memoryview] | None] = queue.Queue(WAITING)
-        self._lost = 0
-        self._thread = threading.Thread(target=self._write, name="reshard-trace", daemon=True)
+        self._loses = False
+        self._thread = threading.Thread(
+            target=_attempt, args=("ends here", self._write), name="reshard-trace", daemon=True
+        )
         self._thread.start()
         atexit.register(self._finish)
 
@@ -187,15 +189,12 @@ class Scribe:
         try:
             self._waiting.put_nowait(arrived)
         except queue.Full:
-            if not self._lost:
+            if not self._loses:
                 _log().warning("%s: the disk cannot follow: some steps are not recorded", VARIABLE)
-            self._lost += 1
+            self._loses = True
         return self._thread.is_alive()
 
     def _write(self) -> None:
-        _attempt("ends here", self._write_all)
-
-    def _write_all(self) -> None:
         while arrived := self._waiting.get():
             self._writer.write(arrived())
         self._writer.close()
