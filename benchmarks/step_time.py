@@ -1,8 +1,8 @@
-"""How long a decoding and a prefill step take with an output, beside its original: real vLLM on one GPU.
+"""How long a decoding and a prefill step take with an output, and with RESHARD_TRACE, beside the original on one GPU.
 
-Both models stay loaded in processes of their own, and take turns; only one of them runs at a time. Decoding is timed
-by the GPU, from the start to the end of the replayed CUDA graph; prefill from the first to the last operation of the
-step, on the GPU too. The clock on the wall is given beside both.
+Each is loaded in a process of its own, and they take turns; only one of them runs at a time. Decoding is timed by the
+GPU, from the start to the end of the replayed CUDA graph; prefill from the first to the last operation of the step, on
+the GPU too. The clock on the wall is given beside both.
 
 python step_time.py ORIGINAL OUTPUT [--json FILE] [--rounds N]
 """
@@ -16,25 +16,36 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 DECODE = (1, 8, 64)  # sequences at once
 PREFILL = (256, 2048, 8192)  # tokens of one prompt
 PROMPT, STEPS = 16, 48  # tokens before and after the first one, where decoding is timed
-LLM: dict[str, Any] = {
+ENGINE: dict[str, Any] = {
     "dtype": "bfloat16",
     "enable_prefix_caching": False,
     "skip_tokenizer_init": True,
     "max_model_len": max(PREFILL) + 1,
     "max_num_batched_tokens": max(PREFILL),
-    "gpu_memory_utilization": 0.3,
+    "gpu_memory_utilization": 0.1,
     "kv_cache_memory_bytes": 2 << 30,
-    "compilation_config": {"cudagraph_capture_sizes": [*DECODE]},
+    "compilation_config": {
+        "cudagraph_capture_sizes": [*DECODE],
+        "inductor_compile_config": {"combo_kernels": True, "benchmark_combo_kernel": False},
+    },
     "async_scheduling": False,
     "seed": 0,
+}
+
+# Nothing compiled is chosen by the clock: else the processes might run different kernels.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "TORCHINDUCTOR_DETERMINISTIC": "1",
 }
 
 
@@ -71,7 +82,7 @@ def serve(model: str) -> None:
         steps.append((before, after, 1000 * (time.perf_counter() - started)))
         return result
 
-    llm = LLM(model=model, **LLM)
+    llm = LLM(model=model, **ENGINE)
     torch.cuda.CUDAGraph.replay, Worker.execute_model = timed_replay, timed_execute
     os.write(answers, b"ready\n")
     for line in sys.stdin:
@@ -97,13 +108,13 @@ def serve(model: str) -> None:
 class Served:
     """A model in a process of its own."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--serve", model],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"},
+            env={**os.environ, **ENVIRONMENT, **environment},
         )
 
     def wait(self) -> None:
@@ -128,35 +139,30 @@ class Served:
         self._process.wait(60)
 
 
-def compare(original: Served, output: Served, rounds: int) -> list[dict[str, Any]]:
-    """For each kind of step and size the milliseconds of every round, [original, output] in turns."""
-    rows = []
+def compare(served: Mapping[str, Served], rounds: int) -> Iterator[dict[str, Any]]:
+    """For each kind of step and size the milliseconds, [GPU, wall], of every round; all take turns in each."""
     for kind, sizes in (("decode", DECODE), ("prefill", PREFILL)):
         for size in sizes:
-            for served in (original, output):
-                served.steps(kind, size)
-            pairs: list[list[tuple[float, float]]] = []
+            for one in served.values():
+                one.steps(kind, size)
+            found: dict[str, list[tuple[float, float]]] = {name: [] for name in served}
             for number in range(rounds):
-                order = (original, output) if number % 2 == 0 else (output, original)
-                found = {served: served.steps(kind, size) for served in order}
-                pairs.append([found[original], found[output]])
-            rows.append({"kind": kind, "size": size, "rounds": pairs})
-            print(line(rows[-1]), flush=True)
-    return rows
+                for name in list(served)[:: 1 if number % 2 == 0 else -1]:
+                    found[name].append(served[name].steps(kind, size))
+            yield {"kind": kind, "size": size, "milliseconds": found}
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table: medians, and the ratio of paired runs with its spread."""
-    cells = [f"| {row['kind']}, {row['size']} {'sequences' if row['kind'] == 'decode' else 'tokens'} |"]
+    """A row of the table: the first one's medians, and the others' ratios to it in the same round, with quartiles."""
+    step = f"{row['kind']}, {row['size']} {'sequences' if row['kind'] == 'decode' else 'tokens'}"
+    first, *others = row["milliseconds"].values()
+    cells = []
     for clock in (0, 1):
-        before = [pair[0][clock] for pair in row["rounds"]]
-        after = [pair[1][clock] for pair in row["rounds"]]
-        ratios = sorted(late / early for early, late in zip(before, after, strict=True))
-        cells.append(
-            f"{statistics.median(before):.4f} | {statistics.median(after):.4f} | "
-            f"{statistics.median(ratios):.4f} ({quantile(ratios, 0.25):.4f} to {quantile(ratios, 0.75):.4f}) |"
-        )
-    return " ".join(cells)
+        cells.append(f"{statistics.median(times[clock] for times in first):.4f}")
+        for other in others:
+            ratios = sorted(late[clock] / early[clock] for early, late in zip(first, other, strict=True))
+            cells.append(f"{quantile(ratios, 0.5):.4f} ({quantile(ratios, 0.25):.4f} to {quantile(ratios, 0.75):.4f})")
+    return f"| {step} | {' | '.join(cells)} |"
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -174,13 +180,22 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.serve:
         serve(arguments.serve)
-    both = [Served(arguments.original), Served(arguments.output)]
-    for served in both:
-        served.wait()
-    print("| step | original, ms on the GPU | output | ratio (quartiles) | original, ms on the wall | output | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    found = compare(*both, arguments.rounds)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1))
-    for served in both:
-        served.end()
+    with tempfile.TemporaryDirectory() as trace:
+        served = {
+            "original": Served(arguments.original, {}),
+            "output": Served(arguments.output, {}),
+            "original, recorded": Served(arguments.original, {"RESHARD_TRACE": trace}),
+        }
+        for one in served.values():
+            one.wait()
+        clocks = [f"{name}, {clock}" for clock in ("ms on the GPU", "ms on the wall") for name in served]
+        print(f"| step | {' | '.join(clocks)} |\n| --- |{' --- |' * len(clocks)}")
+        rows = []
+        for row in compare(served, arguments.rounds):
+            rows.append(row)
+            print(line(row), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(rows))
+        for one in served.values():
+            one.end()
+        print(f"recorded: {sum(path.stat().st_size for path in Path(trace).glob('*.trace'))} bytes")

@@ -26,6 +26,7 @@ FIXED: dict[str, Any] = {
     "dtype": "bfloat16",
     "enable_prefix_caching": False,
     "max_model_len": 512,
+    "max_num_batched_tokens": 2048,
     "skip_tokenizer_init": True,
     "disable_log_stats": False,
     "seed": 0,

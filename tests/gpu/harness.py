@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +25,32 @@ PROMPTS = tuple(
 MAX_TOKENS = 32
 ENTRY_POINTS = {"reshard": "reshard.vllm:register", "one_gpu": "one_gpu:install"}
 
-# Ranks that share the GPU, through gloo; each may take its share of the memory only.
+LEAST_FREE = 0.02  # of the memory, for vLLM to start; where the KV cache's size is given it decides nothing else
+
+# Ranks that share the GPU, through gloo.
 SHARED_GPU: dict[str, Any] = {
     "enable_expert_parallel": True,
     "distributed_executor_backend": "external_launcher",
     "disable_custom_all_reduce": True,
     "enforce_eager": True,
     "kv_cache_memory_bytes": 1 << 29,
-    "gpu_memory_utilization": 0.1,
+    "gpu_memory_utilization": LEAST_FREE,
 }
 GRAPHS: dict[str, Any] = {
-    "gpu_memory_utilization": 0.3,
+    "gpu_memory_utilization": LEAST_FREE,
     "kv_cache_memory_bytes": 1 << 30,
-    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]},
+    "compilation_config": {
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
+        "inductor_compile_config": {"combo_kernels": True, "benchmark_combo_kernel": False},
+    },
 }
-EAGER: dict[str, Any] = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
+# Whether kernels are combined into one PyTorch's compiler decides by the clock, unless told, and sums have other bits
+# then. Nothing above is left to the clock; here kernels are not combined.
+NOT_COMBINED: dict[str, Any] = {
+    **GRAPHS,
+    "compilation_config": {**GRAPHS["compilation_config"], "inductor_compile_config": {"combo_kernels": False}},
+}
+EAGER: dict[str, Any] = {"gpu_memory_utilization": LEAST_FREE, "kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,12 @@ class Answer:
         return [token for prompt in self.tokens for token in prompt]
 
 
+def together(*calls: Callable[[], Answer]) -> list[Answer]:
+    """What the calls return, made at the same time."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(lambda call: call(), calls))
+
+
 class Gpu:
     """The GPU, and a directory for models, outputs and answers."""
 
@@ -84,6 +102,7 @@ class Gpu:
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_USE_DEEP_GEMM": "0",
+            "TORCHINDUCTOR_DETERMINISTIC": "1",
             "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it is compiled for minutes, and greedy decoding needs none
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
@@ -116,22 +135,22 @@ class Gpu:
         llm: dict[str, Any],
         *,
         ranks: int = 1,
-        plugins: str | None = None,
         prompts: Sequence[Sequence[int]] = PROMPTS,
         max_tokens: int = MAX_TOKENS,
         repeats: int = 1,
-        trace: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> Answer:
-        """Greedy decoding of `model`; the same call is answered once. `trace` is RESHARD_TRACE."""
+        """Greedy decoding of `model`; the same call is answered once."""
         request = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": llm, "repeats": repeats}
-        key = hashlib.sha256(json.dumps([request, ranks, plugins, str(trace)], sort_keys=True).encode()).hexdigest()
+        more = dict(environment or {})
+        key = hashlib.sha256(json.dumps([request, ranks, more], sort_keys=True).encode()).hexdigest()
         if key not in self._answers:
-            self._answers[key] = self._run(request, ranks, plugins, trace)
+            # nothing that was compiled for another answer serves this one
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as anew:
+                self._answers[key] = self._run(request, ranks, {**self.environment, "VLLM_CACHE_ROOT": anew, **more})
         return self._answers[key]
 
-    def _run(self, request: dict[str, Any], ranks: int, plugins: str | None, trace: Path | None) -> Answer:
-        environment = {**self.environment, **({} if plugins is None else {"VLLM_PLUGINS": plugins})}
-        environment |= {} if trace is None else {"RESHARD_TRACE": str(trace)}
+    def _run(self, request: dict[str, Any], ranks: int, environment: dict[str, str]) -> Answer:
         processes = []
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import EAGER, GRAPHS, HERE, SHARED_GPU, Answer, Gpu
+from harness import EAGER, GRAPHS, HERE, NOT_COMBINED, SHARED_GPU, Answer, Gpu, together
 
-REPEATS = 4  # of what once differed between a process's first answer and another's
+REPEATS = 4
 
 Model = Callable[[Gpu], Path]
 
@@ -55,12 +55,27 @@ def r1(gpu: Gpu) -> Path:
     return gpu.made("r1", make)
 
 
+def agreeing(one: Answer, other: Answer) -> int:
+    """How many of the tokens are the same."""
+    for answer in (one, other):
+        assert answer.status == 0, answer.log[-6000:]
+    return sum(a == b for a, b in zip(one.flat, other.flat, strict=True))
+
+
 def assert_identical(answer: Answer, expected: Answer) -> None:
-    assert answer.status == 0, answer.log[-6000:]
-    assert expected.status == 0, expected.log[-6000:]
-    agreeing = sum(one == other for one, other in zip(answer.flat, expected.flat, strict=True))
-    assert answer.tokens == expected.tokens, f"{agreeing} of {len(expected.flat)} tokens agree"
-    assert answer.bits == expected.bits, "same tokens, other log-probabilities"
+    found = agreeing(answer, expected)
+    assert answer.tokens == expected.tokens, f"{found} of {len(expected.flat)} tokens agree"
+    for what in ("logprobs", "prompt_logprobs"):
+        rows = [
+            (prompt, position)
+            for prompt, (one, other) in enumerate(
+                zip(getattr(answer, what) or (), getattr(expected, what) or (), strict=True)
+            )
+            for position in range(len(one))
+            if one[position] != other[position]
+        ]
+        assert not rows, f"{what} differ at (prompt, position) {rows}"
+    assert answer.bits == expected.bits
     said = re.search(r"routers: .*", answer.log)
     print(f"identical: {len(expected.flat)} tokens and their log-probabilities; {said and said[0]}")
 
@@ -72,18 +87,21 @@ def assert_by_the_kernel(answer: Answer) -> None:
 @pytest.mark.parametrize("model", [v3, v2])
 def test_ep_1_with_torch_compile_and_cuda_graphs_is_identical_to_the_original(model: Model, gpu: Gpu) -> None:
     source = model(gpu)
-    answer = gpu.answer(gpu.resharded(source, 8), GRAPHS)
-    assert_identical(answer, gpu.answer(source, GRAPHS))
+    output = gpu.resharded(source, 8)
+    answer, expected = together(lambda: gpu.answer(output, GRAPHS), lambda: gpu.answer(source, GRAPHS))
+    assert_identical(answer, expected)
     assert_by_the_kernel(answer)
 
 
 @pytest.mark.parametrize(("model", "ranks"), [(v3, 2), (v3, 4), (v3, 8), (v2, 2), (v2, 8), (uneven, 8)])
 def test_ep_is_identical_to_the_original_under_round_robin(model: Model, ranks: int, gpu: Gpu) -> None:
     source = model(gpu)
+    output = gpu.resharded(source, ranks)
     original = {**SHARED_GPU, "expert_placement_strategy": "round_robin"}
-    expected = gpu.answer(source, original, ranks=ranks)
+    answer, expected = together(
+        lambda: gpu.answer(output, SHARED_GPU, ranks=ranks), lambda: gpu.answer(source, original, ranks=ranks)
+    )
     assert "round_robin" in expected.log
-    answer = gpu.answer(gpu.resharded(source, ranks), SHARED_GPU, ranks=ranks)
     assert_identical(answer, expected)
     assert_by_the_kernel(answer)
 
@@ -95,18 +113,18 @@ def test_the_control_without_the_contract_gives_other_tokens(gpu: Gpu) -> None:
         shutil.copytree(gpu.resharded(source, 8), directory)
         shutil.copy(source / "config.json", directory)
 
-    spoilt = gpu.answer(gpu.made("no-contract", make), EAGER)
-    expected = gpu.answer(source, EAGER)
-    assert spoilt.status == 0, spoilt.log[-6000:]
-    agreeing = sum(one == other for one, other in zip(spoilt.flat, expected.flat, strict=True))
-    print(f"without the contract {agreeing} of {len(expected.flat)} tokens agree")
-    assert agreeing < len(expected.flat) // 2
+    without = gpu.made("no-contract", make)
+    spoilt, expected = together(lambda: gpu.answer(without, EAGER), lambda: gpu.answer(source, EAGER))
+    found = agreeing(spoilt, expected)
+    print(f"without the contract {found} of {len(expected.flat)} tokens agree")
+    assert found < len(expected.flat) // 2
 
 
 def test_mtp_drafts_are_accepted_as_often_as_the_original_s(gpu: Gpu) -> None:
     source = _small(gpu, "deepseek_v3", mtp=True, num_hidden_layers=2)
     drafting = {**EAGER, "speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
-    answer, expected = gpu.answer(gpu.resharded(source, 8), drafting), gpu.answer(source, drafting)
+    output = gpu.resharded(source, 8)
+    answer, expected = together(lambda: gpu.answer(output, drafting), lambda: gpu.answer(source, drafting))
     assert_identical(answer, expected)
     assert answer.drafts == expected.drafts
     assert expected.drafts[0]
@@ -117,22 +135,34 @@ def test_eplb_rearranges_from_zigzag_and_answers_stay_right(gpu: Gpu) -> None:
     source = v3(gpu)
     steps = {"window_size": 4, "step_interval": 8, "use_async": False, "communicator": "torch_gloo"}
     balancing = {**SHARED_GPU, "enable_eplb": True, "eplb_config": steps}
-    answer = gpu.answer(gpu.resharded(source, 2), balancing, ranks=2)
+    output = gpu.resharded(source, 2)
+    answer, expected = together(
+        lambda: gpu.answer(output, balancing, ranks=2), lambda: gpu.answer(source, SHARED_GPU, ranks=2)
+    )
     assert answer.status == 0, answer.log[-8000:]
     assert re.search(r"Rearranged experts\s+in", answer.log)
-    expected = gpu.answer(source, SHARED_GPU, ranks=2)
-    first = [prompt[0] for prompt in answer.tokens]
-    agreeing = sum(one == other[0] for one, other in zip(first, expected.tokens, strict=True))
-    print(f"EPLB: the first token of {agreeing} of {len(first)} prompts agrees with the original's without it")
-    assert agreeing >= len(first) - 1
+    same = sum(one[0] == other[0] for one, other in zip(answer.tokens, expected.tokens, strict=True))
+    print(f"EPLB: the first token of {same} of {len(answer.tokens)} prompts agrees with the original's without it")
+    assert same >= len(answer.tokens) - 1
 
 
 @pytest.mark.parametrize("how", [EAGER, GRAPHS], ids=["eager", "graphs"])
 def test_fp8_blocks_at_the_size_of_r1_s_layers_are_identical_at_ep_1(how: dict[str, Any], gpu: Gpu) -> None:
     source = r1(gpu)
-    answer = gpu.answer(gpu.resharded(source, 8), how, repeats=REPEATS)
-    expected = gpu.answer(source, how, repeats=REPEATS)
-    print(f"answers, one after the other, of the output {answer.digests} and the original {expected.digests}")
+    output = gpu.resharded(source, 8)
+    answer, expected = together(
+        lambda: gpu.answer(output, how, repeats=REPEATS), lambda: gpu.answer(source, how, repeats=REPEATS)
+    )
+    print(f"one after the other, the output's and the original's: {answer.digests}, {expected.digests}")
     assert_identical(answer, expected)
     assert answer.digests == expected.digests
     assert_by_the_kernel(answer)
+
+
+def test_the_control_an_original_whose_kernels_the_clock_did_not_combine_has_other_bits(gpu: Gpu) -> None:
+    source = r1(gpu)
+    expected, other = together(
+        lambda: gpu.answer(source, GRAPHS, repeats=REPEATS), lambda: gpu.answer(source, NOT_COMBINED)
+    )
+    print(f"{agreeing(other, expected)} of {len(expected.flat)} tokens agree; {other.digests}, {expected.digests}")
+    assert other.bits != expected.bits

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from harness import GRAPHS, Gpu
+from harness import GRAPHS, Gpu, together
 from test_gpu import v3
 
 Row = tuple[tuple[int, ...], ...]
@@ -34,8 +34,12 @@ def recorded(directory: Path) -> Counter[Row]:
 def test_a_trace_is_what_vllm_returns_of_its_routing_and_of_an_output_it_is_logical(gpu: Gpu, tmp_path: Path) -> None:
     source = v3(gpu)
     returning = {**GRAPHS, "enable_return_routed_experts": True}
-    original = gpu.answer(source, returning, trace=tmp_path / "original")
-    output = gpu.answer(gpu.resharded(source, 8), GRAPHS, trace=tmp_path / "output")
+    resharded = gpu.resharded(source, 8)
+    traces = {name: {"RESHARD_TRACE": str(tmp_path / name)} for name in ("original", "output")}
+    original, output = together(
+        lambda: gpu.answer(source, returning, environment=traces["original"]),
+        lambda: gpu.answer(resharded, GRAPHS, environment=traces["output"]),
+    )
     for answer in (original, output):
         assert answer.status == 0, answer.log[-6000:]
     assert output.tokens == original.tokens
