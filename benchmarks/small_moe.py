@@ -364,7 +364,7 @@ def _skew(experts_TK: Tensor, num_experts: int) -> float:
 
 
 @torch.no_grad()
-def _trace(model: Decoder, ids_NS: Tensor, shape: Shape, hidden_tokens: int = 512) -> Trace:
+def _trace(model: Decoder, ids_NS: Tensor, shape: Shape, hidden_tokens: int = 4096) -> Trace:
     """Follow the routing of windows of one kind."""
     gates = list(model.gates().values())
     seen: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in gates]

@@ -9,6 +9,7 @@ import argparse
 import json
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,15 @@ SMALL: dict[str, Any] = {
 BLOCK = 128
 
 
-def make_r1(directory: Path, layers: int) -> None:
-    """A dense layer of R1 and `layers` MoE layers: names, shapes and dtypes as published, a small vocabulary."""
+def make_r1(directory: Path, layers: int, given: Mapping[str, torch.Tensor] | None = None) -> None:
+    """A dense layer of R1 and `layers` MoE layers: names, shapes and dtypes as published, a small vocabulary.
+
+    Tensors that are `given`, by their names there, take the place of random ones; embeddings set the vocabulary.
+    """
+    given = given or {}
+    vocabulary = len(given.get("model.embed_tokens.weight", range(1024)))
     facts = json.loads((ROOT / "tests" / "facts" / "deepseek-r1-layout.json").read_text())
-    config = {**facts["config"], "vocab_size": 1024, "num_hidden_layers": 1 + layers, "first_k_dense_replace": 1}
+    config = {**facts["config"], "vocab_size": vocabulary, "num_hidden_layers": 1 + layers, "first_k_dense_replace": 1}
     config["num_nextn_predict_layers"] = 0
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import deepseek_r1
@@ -46,7 +52,7 @@ def make_r1(directory: Path, layers: int) -> None:
     directory.mkdir(parents=True)
     source_layers = {0: 0, **{1 + number: 3 + number for number in range(layers)}}
     weight_map: dict[str, str] = {}
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
     everything = deepseek_r1.tensors()
     for layer in (None, *source_layers):
         wanted = None if layer is None else source_layers[layer]
@@ -55,8 +61,12 @@ def make_r1(directory: Path, layers: int) -> None:
             if found.layer != wanted:
                 continue
             name = found.name.replace(f"layers.{wanted}.", f"layers.{layer}.", 1)
-            shape = [1024 if length == 129280 else length for length in found.shape]
-            tensors[name] = _random(name, found.dtype, shape, generator)
+            shape = [vocabulary if length == 129280 else length for length in found.shape]
+            if name in given:
+                assert list(given[name].shape) == shape, f"{name}: {list(given[name].shape)} in the place of {shape}"
+                tensors[name] = given[name].to({"BF16": torch.bfloat16, "F32": torch.float32}[found.dtype])
+            else:
+                tensors[name] = _random(name, found.dtype, shape, generator)
         file = f"model-{'head' if layer is None else f'{layer:05}'}.safetensors"
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
@@ -65,7 +75,7 @@ def make_r1(directory: Path, layers: int) -> None:
 
 
 def _random(name: str, dtype: str, shape: list[int], generator: torch.Generator) -> torch.Tensor:
-    values = torch.randn(shape, device="cuda", generator=generator)
+    values = torch.randn(shape, device=generator.device, generator=generator)
     if name.endswith("norm.weight"):
         return torch.ones(shape, dtype=torch.bfloat16)
     if name.endswith("weight_scale_inv"):

@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,9 @@ def add_draft_tensors(directory: Path, layer: int, hidden: int) -> None:
     index_path.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def save_tokenizer(directory: Path) -> None:
-    """One word per id: w000 w001 w002 …"""
-    words = {f"w{number:03}": number for number in range(VOCABULARY)}
+def save_tokenizer(directory: Path, ids: Sequence[int] = range(VOCABULARY)) -> None:
+    """One word for each of a model's ids: w000 w001 w002 …; of some ids only, a tokenizer that knows these words."""
+    words = {f"w{number:03}": place for place, number in enumerate(ids)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
