@@ -1,8 +1,8 @@
 """How long a decoding and a prefill step take with an output, and with RESHARD_TRACE, beside the original on one GPU.
 
-Each is loaded in a process of its own, and they take turns; only one of them runs at a time. Decoding is timed by the
-GPU, from the start to the end of the replayed CUDA graph; prefill from the first to the last operation of the step, on
-the GPU too. The clock on the wall is given beside both.
+Each is loaded in a process of its own, and they take turns; only one of them runs at a time. The GPU times a step that
+is one CUDA graph, as decoding is, from the start to the end of that, others from their first to their last operation.
+The clock on the wall is given beside it.
 
 python step_time.py ORIGINAL OUTPUT [--json FILE] [--rounds N]
 """
@@ -50,7 +50,7 @@ ENVIRONMENT = {
 
 
 def serve(model: str) -> None:
-    """Answer lines of standard input, `[kind, size]`, with `[milliseconds on the GPU, on the wall]` for each step."""
+    """Answer lines of standard input, `[kind, size]`, for each step with `[ms on the GPU, on the wall, CUDA graphs]`."""
     answers = os.dup(1)
     os.dup2(2, 1)
     import torch
@@ -58,7 +58,7 @@ def serve(model: str) -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     replays: list[tuple[Any, Any]] = []
-    steps: list[tuple[Any, Any, float]] = []
+    steps: list[tuple[list[tuple[Any, Any]], tuple[Any, Any], float]] = []
     replay, execute = torch.cuda.CUDAGraph.replay, Worker.execute_model
 
     def events() -> tuple[Any, Any]:
@@ -71,15 +71,18 @@ def serve(model: str) -> None:
         after.record()
         replays.append((before, after))
 
-    def timed_execute(*arguments: Any, **options: Any) -> Any:
+    def timed_execute(worker: Any, scheduled: Any) -> Any:
+        if not scheduled.total_num_scheduled_tokens:  # it only tells of ended requests
+            return execute(worker, scheduled)
         torch.cuda.synchronize()
+        replays.clear()
         before, after = events()
         started = time.perf_counter()
         before.record()
-        result = execute(*arguments, **options)
+        result = execute(worker, scheduled)
         after.record()
         torch.cuda.synchronize()
-        steps.append((before, after, 1000 * (time.perf_counter() - started)))
+        steps.append((replays.copy(), (before, after), 1000 * (time.perf_counter() - started)))
         return result
 
     llm = LLM(model=model, **ENGINE)
@@ -92,15 +95,14 @@ def serve(model: str) -> None:
         sampling = SamplingParams(
             temperature=0, max_tokens=1 + (STEPS if kind == "decode" else 0), ignore_eos=True, detokenize=False
         )
-        replays.clear()
         steps.clear()
         llm.generate(prompts, sampling, use_tqdm=False)
-        torch.cuda.synchronize()
-        # the first step is the prompts', and a graph of decoding is one graph for the whole step
-        timed = steps[1:-1] if kind == "decode" else steps[:1]
-        on_gpu = replays[-len(timed) :] if kind == "decode" else [step[:2] for step in timed]
-        assert kind == "prefill" or len(replays) >= len(timed), f"{len(replays)} graphs replayed in {len(timed)} steps"
-        times = [[a.elapsed_time(b), step[2]] for (a, b), step in zip(on_gpu, timed, strict=True)]
+        # the first step is the prompts'
+        timed = steps[1:] if kind == "decode" else steps[:1]
+        on_gpu = [graphs[0] if len(graphs) == 1 else whole for graphs, whole, _ in timed]
+        times = [
+            [a.elapsed_time(b), wall, len(graphs)] for (a, b), (graphs, _, wall) in zip(on_gpu, timed, strict=True)
+        ]
         os.write(answers, f"{json.dumps(times)}\n".encode())
     os._exit(0)
 
@@ -123,14 +125,13 @@ class Served:
         if self._process.stdout.readline() != "ready\n":
             raise RuntimeError("vLLM did not start; what it said is above")
 
-    def steps(self, kind: str, size: int) -> tuple[float, float]:
-        """The medians of a run's steps: milliseconds on the GPU and on the wall."""
+    def steps(self, kind: str, size: int) -> tuple[float, ...]:
+        """The medians of a run's steps: milliseconds on the GPU, on the wall, and how many CUDA graphs it was."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([kind, size]) + "\n")
         self._process.stdin.flush()
-        gpu, wall = zip(*json.loads(self._process.stdout.readline()), strict=True)
-        return statistics.median(gpu), statistics.median(wall)
+        return tuple(map(statistics.median, zip(*json.loads(self._process.stdout.readline()), strict=True)))
 
     def end(self) -> None:
         """Let it go."""
@@ -145,7 +146,7 @@ def compare(served: Mapping[str, Served], rounds: int) -> Iterator[dict[str, Any
         for size in sizes:
             for one in served.values():
                 one.steps(kind, size)
-            found: dict[str, list[tuple[float, float]]] = {name: [] for name in served}
+            found: dict[str, list[tuple[float, ...]]] = {name: [] for name in served}
             for number in range(rounds):
                 for name in list(served)[:: 1 if number % 2 == 0 else -1]:
                     found[name].append(served[name].steps(kind, size))

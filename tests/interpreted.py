@@ -34,7 +34,8 @@ def interpret(case: list[Any]) -> list[Any]:
     module.libdevice = SimpleNamespace(exp=exp, tanh=tanh)  # CUDA's own are not there
     torch.cuda.get_device_capability = lambda device: (8, 0)  # type: ignore[assignment,misc]
     experts, groups, chosen_groups, top_k, softmax, biased, dtype, kind = case
-    choice = module.Choice(experts, groups, chosen_groups, top_k, False, 1.0, softmax, biased)
+    summing = module.Summing(*softmax) if softmax else None
+    choice = module.Choice(experts, groups, chosen_groups, top_k, False, 1.0, summing, biased)
     generator = torch.Generator().manual_seed(experts)
     logits = torch.randn(TOKENS, experts, generator=generator)
     if kind == "ties":

@@ -15,14 +15,17 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton", reason="Triton is for Linux")
-CASES = [  # experts, groups, groups of a token, experts of a token, softmax, biased, dtype
-    (256, 8, 4, 8, False, True, "float32"),
-    (210, 7, 3, 8, False, True, "float32"),
-    (512, 8, 4, 8, False, True, "float32"),
-    (160, 8, 3, 6, True, False, "bfloat16"),
-    (160, 8, 3, 6, True, False, "float32"),
-    (256, 8, 4, 8, False, False, "float32"),
-    (256, 8, 4, 8, True, True, "float32"),
+CASES = [  # experts, groups, groups of a token, experts of a token, how a softmax is summed, biased, dtype
+    (256, 8, 4, 8, None, True, "float32"),
+    (210, 7, 3, 8, None, True, "float32"),
+    (512, 8, 4, 8, None, True, "float32"),
+    (160, 8, 3, 6, (256, True), False, "bfloat16"),
+    (160, 8, 3, 6, (256, False), False, "float32"),
+    (256, 8, 4, 8, None, False, "float32"),
+    (256, 8, 4, 8, (256, False), True, "float32"),
+    (1024, 8, 4, 16, (1024, False), False, "float32"),
+    (1024, 8, 4, 16, (256, True), False, "float32"),
+    (384, 8, 4, 8, (256, False), True, "float32"),
 ]
 
 

@@ -96,7 +96,7 @@ def fused_in_place_of(router: Any, physical_of_logical_E: Tensor, layer: str) ->
     on_cuda = physical_of_logical_E.is_cuda and torch.version.hip is None
     if not on_cuda or type(router).__name__ != "GroupedTopKRouter":
         return None
-    from .grouped_topk import Choice, Summing
+    from .grouped_topk import Choice, ways_to_sum
 
     choices = [
         Choice(
@@ -106,11 +106,10 @@ def fused_in_place_of(router: Any, physical_of_logical_E: Tensor, layer: str) ->
             top_k=router.top_k,
             renormalize=router.renormalize,
             scale=router.routed_scaling_factor,
-            softmax=router.scoring_func == "softmax",
+            softmax=softmax,
             biased=router.e_score_correction_bias is not None,
-            summing=summing,
         )
-        for summing in (Summing if router.scoring_func == "softmax" else [Summing.FOUR_TO_A_LANE])
+        for softmax in (ways_to_sum(len(physical_of_logical_E)) if router.scoring_func == "softmax" else [None])
     ]
     if router.scoring_func not in ("sigmoid", "softmax") or choices[0].arithmetic is None:
         return None

@@ -44,11 +44,27 @@ class Arithmetic(Enum):
     TORCH = 2
 
 
-class Summing(Enum):
-    """In which order PyTorch sums a softmax: it times two kernels on the spot and keeps the faster."""
+@dataclass(frozen=True, slots=True)
+class Summing:
+    """In which order a kernel that PyTorch compiled sums a softmax.
 
-    FOUR_TO_A_LANE = 0
-    ONE_TO_A_LANE = 1
+    It adds up runs of `block` scores, score by score, and then what that gave: of each 128 a warp has four in a lane,
+    that stand side by side or 32 warps' lanes apart, and adds lanes, then warps.
+    """
+
+    block: int
+    side_by_side: bool
+
+
+def ways_to_sum(num_experts: int) -> list[Summing]:
+    """All that were seen, likelier ones first.
+
+    PyTorch compiles for any number of experts, with blocks for the number that it met first: this model's, or one of a
+    model that was served here before, where its code is still in PyTorch's cache.
+    """
+    whole = triton.next_power_of_2(num_experts)
+    blocks = [block for block in (1024, 512, 256) if block <= whole]
+    return [Summing(block, side_by_side) for block in blocks for side_by_side in (False, True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +77,8 @@ class Choice:
     top_k: int
     renormalize: bool
     scale: float
-    softmax: bool = False  # else sigmoid
+    softmax: Summing | None = None  # how it is summed; None for sigmoid
     biased: bool = True
-    summing: Summing = Summing.FOUR_TO_A_LANE
 
     @property
     def group_size(self) -> int:
@@ -127,8 +142,8 @@ def grouped_topk(logits_TE: Tensor, bias_E: Tensor | None, place_E: Tensor, choi
             RENORMALIZE=choice.renormalize,
             SMALL=arithmetic is Arithmetic.SMALL,
             TORCH=arithmetic is Arithmetic.TORCH,
-            SOFTMAX=choice.softmax,
-            FOUR_TO_A_LANE=choice.summing is Summing.FOUR_TO_A_LANE,
+            SUM_BLOCK=choice.softmax.block if choice.softmax else 0,
+            SIDE_BY_SIDE=bool(choice.softmax and choice.softmax.side_by_side),
             EARLY=early,
             GROUPS_2=triton.next_power_of_2(choice.n_group),
             MEMBERS_2=triton.next_power_of_2(choice.group_size),
@@ -156,19 +171,31 @@ def _score(x: tl.tensor, highest: tl.tensor, total: tl.tensor, TORCH: tl.constex
 
 
 @triton.jit
-def _sum_like_torch(x: tl.tensor, SIZE: tl.constexpr, FOUR_TO_A_LANE: tl.constexpr) -> tl.tensor:
-    """The sum of x [SIZE] in the order of a reduction that gives a warp 128 of them: four in a lane, lanes, warps."""
-    fours = x.reshape([SIZE // 4, 2, 2]) if FOUR_TO_A_LANE else x.reshape([2, 2, SIZE // 4]).permute(2, 0, 1)
+def _sum_blocks(x: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """x [SIZE] as [BLOCK]: one block after the other is added."""
+    blocks = x.reshape([SIZE // BLOCK, BLOCK])
+    number = tl.arange(0, SIZE // BLOCK)[:, None]
+    total = tl.zeros([BLOCK], tl.float32)
+    for block in tl.static_range(SIZE // BLOCK):
+        total += tl.sum(tl.where(number == block, blocks, 0.0), axis=0)  # of one block: the others are 0
+    return total
+
+
+@triton.jit
+def _sum_like_torch(x: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr, SIDE_BY_SIDE: tl.constexpr) -> tl.tensor:
+    """The sum of x [SIZE] in the order that `Summing` says."""
+    block = _sum_blocks(x, SIZE, BLOCK) if BLOCK < SIZE else x
+    fours = block.reshape([BLOCK // 4, 2, 2]) if SIDE_BY_SIDE else block.reshape([2, 2, BLOCK // 4]).permute(2, 0, 1)
     even, odd = tl.split(fours)
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     lanes = ((first + second) + third) + fourth
     for step in tl.static_range(5):
-        lanes = tl.sum(lanes.reshape([SIZE // 128, 2, 16 >> step]), axis=1)
-    warps = lanes.reshape([SIZE // 128])
-    if SIZE >= 1024:
+        lanes = tl.sum(lanes.reshape([BLOCK // 128, 2, 16 >> step]), axis=1)
+    warps = lanes.reshape([BLOCK // 128])
+    if BLOCK >= 1024:
         warps = tl.sum(warps.reshape([2, 4]), axis=0)
-    if SIZE >= 512:
+    if BLOCK >= 512:
         warps = tl.sum(warps.reshape([2, 2]), axis=0)
     return tl.sum(warps, axis=0)
 
@@ -190,14 +217,15 @@ def _grouped_topk(
     RENORMALIZE: tl.constexpr,
     SMALL: tl.constexpr,
     TORCH: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    FOUR_TO_A_LANE: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
     EARLY: tl.constexpr,
     GROUPS_2: tl.constexpr,
     MEMBERS_2: tl.constexpr,
     EXPERTS_2: tl.constexpr,
 ) -> None:
     NONE: tl.constexpr = -(2**31)  # below the order of any number
+    SOFTMAX: tl.constexpr = SUM_BLOCK > 0
     given: tl.constexpr = logits.dtype.element_ty
     score_dtype: tl.constexpr = tl.float32 if SMALL and not SOFTMAX else given
     value_dtype: tl.constexpr = tl.float32 if SMALL else given
@@ -223,7 +251,7 @@ def _grouped_topk(
         flat_x = tl.load(logits + flat_at, mask=flat < EXPERTS, other=float("-inf")).to(tl.float32)
         highest = tl.max(flat_x, axis=0)
         powers = tl.where(flat < EXPERTS, libdevice.exp(flat_x - highest), 0.0)
-        total = _sum_like_torch(powers, EXPERTS_2, FOUR_TO_A_LANE)
+        total = _sum_like_torch(powers, EXPERTS_2, SUM_BLOCK, SIDE_BY_SIDE)
     score = _score(x, highest, total, TORCH, SOFTMAX).to(score_dtype).to(tl.float32)
     value = score if TORCH else (score + b).to(value_dtype).to(tl.float32)
     key = tl.where(exists, _ordered(value), NONE)

@@ -26,7 +26,7 @@ SIZES = [  # experts, groups, groups of a token, experts of a token
     (1024, 8, 4, 16),
     (1024, 32, 4, 10),
 ]
-SIZES_WITH_PYTORCH = [(256, 8, 4, 8), (160, 8, 3, 6), (1024, 8, 4, 16)]  # each is compiled anew
+SIZES_WITH_PYTORCH = [(256, 8, 4, 8), (160, 8, 3, 6), (384, 8, 4, 8), (512, 8, 4, 8), (1024, 8, 4, 16)]
 
 
 def normal(shape: tuple[int, int]) -> Any:
@@ -120,16 +120,34 @@ def cases() -> Iterator[Any]:
 def test_the_kernel_chooses_as_vllm_s_own_router_to_the_last_bit(
     scoring: str, biased: bool, experts: int, groups: int, chosen_groups: int, top_k: int, dtype: Any
 ) -> None:
-    from reshard.vllm.grouped_topk import Choice, Summing
+    compare(scoring, biased, experts, groups, chosen_groups, top_k, dtype)
+
+
+@pytest.mark.parametrize("experts", [384, 1024])
+def test_the_kernel_sums_as_code_does_that_pytorch_compiled_for_fewer_experts(experts: int) -> None:
+    from reshard.vllm.grouped_topk import Choice
+
+    stock(normal((ROWS, 256)), None, Choice(256, 8, 4, 8, False, 1.0, biased=False), "softmax")
+    torch._dynamo.reset()  # what it compiled is in its cache now
+    compare("softmax", False, experts, 8, 4, 8, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew() -> Iterator[None]:
+    from torch._inductor.utils import fresh_cache
 
     torch._dynamo.reset()  # what was compiled too often is no longer compiled, and then its bits are others
+    with fresh_cache():
+        yield
+
+
+def compare(scoring: str, biased: bool, experts: int, groups: int, chosen_groups: int, top_k: int, dtype: Any) -> None:
+    """Millions of rows of all kinds, with one way to sum a softmax in all."""
+    from reshard.vllm.grouped_topk import Choice, ways_to_sum
+
     torch.manual_seed(experts + groups)
-    rows = 0
+    rows, ways = 0, ways_to_sum(experts) if scoring == "softmax" else [None]
     for renormalize, scale in ((True, 2.5), (False, 1.0), (False, 16.0)) if biased else ((False, 1.0), (False, 16.0)):
-        choices = [
-            Choice(experts, groups, chosen_groups, top_k, renormalize, scale, scoring == "softmax", biased, summing)
-            for summing in (Summing if scoring == "softmax" else [Summing.FOUR_TO_A_LANE])
-        ]
         for kind in KINDS:
             if scoring == "softmax" and kind in (infinite, hardly_finite):
                 kind = minus_infinite  # more makes NaN of a whole row, and what vLLM chooses from that is chance
@@ -139,12 +157,14 @@ def test_the_kernel_chooses_as_vllm_s_own_router_to_the_last_bit(
                     bias.zero_()
                 logits = kind((ROWS, experts)).to(dtype)
                 place = random_place(experts)
-                # which of its two sums PyTorch takes is for it to choose, once
-                found = {choice: differing(logits, bias, place, choice, scoring) for choice in choices}
-                choices = [choice for choice in choices if found[choice] == (0, 0)]
-                assert choices, f"{kind.__name__}: ids, weights of so many of {ROWS} rows differ: {found}"
+                found = {}
+                for way in ways:
+                    choice = Choice(experts, groups, chosen_groups, top_k, renormalize, scale, way, biased)
+                    found[way] = differing(logits, bias, place, choice, scoring)
+                ways = [way for way in ways if found[way] == (0, 0)]
+                assert ways, f"{kind.__name__}: ids, weights of so many of {ROWS} rows differ: {found}"
                 rows += ROWS
-    print(f"the same bits in {rows} rows")
+    print(f"the same bits in {rows} rows; summed as in {ways}")
 
 
 def test_the_control_another_placement_or_a_changed_bias_would_be_seen() -> None:
