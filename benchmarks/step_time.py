@@ -50,7 +50,7 @@ ENVIRONMENT = {
 
 
 def serve(model: str) -> None:
-    """Answer lines of standard input, `[kind, size]`, for each step with `[ms on the GPU, on the wall, CUDA graphs]`."""
+    """Answer lines `[kind, size]` of standard input, for each step with `[ms on the GPU, on the wall, CUDA graphs]`."""
     answers = os.dup(1)
     os.dup2(2, 1)
     import torch
