@@ -1,6 +1,6 @@
 """The router's kernel run by Triton's interpreter, which needs no GPU; TRITON_INTERPRET=1 must be set.
 
-python interpreted.py CASE      a line of JSON in, a line of JSON out: see `interpret`
+python interpreted.py CASE      a line of JSON in, a line of JSON out: see `interpret`, `interpret_sum`
 """
 
 from __future__ import annotations
@@ -54,5 +54,29 @@ def interpret(case: list[Any]) -> list[Any]:
     return [found.tolist() for found in (place, values, ids, weights, scores)]
 
 
+@triton.jit
+def _sum(
+    x: tl.tensor,
+    out: tl.tensor,
+    size: tl.constexpr,
+    block: tl.constexpr,
+    warps: tl.constexpr,
+    side_by_side: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    numbers = tl.load(x + row * size + tl.arange(0, size))
+    tl.store(out + row, module._sum_like_torch(numbers, size, block, warps, side_by_side))
+
+
+def interpret_sum(case: list[Any]) -> list[Any]:
+    """Rows of numbers, and their sums as the kernel takes them, by `float.hex`."""
+    size, *order = case
+    rows = torch.rand(TOKENS, size, generator=torch.Generator().manual_seed(size)).exp()
+    totals = torch.zeros(TOKENS)
+    _sum[(TOKENS,)](rows, totals, size, *order)
+    return [[[number.hex() for number in row] for row in rows.tolist()], [total.hex() for total in totals.tolist()]]
+
+
 if __name__ == "__main__":
-    print(json.dumps(interpret(json.loads(sys.argv[1]))))
+    case = json.loads(sys.argv[1])
+    print(json.dumps(interpret_sum(case) if len(case) == 4 else interpret(case)))

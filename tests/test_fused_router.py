@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from reshard.vllm.fused import ENOUGH, Fused, same, trial_logits
+from reshard.vllm.fused import TRIAL_ROWS, TRIAL_SINGLE_ROWS, Fused, same, trial_logits
 
 Answer = tuple[torch.Tensor, torch.Tensor]
 EXPERTS = 8
@@ -69,42 +69,46 @@ def fused(*choices: str) -> Fused:
 
 
 @pytest.mark.usefixtures("kernel")
-def test_a_kernel_that_agrees_routes_from_the_first_large_batch_on() -> None:
+def test_a_kernel_that_agrees_routes_from_then_on() -> None:
     router, asked = router_that_counts()
     one = fused("right")
-    one.route(torch.randn(ENOUGH - 1, EXPERTS), None, router)
-    assert asked == [ENOUGH - 1], "too few rows prove nothing"
-    one.route(torch.randn(ENOUGH, EXPERTS), None, router)
-    assert asked == [ENOUGH - 1, ENOUGH, ENOUGH], "the batch itself, and as many random rows"
+    one.route(torch.randn(5, EXPERTS), None, router)
+    assert asked == [5, TRIAL_ROWS], "the batch itself, and enough random rows"
     one.route(torch.randn(3, EXPERTS), None, router)
-    assert len(asked) == 3, "the kernel alone"
+    assert asked == [5, TRIAL_ROWS], "the kernel alone"
 
 
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("wrong", ["by one bit", "only where infinite"])
-def test_a_kernel_that_differs_anywhere_never_routes(wrong: str) -> None:
+def test_a_kernel_that_differs_anywhere_never_routes(wrong: str, rows: int) -> None:
     router, asked = router_that_counts()
-    one, logits = fused(wrong), torch.randn(ENOUGH, EXPERTS)
+    one, logits = fused(wrong), torch.randn(rows, EXPERTS)
     for _ in range(3):
         weights, _ = one.route(logits, None, router)
         assert torch.equal(weights, right(logits)[0])
-    assert asked == [ENOUGH] * 5, "twice for the proof, and each time"
+    trials = [1] * TRIAL_SINGLE_ROWS if rows == 1 else [TRIAL_ROWS]
+    assert asked == [rows, *trials, rows, rows, rows], "for the proof, and each time"
 
 
 @pytest.mark.usefixtures("kernel")
 def test_of_several_ways_the_one_that_agrees_is_taken() -> None:
     one = fused("by one bit", "right")
-    one.route(torch.randn(ENOUGH, EXPERTS), None, right)
+    one.route(torch.randn(5, EXPERTS), None, right)
     assert list(one.agreed.values()) == ["right"]
 
 
 @pytest.mark.usefixtures("kernel")
-def test_each_dtype_is_proved_for_itself() -> None:
+def test_each_dtype_is_proved_for_itself_and_so_is_one_token() -> None:
     router, asked = router_that_counts()
     one = fused("right")
-    one.route(torch.randn(ENOUGH, EXPERTS), None, router)
-    one.route(torch.randn(3, EXPERTS).bfloat16(), None, router)
-    assert asked == [ENOUGH, ENOUGH, 3]
+    for logits in (torch.randn(5, EXPERTS), torch.randn(5, EXPERTS).bfloat16(), torch.randn(1, EXPERTS)):
+        asked.clear()
+        one.route(logits, None, router)
+        assert len(asked) > 1, "proved"
+        asked.clear()
+        one.route(logits, None, router)
+        assert not asked, "the kernel alone"
 
 
 @pytest.mark.usefixtures("kernel")
@@ -112,20 +116,30 @@ def test_nothing_is_looked_at_while_a_cuda_graph_is_captured(monkeypatch: pytest
     router, asked = router_that_counts()
     one, capturing = fused("right"), [True]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    one.route(torch.randn(ENOUGH, EXPERTS), None, router)
-    assert asked == [ENOUGH]
+    one.route(torch.randn(5, EXPERTS), None, router)
+    assert asked == [5]
     assert not one.agreed
     capturing[0] = False
-    one.route(torch.randn(ENOUGH, EXPERTS), None, router)
+    one.route(torch.randn(5, EXPERTS), None, router)
     assert list(one.agreed.values()) == ["right"]
 
 
-def test_the_trial_has_ties_and_infinities_and_the_shape_it_is_asked_for() -> None:
-    trial = trial_logits(torch.zeros(96, 64, dtype=torch.bfloat16))
-    assert trial.shape == (96, 64)
+@pytest.mark.usefixtures("kernel")
+def test_no_tokens_prove_nothing() -> None:
+    one = fused("by one bit")
+    one.route(torch.randn(0, EXPERTS), None, right)
+    assert not one.agreed
+
+
+def test_the_trial_has_ties_and_infinities_and_the_dtype_it_is_asked_for() -> None:
+    (trial,) = trial_logits(torch.zeros(3, 64, dtype=torch.bfloat16))
+    assert trial.shape == (TRIAL_ROWS, 64)
     assert trial.dtype == torch.bfloat16
-    assert trial.isneginf().any(dim=1).sum() == 32
-    assert sum(len(row.unique()) < 16 for row in trial) == 32
+    assert abs(trial.isneginf().any(dim=1).sum() - TRIAL_ROWS / 3) < 1
+    assert abs(sum(len(row.unique()) < 16 for row in trial) - TRIAL_ROWS / 3) < 1
+    singles = trial_logits(torch.zeros(1, 64))
+    assert [row.shape for row in singles] == [(1, 64)] * TRIAL_SINGLE_ROWS
+    assert sum(bool(row.isneginf().any()) for row in singles) == TRIAL_SINGLE_ROWS // 3
     before = torch.get_rng_state()
     trial_logits(trial)
     assert torch.equal(torch.get_rng_state(), before), "vLLM's own random numbers are left alone"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,13 +20,13 @@ CASES = [  # experts, groups, groups of a token, experts of a token, how a softm
     (256, 8, 4, 8, None, True, "float32"),
     (210, 7, 3, 8, None, True, "float32"),
     (512, 8, 4, 8, None, True, "float32"),
-    (160, 8, 3, 6, (256, True), False, "bfloat16"),
-    (160, 8, 3, 6, (256, False), False, "float32"),
+    (160, 8, 3, 6, (256, 2, True), False, "bfloat16"),
+    (160, 8, 3, 6, (128, 2, False), False, "float32"),
     (256, 8, 4, 8, None, False, "float32"),
-    (256, 8, 4, 8, (256, False), True, "float32"),
-    (1024, 8, 4, 16, (1024, False), False, "float32"),
-    (1024, 8, 4, 16, (256, True), False, "float32"),
-    (384, 8, 4, 8, (256, False), True, "float32"),
+    (256, 8, 4, 8, (256, 2, False), True, "float32"),
+    (1024, 8, 4, 16, (1024, 8, False), False, "float32"),
+    (1024, 8, 4, 16, (256, 2, True), False, "float32"),
+    (384, 8, 4, 8, (512, 4, False), True, "float32"),
 ]
 
 
@@ -50,16 +51,66 @@ def test_the_control_statement_of_ties() -> None:
     assert expected_ids([1, 1, 1, 1, 1, 1, 1, 1], 4, 2, 3, biased=True) == [0, 1, 2]
 
 
+def interpreted(*case: Any) -> list[Any]:
+    """In a process of its own: whether Triton interprets is settled when the kernel is first seen."""
+    command = [sys.executable, "-W", "ignore", Path(__file__).with_name("interpreted.py"), json.dumps(case)]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: list[Any] = json.loads(done.stdout)
+    return found
+
+
 @pytest.mark.parametrize("kind", ["normal", "ties", "minus infinity"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernel_chooses_by_logical_groups_and_answers_with_physical_ids(case: tuple[Any, ...], kind: str) -> None:
-    """In a process of its own: whether Triton interprets is settled when the kernel is first seen."""
-    command = [sys.executable, "-W", "ignore", Path(__file__).with_name("interpreted.py"), json.dumps([*case, kind])]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    place, values, ids, weights, scores = json.loads(done.stdout)
+    place, values, ids, weights, scores = interpreted(*case, kind)
     _, groups, chosen_groups, top_k, _, biased, _ = case
     for row, found, weight, score in zip(values, ids, weights, scores, strict=True):
         expected = expected_ids(row, groups, chosen_groups, top_k, biased)
         assert found == [place[expert] for expert in expected]
         assert weight == pytest.approx([score[expert] for expert in expected], rel=1e-2)
+
+
+def added(numbers: Sequence[float]) -> float:
+    """In float32, one after the other."""
+    total = 0.0
+    for number in numbers:
+        (total,) = struct.unpack("f", struct.pack("f", total + number))
+    return total
+
+
+def in_order(numbers: Sequence[float], block: int, warps: int, side_by_side: bool) -> float:
+    """The sum in the order that `Summing` states, with the lanes of a warp and the warps added as by `shfl.bfly`."""
+    lanes = 32 * warps
+    blocks = [added(numbers[at::block]) for at in range(block)]
+    of_lane = [blocks[n * (block // lanes) : (n + 1) * (block // lanes)] for n in range(lanes)]
+    sums = [added(of_lane[n] if side_by_side else blocks[n::lanes]) for n in range(lanes)]
+    for width in (32, warps):
+        while width > 1:
+            width //= 2
+            sums = [
+                added([sums[at + n], sums[at + n + width]])
+                for at in range(0, len(sums), 2 * width)
+                for n in range(width)
+            ]
+    return sums[0]
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize(("size", "block", "warps"), [(256, 256, 2), (256, 128, 2), (1024, 1024, 8), (1024, 256, 4)])
+def test_a_softmax_is_summed_in_the_order_that_is_asked_for(
+    size: int, block: int, warps: int, side_by_side: bool
+) -> None:
+    rows, totals = sums(size, block, warps, side_by_side)
+    assert totals == [in_order(row, block, warps, side_by_side) for row in rows]
+
+
+def test_the_control_each_order_gives_other_sums() -> None:
+    rows, _ = sums(1024, 1024, 8, False)
+    orders = [(1024, 8, False), (1024, 8, True), (512, 8, False), (256, 2, False)]
+    assert len({tuple(in_order(row, *order) for row in rows) for order in orders}) == len(orders)
+
+
+def sums(*case: Any) -> tuple[list[list[float]], list[float]]:
+    rows, totals = interpreted(*case)
+    return [list(map(float.fromhex, row)) for row in rows], list(map(float.fromhex, totals))

@@ -1,8 +1,11 @@
 """The kernel in a router's place, once it was seen to choose as that router does.
 
 The kernel reproduces bits that vLLM promises to nobody. So the first batch of every layer, before CUDA graphs are
-captured, goes both ways, and so do random logits of the same shape with ties and infinities among them; only where not
-one bit differs does the kernel route from then on. Elsewhere vLLM's own router goes on, with gathers around it.
+captured, goes both ways, and so do random logits with ties and infinities among them; only where not one bit differs
+does the kernel route from then on. Elsewhere vLLM's own router goes on, with gathers around it.
+
+Each dtype is looked at for itself: DeepSeek's gates give float32 for up to 16 tokens and bfloat16 for more. So is a
+single token, for which PyTorch compiles a router of its own where that is compiled.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ if TYPE_CHECKING:
 
     from .grouped_topk import Choice
 
-ENOUGH = 64  # rows, for a proof; vLLM's profiling run has thousands
+TRIAL_ROWS = 1024
+TRIAL_SINGLE_ROWS = 33  # each alone
 Route = Callable[["Tensor"], tuple["Tensor", "Tensor"]]
 
 
@@ -27,7 +31,7 @@ class Fused:
     choices: tuple[Choice, ...]  # what the router may be doing; the first that agrees is taken
     place_E: Tensor
     layer: str
-    agreed: dict[Any, Choice | None] = field(default_factory=dict)  # by dtype of the logits
+    agreed: dict[tuple[Any, bool], Choice | None] = field(default_factory=dict)  # by dtype, and whether of one token
 
     def route(self, logits_TE: Tensor, bias_E: Tensor | None, router: Route) -> tuple[Tensor, Tensor]:
         """Weights and physical ids: by the kernel if it was seen to agree with `router`, else by `router`."""
@@ -35,10 +39,10 @@ class Fused:
 
         from .grouped_topk import grouped_topk
 
-        dtype = logits_TE.dtype
-        if dtype not in self.agreed and len(logits_TE) >= ENOUGH and not torch.cuda.is_current_stream_capturing():
-            trials = [(rows_TE, router(rows_TE)) for rows_TE in (logits_TE, trial_logits(logits_TE))]
-            self.agreed[dtype] = next(
+        kind = logits_TE.dtype, len(logits_TE) == 1
+        if kind not in self.agreed and len(logits_TE) and not torch.cuda.is_current_stream_capturing():
+            trials = [(rows_TE, router(rows_TE)) for rows_TE in (logits_TE, *trial_logits(logits_TE))]
+            self.agreed[kind] = next(
                 (
                     choice
                     for choice in self.choices
@@ -46,35 +50,42 @@ class Fused:
                 ),
                 None,
             )
-            self._say(dtype)
-        choice = self.agreed.get(dtype)
+            self._say(kind)
+        choice = self.agreed.get(kind)
         return router(logits_TE) if choice is None else grouped_topk(logits_TE, bias_E, self.place_E, choice)
 
-    def _say(self, dtype: Any) -> None:
+    def _say(self, kind: tuple[Any, bool]) -> None:
         from vllm.logger import init_logger
 
-        logger = init_logger("vllm.plugins.reshard")
-        if self.agreed[dtype]:
-            logger.info_once("routers: one kernel, seen to choose as vLLM's own, bit for bit")
+        logger, (dtype, single) = init_logger("vllm.plugins.reshard"), kind
+        logits = f"{str(dtype).removeprefix('torch.')} logits{' of one token' if single else ''}"
+        if self.agreed[kind]:
+            logger.info_once("routers: one kernel for %s, seen to choose as vLLM's own, bit for bit", logits)
         else:
             logger.warning_once(
-                "routers: vLLM's own with gathers around it, as reshard's kernel differs from it on %s logits "
-                "(first seen in %s); answers are right, routing takes some microseconds more",
-                dtype,
+                "routers: vLLM's own with gathers around it for %s, as reshard's kernel differs from it there (first "
+                "seen in %s); answers are right, routing takes some microseconds more",
+                logits,
                 self.layer,
             )
 
 
-def trial_logits(like_TE: Tensor) -> Tensor:
-    """Random logits of the same shape and dtype: a third of the rows with many ties, a third with infinities too."""
+def trial_logits(like_TE: Tensor) -> list[Tensor]:
+    """Random logits for as many experts and of that dtype: many at once, or one by one if `like_TE` is of one token.
+
+    A third of the rows has many ties, a third infinities too.
+    """
     import torch
 
+    rows, together = (TRIAL_SINGLE_ROWS, 1) if len(like_TE) == 1 else (TRIAL_ROWS, TRIAL_ROWS)
+    shape = rows, like_TE.shape[1]
     generator = torch.Generator(like_TE.device).manual_seed(0)
-    trial_TE = torch.randn(like_TE.shape, device=like_TE.device, generator=generator)
+    trial_TE = torch.randn(shape, device=like_TE.device, generator=generator)
     trial_TE[1::3] = trial_TE[1::3].round(decimals=0) / 2
-    infinite_TE = torch.rand(like_TE.shape, device=like_TE.device, generator=generator) < 0.1
+    infinite_TE = torch.rand(shape, device=like_TE.device, generator=generator) < 0.1
     trial_TE[2::3].masked_fill_(infinite_TE[2::3], float("-inf"))
-    return trial_TE.to(like_TE.dtype)
+    trial_TE = trial_TE.to(like_TE.dtype)
+    return [trial_TE[first : first + together] for first in range(0, rows, together)]
 
 
 def same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:

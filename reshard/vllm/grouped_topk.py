@@ -48,23 +48,32 @@ class Arithmetic(Enum):
 class Summing:
     """In which order a kernel that PyTorch compiled sums a softmax.
 
-    It adds up runs of `block` scores, score by score, and then what that gave: of each 128 a warp has four in a lane,
-    that stand side by side or 32 warps' lanes apart, and adds lanes, then warps.
+    It adds up runs of `block` scores, score by score. Of what that gives each lane of `warps` adds up its own, which
+    stand side by side or as far apart as there are lanes; then lanes are added, then warps.
     """
 
     block: int
+    warps: int
     side_by_side: bool
 
 
 def ways_to_sum(num_experts: int) -> list[Summing]:
-    """All that were seen, likelier ones first.
+    """Those to look for, likelier ones first.
 
-    PyTorch compiles for any number of experts, with blocks for the number that it met first: this model's, or one of a
-    model that was served here before, where its code is still in PyTorch's cache.
+    PyTorch compiles for any number of experts, with blocks for the number that it met first (or half as large, if that
+    is faster): this model's, or one of a model that was served here before, where its code is still in PyTorch's cache.
     """
     whole = triton.next_power_of_2(num_experts)
-    blocks = [block for block in (1024, 512, 256) if block <= whole]
-    return [Summing(block, side_by_side) for block in blocks for side_by_side in (False, True)]
+    return [
+        way
+        for size in (1024, 512, 256)
+        if size <= whole
+        for way in (
+            Summing(size, size // 128, side_by_side=False),
+            Summing(size // 2, size // 128, side_by_side=False),
+            Summing(size, size // 128, side_by_side=True),
+        )
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +152,7 @@ def grouped_topk(logits_TE: Tensor, bias_E: Tensor | None, place_E: Tensor, choi
             SMALL=arithmetic is Arithmetic.SMALL,
             TORCH=arithmetic is Arithmetic.TORCH,
             SUM_BLOCK=choice.softmax.block if choice.softmax else 0,
+            SUM_WARPS=choice.softmax.warps if choice.softmax else 0,
             SIDE_BY_SIDE=bool(choice.softmax and choice.softmax.side_by_side),
             EARLY=early,
             GROUPS_2=triton.next_power_of_2(choice.n_group),
@@ -171,31 +181,32 @@ def _score(x: tl.tensor, highest: tl.tensor, total: tl.tensor, TORCH: tl.constex
 
 
 @triton.jit
-def _sum_blocks(x: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
-    """x [SIZE] as [BLOCK]: one block after the other is added."""
-    blocks = x.reshape([SIZE // BLOCK, BLOCK])
-    number = tl.arange(0, SIZE // BLOCK)[:, None]
-    total = tl.zeros([BLOCK], tl.float32)
-    for block in tl.static_range(SIZE // BLOCK):
-        total += tl.sum(tl.where(number == block, blocks, 0.0), axis=0)  # of one block: the others are 0
-    return total
+def _sum_runs(x: tl.tensor, SIZE: tl.constexpr, RUN: tl.constexpr) -> tl.tensor:
+    """x [SIZE] as [RUN]: one run after the other is added."""
+    if SIZE > RUN:
+        runs = x.reshape([SIZE // RUN, RUN])
+        number = tl.arange(0, SIZE // RUN)[:, None]
+        x = tl.zeros([RUN], tl.float32)
+        for run in tl.static_range(SIZE // RUN):
+            x += tl.sum(tl.where(number == run, runs, 0.0), axis=0)  # of one run: the others are 0
+    return x
 
 
 @triton.jit
-def _sum_like_torch(x: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr, SIDE_BY_SIDE: tl.constexpr) -> tl.tensor:
+def _sum_like_torch(
+    x: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr, SIDE_BY_SIDE: tl.constexpr
+) -> tl.tensor:
     """The sum of x [SIZE] in the order that `Summing` says."""
-    block = _sum_blocks(x, SIZE, BLOCK) if BLOCK < SIZE else x
-    fours = block.reshape([BLOCK // 4, 2, 2]) if SIDE_BY_SIDE else block.reshape([2, 2, BLOCK // 4]).permute(2, 0, 1)
-    even, odd = tl.split(fours)
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    lanes = ((first + second) + third) + fourth
+    lanes = _sum_runs(x, SIZE, BLOCK)
+    if SIDE_BY_SIDE:
+        lanes = lanes.reshape([32 * WARPS, BLOCK // (32 * WARPS)]).trans().reshape([BLOCK])
+    lanes = _sum_runs(lanes, BLOCK, 32 * WARPS)
     for step in tl.static_range(5):
-        lanes = tl.sum(lanes.reshape([BLOCK // 128, 2, 16 >> step]), axis=1)
-    warps = lanes.reshape([BLOCK // 128])
-    if BLOCK >= 1024:
+        lanes = tl.sum(lanes.reshape([WARPS, 2, 16 >> step]), axis=1)
+    warps = lanes.reshape([WARPS])
+    if WARPS >= 8:
         warps = tl.sum(warps.reshape([2, 4]), axis=0)
-    if BLOCK >= 512:
+    if WARPS >= 4:
         warps = tl.sum(warps.reshape([2, 2]), axis=0)
     return tl.sum(warps, axis=0)
 
@@ -218,6 +229,7 @@ def _grouped_topk(
     SMALL: tl.constexpr,
     TORCH: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
+    SUM_WARPS: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
     EARLY: tl.constexpr,
     GROUPS_2: tl.constexpr,
@@ -251,7 +263,7 @@ def _grouped_topk(
         flat_x = tl.load(logits + flat_at, mask=flat < EXPERTS, other=float("-inf")).to(tl.float32)
         highest = tl.max(flat_x, axis=0)
         powers = tl.where(flat < EXPERTS, libdevice.exp(flat_x - highest), 0.0)
-        total = _sum_like_torch(powers, EXPERTS_2, SUM_BLOCK, SIDE_BY_SIDE)
+        total = _sum_like_torch(powers, EXPERTS_2, SUM_BLOCK, SUM_WARPS, SIDE_BY_SIDE)
     score = _score(x, highest, total, TORCH, SOFTMAX).to(score_dtype).to(tl.float32)
     value = score if TORCH else (score + b).to(value_dtype).to(tl.float32)
     key = tl.where(exists, _ordered(value), NONE)
