@@ -59,7 +59,8 @@ def serve(model: str) -> None:
 
     replays: list[tuple[Any, Any]] = []
     steps: list[tuple[list[tuple[Any, Any]], tuple[Any, Any], float]] = []
-    replay, execute = torch.cuda.CUDAGraph.replay, Worker.execute_model
+    llm = LLM(model=model, **ENGINE)
+    replay, execute = torch.cuda.CUDAGraph.replay, Worker.execute_model  # plugins have had their turn
 
     def events() -> tuple[Any, Any]:
         return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -85,7 +86,6 @@ def serve(model: str) -> None:
         steps.append((replays.copy(), (before, after), 1000 * (time.perf_counter() - started)))
         return result
 
-    llm = LLM(model=model, **ENGINE)
     torch.cuda.CUDAGraph.replay, Worker.execute_model = timed_replay, timed_execute
     os.write(answers, b"ready\n")
     for line in sys.stdin:
@@ -199,4 +199,7 @@ if __name__ == "__main__":
                 arguments.json.write_text(json.dumps(rows))
         for one in served.values():
             one.end()
-        print(f"recorded: {sum(path.stat().st_size for path in Path(trace).glob('*.trace'))} bytes")
+        recorded = sum(path.stat().st_size for path in Path(trace).glob("*.trace"))
+        print(f"recorded: {recorded} bytes")
+        if recorded < 1 << 16:
+            raise RuntimeError("next to nothing was recorded: what it costs was not measured")

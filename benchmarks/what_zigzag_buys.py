@@ -532,7 +532,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "machine": machine(device),
         "experts": experts.about,
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "options": {name: value for name, value in vars(options).items() if name not in ("json", "save_gates")},
         "training": trained.report,
         "batches": results,
     }
