@@ -43,7 +43,7 @@ test-fast: lint types ## the same without vLLM
 stress: setup ## the tests that repeat themselves, in their long form: crashes, power cuts, random input
 	RESHARD_LONG_TESTS=1 $(BIN)/python -m pytest tests/test_crash.py tests/test_fuzz.py
 
-test-gpu: ## real vLLM on one GPU, where vLLM, pytest and this package's requirements are installed
+test-gpu: ## real vLLM on one GPU, where vLLM, pytest and this package's requirements are installed (70 GB of disk)
 	$(PYTHON) -m pytest -o addopts= -rA -q tests/gpu
 
 lint: setup

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -231,6 +233,30 @@ def test_a_router_sees_logits_in_logical_order_and_answers_in_physical_ids(vllm_
     assert weights.tolist() == logical[:, [2, 5]].tolist()
     assert ids.dtype == torch.int32
     assert not router.supports_monolithic_kernels
+
+
+def test_a_router_that_is_tried_on_other_logits_gets_as_many_hidden_states(vllm_config: SimpleNamespace) -> None:
+    class Strict(Chooser):
+        def _compute_routing(self, hidden_states: object, logits: torch.Tensor, indices_type: object = None) -> object:
+            assert isinstance(hidden_states, torch.Tensor)
+            seen.append(tuple(hidden_states.shape))
+            assert len(hidden_states) == len(logits), "Number of tokens mismatch"
+            return super()._compute_routing(hidden_states, logits, indices_type)
+
+    class TriesOut:
+        def route(self, logits: torch.Tensor, bias: object, router: Callable[[torch.Tensor], Any]) -> Any:
+            assert bias is None
+            router(torch.zeros(7, 8))
+            return router(logits)
+
+    seen: list[tuple[int, ...]] = []
+    plain = Strict()
+    plain.e_score_correction_bias = None  # type: ignore[attr-defined]
+    router = in_logical_order(plain, contract(), GROUPED, "layer")
+    router._fused = TriesOut()
+    hidden, logits = torch.ones(3, 5), torch.rand(3, 8)
+    router._compute_routing(hidden, logits)
+    assert seen == [(7, 5), (3, 5)]
 
 
 def test_an_id_that_marks_padding_stays_what_it_is(vllm_config: SimpleNamespace) -> None:

@@ -37,17 +37,24 @@ class LogicalOrder:
     _fused: Fused | None
 
     def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> Any:
-        def with_gathers(logits: Tensor) -> tuple[Tensor, Tensor]:
+        def with_gathers(hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
             logical_logits = logits.index_select(1, self._physical_of_logical)
             weights, ids = super(LogicalOrder, self)._compute_routing(  # type: ignore[misc]
-                hidden_states, logical_logits, *args, **kwargs
+                hidden, logical_logits, *args, **kwargs
             )
             physical = self._physical_of_logical[ids.clamp(min=0).long()].to(ids.dtype)
             return weights, physical.where(ids >= 0, ids)  # a negative id marks padding
 
         if self._fused is None:
-            return with_gathers(router_logits)
-        return self._fused.route(router_logits, self.__dict__["e_score_correction_bias"], with_gathers)
+            return with_gathers(hidden_states, router_logits)
+
+        def router(logits: Tensor) -> tuple[Tensor, Tensor]:
+            if logits is router_logits:
+                return with_gathers(hidden_states, logits)
+            # a trial's: all that a router asks of hidden states is how many there are
+            return with_gathers(hidden_states.new_zeros(len(logits), hidden_states.shape[1]), logits)
+
+        return self._fused.route(router_logits, self.__dict__["e_score_correction_bias"], router)
 
     @property
     def e_score_correction_bias(self) -> Tensor | None:

@@ -16,6 +16,7 @@ pytestmark = [
 
 ROWS = 1 << 16
 ROUNDS = 4
+SINGLE_ROWS = 1000
 SIZES = [  # experts, groups, groups of a token, experts of a token
     (256, 8, 4, 8),  # DeepSeek-V3 and R1
     (160, 8, 3, 6),
@@ -131,6 +132,25 @@ def test_the_kernel_sums_as_code_does_that_pytorch_compiled_for_fewer_experts(ex
     stock(normal((ROWS, 256)), None, Choice(256, 8, 4, 8, False, 1.0, biased=False), "softmax")
     torch._dynamo.reset()  # what it compiled is in its cache now
     compare("softmax", False, experts, 8, 4, 8, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("scoring", "biased", "experts", "top_k"), [("softmax", False, 160, 6), ("sigmoid", True, 256, 8)]
+)
+def test_single_tokens_for_which_pytorch_compiles_by_itself(
+    scoring: str, biased: bool, experts: int, top_k: int
+) -> None:
+    from reshard.vllm.grouped_topk import Choice, ways_to_sum
+
+    bias, place = (torch.zeros(experts, device="cuda") if biased else None), random_place(experts)
+    ways = ways_to_sum(experts) if scoring == "softmax" else [None]
+    for _ in range(SINGLE_ROWS):
+        logits = normal((1, experts))
+        choices = {way: Choice(experts, 8, 3, top_k, False, 1.0, way, biased) for way in ways}
+        found = {way: differing(logits, bias, place, choice, scoring) for way, choice in choices.items()}
+        ways = [way for way in ways if found[way] == (0, 0)]
+        assert ways, found
+    print(f"the same bits in {SINGLE_ROWS} rows, one by one; summed as in {ways}")
 
 
 @pytest.fixture(autouse=True)
