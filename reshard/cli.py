@@ -41,9 +41,8 @@ from .verify import Verification, verify
 EXIT_INTERRUPTED = 130
 FITTED_SHARE = 0.5  # of a trace, that analyze makes a placement from; the rest judges it
 LONGEST_LINE = 1600
-OBJECTS = (
-    20_000  # made between two looks for garbage: R1 is a million that stay, and to look costs an eighth of the time
-)
+# Made between two looks for garbage: R1 is a million that stay, and to look costs an eighth of the time.
+OBJECTS = 20_000
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -23,7 +23,7 @@ from .header import Tensor, read_header
 from .manifest import MANIFEST, Manifest, find_files, unpack
 from .moe import MoeModel, read_model, read_routing, renumber
 from .placement import invert
-from .sources import BLOCK_SIZE, OpenSources, SourceFiles
+from .reading import BLOCK_SIZE, OpenSources, SourceFiles
 
 if TYPE_CHECKING:
     pass

@@ -37,8 +37,8 @@ from .extents import LEAST_SHARED, Holes, Run, room, runs, shareable
 from .journal import JOURNAL, PARTIAL, Journal, Written, check_out, make_directory, sync_directory
 from .manifest import FileRecord
 from .plan import Digests, ExpertIds, Literal, OutputFile, Part, Plan, Range, Rows
+from .reading import BLOCK_SIZE, ZEROS, OpenSources, SourceFiles
 from .sharing import Sharing, nearest_directory, refuse_inside
-from .sources import BLOCK_SIZE, ZEROS, OpenSources, SourceFiles
 
 SPARE_SPACE = 16 << 20
 KERNEL_COPY = 64 << 20  # bytes between two looks at whether to go on

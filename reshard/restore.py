@@ -15,8 +15,8 @@ from .manifest import MANIFEST, FileRecord, Manifest, SourceFile, find_files, re
 from .moe import renumber
 from .placement import describe_ranks, invert
 from .plan import Content, Digests, ExpertIds, Literal, OutputFile, Part, Plan, Range, Rows, literal_file, whole_file
+from .reading import BLOCK_SIZE, OpenSources, SourceFiles
 from .sharing import Reflink, find_sharing
-from .sources import BLOCK_SIZE, OpenSources, SourceFiles
 
 
 def restore(

@@ -26,8 +26,8 @@ from .header import read_header
 from .manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from .moe import parse_expert_name, routing_section
 from .placement import rank_slots
+from .reading import BLOCK_SIZE, OpenSources, SourceFiles
 from .source import find_source
-from .sources import BLOCK_SIZE, OpenSources, SourceFiles
 
 LARGEST_SMALL_FILE = 64 << 20  # bytes; what a quick look still reads
 
