@@ -45,6 +45,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from entry_points import announce
 from measure import cool, median
 from torch import Tensor
 from what_zigzag_buys import installed, write_json
@@ -240,11 +241,7 @@ def command(at: Path, start: Start, workload: Workload, port: int) -> list[str]:
 @contextlib.contextmanager
 def served(at: Path, start: Start, workload: Workload, log: Path, more: Mapping[str, str]) -> Iterator[str]:
     """The address of a server that is up; it has ended after that. A RuntimeError gets what the server's log says."""
-    for name, target in PLUGINS.items():
-        info = at / "site" / f"{name}-0.dist-info"
-        info.mkdir(parents=True, exist_ok=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
-        (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{name} = {target}\n")
+    announce(at / "site", PLUGINS)
     paths = [at / "site", ROOT, ROOT / "benchmarks", *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**UNLESS_SET, **os.environ, **MULTICAST_OFF, **more, "PYTHONPATH": ":".join(map(str, paths))}
     with socket.socket() as free:

@@ -22,6 +22,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from entry_points import announce
+
 DECODE = (1, 8, 64)  # sequences at once
 PREFILL = (256, 2048, 8192)  # tokens of one prompt
 PROMPT, STEPS = 16, 48  # tokens before and after the first one, where decoding is timed
@@ -181,11 +183,15 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.serve:
         serve(arguments.serve)
-    with tempfile.TemporaryDirectory() as trace:
+    with tempfile.TemporaryDirectory() as temporary:
+        site, trace = Path(temporary, "site"), Path(temporary, "trace")
+        announce(site, {"reshard": "reshard.vllm:register"})
+        paths = [site, Path(__file__).parents[1], *filter(None, [os.environ.get("PYTHONPATH")])]
+        plugin = {"PYTHONPATH": ":".join(map(str, paths))}
         served = {
-            "original": Served(arguments.original, {}),
-            "output": Served(arguments.output, {}),
-            "original, recorded": Served(arguments.original, {"RESHARD_TRACE": trace}),
+            "original": Served(arguments.original, plugin),
+            "output": Served(arguments.output, plugin),
+            "original, recorded": Served(arguments.original, {**plugin, "RESHARD_TRACE": str(trace)}),
         }
         for one in served.values():
             one.wait()
@@ -199,7 +205,7 @@ if __name__ == "__main__":
                 arguments.json.write_text(json.dumps(rows))
         for one in served.values():
             one.end()
-        recorded = sum(path.stat().st_size for path in Path(trace).glob("*.trace"))
+        recorded = sum(path.stat().st_size for path in trace.glob("*.trace"))
         print(f"recorded: {recorded} bytes")
         if recorded < 1 << 16:
             raise RuntimeError("next to nothing was recorded: what it costs was not measured")

@@ -1,6 +1,7 @@
 """The router's kernel run by Triton's interpreter, which needs no GPU; TRITON_INTERPRET=1 must be set.
 
-python interpreted.py CASE      a line of JSON in, a line of JSON out: see `interpret`, `interpret_sum`
+python interpreted.py route CASE      a line of JSON in, a line of JSON out: see `route`
+python interpreted.py sum CASE        the same: see `sum_rows`
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def tanh(x: tl.tensor) -> tl.tensor:
     return 2 * tl.sigmoid(2 * x) - 1
 
 
-def interpret(case: list[Any]) -> list[Any]:
+def route(case: list[Any]) -> list[Any]:
     """The kernel on random logits: where experts stand, values and scores in logical order, ids and weights."""
     module.libdevice = SimpleNamespace(exp=exp, tanh=tanh)  # CUDA's own are not there
     torch.cuda.get_device_capability = lambda device: (8, 0)  # type: ignore[assignment,misc]
@@ -68,7 +69,7 @@ def _sum(
     tl.store(out + row, module._sum_like_torch(numbers, size, block, warps, side_by_side))
 
 
-def interpret_sum(case: list[Any]) -> list[Any]:
+def sum_rows(case: list[Any]) -> list[Any]:
     """Rows of numbers, and their sums as the kernel takes them, by `float.hex`."""
     size, *order = case
     rows = torch.rand(TOKENS, size, generator=torch.Generator().manual_seed(size)).exp()
@@ -78,5 +79,4 @@ def interpret_sum(case: list[Any]) -> list[Any]:
 
 
 if __name__ == "__main__":
-    case = json.loads(sys.argv[1])
-    print(json.dumps(interpret_sum(case) if len(case) == 4 else interpret(case)))
+    print(json.dumps({"route": route, "sum": sum_rows}[sys.argv[1]](json.loads(sys.argv[2]))))

@@ -51,9 +51,9 @@ def test_the_control_statement_of_ties() -> None:
     assert expected_ids([1, 1, 1, 1, 1, 1, 1, 1], 4, 2, 3, biased=True) == [0, 1, 2]
 
 
-def interpreted(*case: Any) -> list[Any]:
+def interpreted(what: str, *case: Any) -> list[Any]:
     """In a process of its own: whether Triton interprets is settled when the kernel is first seen."""
-    command = [sys.executable, "-W", "ignore", Path(__file__).with_name("interpreted.py"), json.dumps(case)]
+    command = [sys.executable, "-W", "ignore", Path(__file__).with_name("interpreted.py"), what, json.dumps(case)]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found: list[Any] = json.loads(done.stdout)
@@ -63,7 +63,7 @@ def interpreted(*case: Any) -> list[Any]:
 @pytest.mark.parametrize("kind", ["normal", "ties", "minus infinity"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernel_chooses_by_logical_groups_and_answers_with_physical_ids(case: tuple[Any, ...], kind: str) -> None:
-    place, values, ids, weights, scores = interpreted(*case, kind)
+    place, values, ids, weights, scores = interpreted("route", *case, kind)
     _, groups, chosen_groups, top_k, _, biased, _ = case
     for row, found, weight, score in zip(values, ids, weights, scores, strict=True):
         expected = expected_ids(row, groups, chosen_groups, top_k, biased)
@@ -112,5 +112,5 @@ def test_the_control_each_order_gives_other_sums() -> None:
 
 
 def sums(*case: Any) -> tuple[list[list[float]], list[float]]:
-    rows, totals = interpreted(*case)
+    rows, totals = interpreted("sum", *case)
     return [list(map(float.fromhex, row)) for row in rows], list(map(float.fromhex, totals))

@@ -134,7 +134,7 @@ def test_of_errors_the_first_is_told_and_no_directory() -> None:
         "pydantic_core._pydantic_core.ValidationError: 1 validation error for ParallelConfig Value error, Expert "
         "parallelism load balancing is only supported on CUDA devices or ROCm devices or XPU devices now."
     )
-    assert complaint("(Worker pid=3) ERROR 11-24 16:47:58 [a.py:1] OSError: /root/x/model is no file") == (
+    assert complaint("(Worker pid=3) ERROR 11-24 16:47:58 [a.py:1] OSError: /models/x/model is no file") == (
         "OSError: model is no file"
     )
     assert complaint(LOG + REFUSED.splitlines()[0]) == "no error is in its log"

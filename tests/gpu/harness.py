@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entry_points import announce
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 TIMEOUT = 400  # seconds; a start with torch.compile takes up to 150
@@ -23,7 +25,7 @@ PROMPTS = tuple(
     tuple((7 * number + 13 * position) % 250 + 2 for position in range(3 + 9 * number)) for number in range(12)
 )
 MAX_TOKENS = 32
-ENTRY_POINTS = {"reshard": "reshard.vllm:register", "one_gpu": "one_gpu:install"}
+PLUGINS = {"reshard": "reshard.vllm:register", "one_gpu": "one_gpu:install"}
 
 LEAST_FREE = 0.02  # of the memory, for vLLM to start; where the KV cache's size is given it decides nothing else
 
@@ -90,11 +92,7 @@ class Gpu:
         self.directory = directory
         self._answers: dict[str, Answer] = {}
         site = directory / "site"
-        for name, target in ENTRY_POINTS.items():
-            info = site / f"{name}-0.dist-info"
-            info.mkdir(parents=True, exist_ok=True)
-            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
-            (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{name} = {target}\n")
+        announce(site, PLUGINS)
         paths = [str(site), str(HERE), *os.environ.get("PYTHONPATH", "").split(":"), str(ROOT)]
         self.environment = {
             **os.environ,
