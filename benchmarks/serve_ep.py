@@ -18,6 +18,10 @@ outputs of `reshard zigzag` and `reshard place --strategy balanced`. Each start 
 that may be had, and serves all concurrencies. A repeat goes through all modes and variants, each time beginning with
 another variant. Ratios are to the original under linear placement in the same repeat, which has the same prompts. vLLM
 logs how long weights took on the first rank of a host only, so it gets a plugin with which every rank says it.
+
+On Hopper vLLM 0.26 takes FlashInfer's CUTLASS kernels for FP8 experts under expert parallelism. Where their binaries
+are not installed, the first start compiles them, which was given up after five minutes: install them, or take vLLM's
+Triton kernels by `--serve-arguments="--moe-backend triton"`.
 """
 
 from __future__ import annotations
@@ -83,6 +87,7 @@ R1_HIDDEN = 7168
 LOUD = 64.0  # deviation of embeddings; what a layer adds is of a few
 TRACED = 0  # seed of the prompts that are recorded; repeats have those that follow
 START_SECONDS = 540  # a start that takes longer has failed
+END_SECONDS = 10  # a server that takes longer is killed
 
 
 @dataclass(frozen=True)
@@ -278,7 +283,7 @@ def end(server: subprocess.Popen[bytes]) -> None:
     if server.poll() is None:
         server.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(60)
+            server.wait(END_SECONDS)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
@@ -396,6 +401,7 @@ def run(
 ) -> None:
     """One start, for the concurrencies that are left of it."""
     began, log = time.monotonic(), at / "logs" / f"{start.mode}-{start.variant}-{start.repeat}.log"
+    say(f"{start}: starting")
     found: dict[str, Any] = {**asdict(start), "machine": machine(), "cold": emptied(), "seconds": 0.0}
     record["starts"].append(found)
     try:

@@ -1,10 +1,11 @@
-"""How long a decoding and a prefill step take with an output, and with RESHARD_TRACE, beside the original on one GPU.
+"""How long a decoding and a prefill step take with an output, or with RESHARD_TRACE, beside the original on one GPU.
 
-Each is loaded in a process of its own, and they take turns; only one of them runs at a time. The GPU times a step that
-is one CUDA graph, as decoding is, from the start to the end of that, others from their first to their last operation.
-The clock on the wall is given beside it.
+Both are loaded, each in a process of its own, and they take turns; only one of them runs at a time. The GPU times a
+step that is one CUDA graph, as decoding is, from the start to the end of that, others from their first to their last
+operation. The clock on the wall is given beside it.
 
 python step_time.py ORIGINAL OUTPUT [--json FILE] [--rounds N]
+python step_time.py ORIGINAL ORIGINAL --record [--json FILE] [--rounds N]
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ ENGINE: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "max_model_len": max(PREFILL) + 1,
     "max_num_batched_tokens": max(PREFILL),
-    "gpu_memory_utilization": 0.1,
-    "kv_cache_memory_bytes": 2 << 30,
+    "gpu_memory_utilization": 0.05,
+    "kv_cache_memory_bytes": 1 << 29,
     "compilation_config": {
         "cudagraph_capture_sizes": [*DECODE],
-        "inductor_compile_config": {"combo_kernels": True, "benchmark_combo_kernel": False},
+        "inductor_compile_config": {"combo_kernels": False},
     },
     "async_scheduling": False,
     "seed": 0,
@@ -156,15 +157,14 @@ def compare(served: Mapping[str, Served], rounds: int) -> Iterator[dict[str, Any
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table: the first one's medians, and the others' ratios to it in the same round, with quartiles."""
+    """A row of the table: the first one's medians, and the second one's ratios to it in the same round."""
     step = f"{row['kind']}, {row['size']} {'sequences' if row['kind'] == 'decode' else 'tokens'}"
-    first, *others = row["milliseconds"].values()
+    first, second = row["milliseconds"].values()
     cells = []
     for clock in (0, 1):
         cells.append(f"{statistics.median(times[clock] for times in first):.4f}")
-        for other in others:
-            ratios = sorted(late[clock] / early[clock] for early, late in zip(first, other, strict=True))
-            cells.append(f"{quantile(ratios, 0.5):.4f} ({quantile(ratios, 0.25):.4f} to {quantile(ratios, 0.75):.4f})")
+        ratios = sorted(late[clock] / early[clock] for early, late in zip(first, second, strict=True))
+        cells.append(f"{quantile(ratios, 0.5):.4f} ({quantile(ratios, 0.25):.4f} to {quantile(ratios, 0.75):.4f})")
     return f"| {step} | {' | '.join(cells)} |"
 
 
@@ -176,7 +176,8 @@ def quantile(values: Sequence[float], share: float) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("original", type=Path, nargs="?")
-    parser.add_argument("output", type=Path, nargs="?")
+    parser.add_argument("other", type=Path, nargs="?")
+    parser.add_argument("--record", action="store_true", help="the other one with RESHARD_TRACE")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=21)
@@ -188,15 +189,17 @@ if __name__ == "__main__":
         announce(site, {"reshard": "reshard.vllm:register"})
         paths = [site, Path(__file__).parents[1], *filter(None, [os.environ.get("PYTHONPATH")])]
         plugin = {"PYTHONPATH": ":".join(map(str, paths))}
+        other = "recorded" if arguments.record else "output"
         served = {
             "original": Served(arguments.original, plugin),
-            "output": Served(arguments.output, plugin),
-            "original, recorded": Served(arguments.original, {**plugin, "RESHARD_TRACE": str(trace)}),
+            other: Served(arguments.other, plugin | ({"RESHARD_TRACE": str(trace)} if arguments.record else {})),
         }
         for one in served.values():
             one.wait()
-        clocks = [f"{name}, {clock}" for clock in ("ms on the GPU", "ms on the wall") for name in served]
-        print(f"| step | {' | '.join(clocks)} |\n| --- |{' --- |' * len(clocks)}")
+        heads = [
+            head for clock in ("GPU", "wall") for head in (f"original, ms ({clock})", f"{other} over it (quartiles)")
+        ]
+        print(f"| step | {' | '.join(heads)} |\n| --- |{' --- |' * len(heads)}")
         rows = []
         for row in compare(served, arguments.rounds):
             rows.append(row)
@@ -205,7 +208,8 @@ if __name__ == "__main__":
                 arguments.json.write_text(json.dumps(rows))
         for one in served.values():
             one.end()
-        recorded = sum(path.stat().st_size for path in trace.glob("*.trace"))
-        print(f"recorded: {recorded} bytes")
-        if recorded < 1 << 16:
-            raise RuntimeError("next to nothing was recorded: what it costs was not measured")
+        if arguments.record:
+            recorded = sum(path.stat().st_size for path in trace.glob("*.trace"))
+            print(f"recorded: {recorded} bytes")
+            if recorded < 1 << 16:
+                raise RuntimeError("next to nothing was recorded: what it costs was not measured")

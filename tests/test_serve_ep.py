@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import serve_ep
 import torch
 from serve_ep import (
     LOUD,
@@ -112,6 +115,21 @@ def test_vllm_is_told_the_mode_and_the_variant_and_no_other(mode: str, variant: 
 def test_more_options_come_last_so_that_they_win() -> None:
     line = command(Path("models"), Start(0, "tp", "linear"), replace(WORKLOAD, arguments=["--max-num-seqs", "7"]), 1)
     assert line[-2:] == ["--max-num-seqs", "7"]
+
+
+# The server
+
+
+def test_a_server_that_does_not_heed_its_end_is_killed_with_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_ep, "END_SECONDS", 0.5)
+    worker = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {worker!r}]); {worker}"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, start_new_session=True) as server:
+        assert server.stdout is not None
+        assert [server.stdout.readline() for _ in range(2)] == [b"up\n", b"up\n"]
+        serve_ep.end(server)
+        assert server.returncode == -9
+        assert server.stdout.read() == b""  # no process holds it any more
 
 
 # What the log says

@@ -1,4 +1,7 @@
-"""Real vLLM on one GPU, as subprocesses: one for each EP rank. Models, outputs and answers are kept for the session."""
+"""Real vLLM on GPUs, as subprocesses: one for each EP rank. Models, outputs and answers are kept for the session.
+
+Ranks have a GPU each where there are as many, else they share one.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from entry_points import announce
 
 HERE = Path(__file__).parent
@@ -29,8 +33,8 @@ PLUGINS = {"reshard": "reshard.vllm:register", "one_gpu": "one_gpu:install"}
 
 LEAST_FREE = 0.02  # of the memory, for vLLM to start; where the KV cache's size is given it decides nothing else
 
-# Ranks that share the GPU, through gloo.
-SHARED_GPU: dict[str, Any] = {
+# Ranks that may share a GPU.
+EXPERT_PARALLEL: dict[str, Any] = {
     "enable_expert_parallel": True,
     "distributed_executor_backend": "external_launcher",
     "disable_custom_all_reduce": True,
@@ -38,19 +42,15 @@ SHARED_GPU: dict[str, Any] = {
     "kv_cache_memory_bytes": 1 << 29,
     "gpu_memory_utilization": LEAST_FREE,
 }
+# Whether kernels are combined into one, and how such a one sums, PyTorch's compiler decides by the clock, and another
+# compilation may have other bits. Told not to combine, and TORCHINDUCTOR_DETERMINISTIC, it looks at no clock.
 GRAPHS: dict[str, Any] = {
     "gpu_memory_utilization": LEAST_FREE,
     "kv_cache_memory_bytes": 1 << 30,
     "compilation_config": {
         "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
-        "inductor_compile_config": {"combo_kernels": True, "benchmark_combo_kernel": False},
+        "inductor_compile_config": {"combo_kernels": False},
     },
-}
-# Whether kernels are combined into one PyTorch's compiler decides by the clock, unless told, and sums have other bits
-# then. Nothing above is left to the clock; here kernels are not combined.
-NOT_COMBINED: dict[str, Any] = {
-    **GRAPHS,
-    "compilation_config": {**GRAPHS["compilation_config"], "inductor_compile_config": {"combo_kernels": False}},
 }
 EAGER: dict[str, Any] = {"gpu_memory_utilization": LEAST_FREE, "kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
 
@@ -86,7 +86,7 @@ def together(*calls: Callable[[], Answer]) -> list[Answer]:
 
 
 class Gpu:
-    """The GPU, and a directory for models, outputs and answers."""
+    """What there is of GPUs, and a directory for models, outputs and answers."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -153,18 +153,20 @@ class Gpu:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        shared = torch.cuda.device_count() < ranks
         for rank in range(ranks):
             more = {}
             if ranks > 1:
                 more = {
                     "RANK": str(rank),
-                    "LOCAL_RANK": "0",
+                    "LOCAL_RANK": "0" if shared else str(rank),
                     "WORLD_SIZE": str(ranks),
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
-                    "VLLM_DISABLE_PYNCCL": "1",
+                    "OMP_NUM_THREADS": "1",  # of as many as there are processors each, none gets on
+                    **({"SHARED_GPU": "1", "VLLM_DISABLE_PYNCCL": "1"} if shared else {}),
                 }
-                request = {**request, "llm": {**request["llm"], "tensor_parallel_size": ranks}}
+                request = {**request, "llm": {"tensor_parallel_size": ranks, **request["llm"]}}
             log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below, when it was read
             process = subprocess.Popen(
                 [sys.executable, HERE / "generate.py"],

@@ -7,7 +7,7 @@ import os
 
 def install() -> None:
     """The entry point, called in every vLLM process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("SHARED_GPU"):
         from vllm.platforms import current_platform
 
         type(current_platform).dist_backend = "gloo"
