@@ -11,14 +11,15 @@ sglang/srt/eplb/expert_distribution.py (`_DetailAccumulator.dump`), read in 0.5.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import TraceError
-from .trace import MOST_EXPERTS, MOST_LAYERS, SUFFIX, Stream, read_streams
+from .trace import MOST_EXPERTS, MOST_LAYERS, SUFFIX, Stream, layer_key, read_streams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +65,14 @@ def read_recordings(path: Path) -> list[Recording]:
         kinds = f"files *{SUFFIX}, *.npy of vLLM or *.pt of SGLang"
         raise TraceError(f"{path}: no token is recorded there; expected {kinds} (reshard trace --help)")
     return found
+
+
+def counted_once(parts: Iterable[tuple[Recording, int]]) -> int:
+    """How many tokens so many of each recording are: stages of a pipeline record the same ones, in other layers."""
+    by_layer = Counter[object]()
+    for recording, tokens in parts:
+        by_layer.update({layer_key(layer) or layer: tokens for layer in recording.layers})
+    return max(by_layer.values(), default=0)
 
 
 def _of_stream(stream: Stream) -> Recording:

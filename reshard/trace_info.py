@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .recordings import Recording, read_recordings
+from .recordings import Recording, counted_once, read_recordings
 from .trace import MOST_EXPERTS
 from .traffic import MOST_TOKENS, runs
 
@@ -27,7 +27,7 @@ class RecordingInfo:
 
 @dataclass(frozen=True, slots=True)
 class TraceInfo:
-    """A trace's recordings: streams of reshard's plugin, or files of other recorders."""
+    """A trace's recordings: streams of reshard's plugin, or files of other recorders. `tokens` counts each once."""
 
     path: Path
     tokens: int
@@ -41,7 +41,8 @@ def trace_info(path: str | Path) -> TraceInfo:
     """
     recordings = read_recordings(Path(path))
     infos = tuple(_info(recording) for recording in recordings)
-    return TraceInfo(Path(path), sum(info.tokens for info in infos), infos)
+    tokens = counted_once((recording, recording.tokens) for recording in recordings)
+    return TraceInfo(Path(path), tokens, infos)
 
 
 def _info(recording: Recording) -> RecordingInfo:

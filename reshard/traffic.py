@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from .checkpoint import Checkpoint
 from .errors import TraceError
 from .moe import MoeLayer, MoeModel
-from .recordings import Recording, read_recordings
+from .recordings import Recording, counted_once, read_recordings
 from .trace import layer_key
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def recorded_traffic(
 
     recordings = read_recordings(path)
     spans = [range(*(math.ceil(part * recording.tokens) for part in (start, end))) for recording in recordings]
-    total = sum(map(len, spans))
+    total = counted_once(zip(recordings, map(len, spans), strict=True))
     parts: dict[str, list[Tensor]] = {layer.name: [] for layer in model.layers}
     for recording, span in zip(recordings, spans, strict=True):
         columns = _columns(recording, model, root)

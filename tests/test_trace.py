@@ -135,11 +135,16 @@ def test_streams_of_other_ranks_are_read_together(tmp_path: Path, model: MoeMode
     assert len(read_streams(tmp_path)) == 2
 
 
-def test_stages_of_a_pipeline_have_a_layer_each(tmp_path: Path, model: MoeModel) -> None:
+def test_stages_of_a_pipeline_have_a_layer_each_and_count_their_tokens_once(tmp_path: Path, model: MoeModel) -> None:
     ids = random_ids(20)
-    for stage, layer in enumerate(LAYERS):
-        write(tmp_path, [[token[stage]] for token in ids], layers=(layer,), pp_rank=stage)
-    assert as_lists(traffic(tmp_path, model)) == expected(ids)
+    for rank in (0, 1):
+        for stage, layer in enumerate(LAYERS):
+            write(tmp_path, [[token[stage]] for token in ids], layers=(layer,), pp_rank=stage, dp_rank=rank)
+    assert as_lists(traffic(tmp_path, model)) == expected(ids + ids)
+    assert json.loads(run_well("trace", "info", tmp_path, "--json"))["tokens"] == 40
+    for most, found in ((100, 40), (40, 40), (20, 20)):
+        part = traffic(tmp_path, model, most=most)
+        assert (part.tokens, part.of) == (found, 40)
 
 
 @pytest.mark.parametrize("by_layer", [False, True])

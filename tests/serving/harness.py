@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -148,6 +149,7 @@ class Serving:
         model: Path,
         *,
         ranks: int = 1,
+        stages: int = 1,
         expert_parallel: bool = True,
         placement: str = "linear",
         plugins: str | None = None,
@@ -157,7 +159,7 @@ class Serving:
         again: int = 0,
         **llm: Any,
     ) -> Result:
-        """Greedy decoding of `model` on some ranks; `llm` are further arguments of `vllm.LLM`.
+        """Greedy decoding of `model` on some ranks for each of some stages; `llm` are more arguments of `vllm.LLM`.
 
         `plugins` is VLLM_PLUGINS, `environment` what else is set. The same call gives the same answer without another
         run, unless `again` differs.
@@ -165,20 +167,22 @@ class Serving:
         llm["tensor_parallel_size"] = ranks
         if expert_parallel and ranks > 1:
             llm.update(enable_expert_parallel=True, expert_placement_strategy=placement)
+        if stages > 1:
+            llm["pipeline_parallel_size"] = stages
         request = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": llm}
         more = dict(environment or {})
         path = self.directory / f"{_digest([request, plugins, again, more])}.json"
         with self._lock():
             if not path.exists():
-                path.write_text(json.dumps(asdict(self._run(request, ranks, plugins, more)), default=sorted))
+                path.write_text(json.dumps(asdict(self._run(request, ranks * stages, plugins, more)), default=sorted))
         answer = json.loads(path.read_text())
         return Result(**{**answer, "opened": {who: set(names) for who, names in answer["opened"].items()}})
 
-    def _run(self, request: Mapping[str, Any], ranks: int, plugins: str | None, more: Mapping[str, str]) -> Result:
+    def _run(self, request: Mapping[str, Any], processes: int, plugins: str | None, more: Mapping[str, str]) -> Result:
         opened, log = self.directory / "opened", self.directory / "log"
         opened.write_text("")
         environment = {
-            **self._environment(ranks, plugins),
+            **self._environment(processes, plugins),
             "OPENED_SAFETENSORS_LOG": str(opened),
             **more,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the calling process starts sooner
@@ -253,7 +257,7 @@ class Serving:
         command = [str(BIN / "python"), "-c", code, *map(str, arguments)]
         return subprocess.run(command, env=self._environment(), capture_output=True, text=True, timeout=TIMEOUT)
 
-    def _environment(self, ranks: int = 1, plugins: str | None = None) -> dict[str, str]:
+    def _environment(self, processes: int = 1, plugins: str | None = None) -> dict[str, str]:
         """For a vLLM that says what it does and asks nothing of the network."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "HF_", "PYTEST"))}
         kept.pop("PYTHONPATH", None)
@@ -266,8 +270,8 @@ class Serving:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(
-                map(str, sorted(os.sched_getaffinity(0))[:ranks])
-            ),  # a core for each rank
+                map(str, itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), processes))
+            ),  # a core for each, as long as there are cores
             **({} if plugins is None else {"VLLM_PLUGINS": plugins}),
         }
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from command_line import run_well
 from harness import BIN, HERE, MAX_TOKENS, PROMPTS, Result, Serving
-from test_serving import MTP, assert_answered, assert_close, assert_equal, kimi, uneven_mtp, v3
+from test_serving import MTP, TWO_STAGES, assert_answered, assert_close, assert_equal, kimi, uneven_mtp, v3
 
 Choices = list[list[frozenset[int]]]
 """For each token, in the order in which they were computed, and each MoE layer: the logical experts that it chose."""
@@ -26,10 +26,10 @@ Choices = list[list[frozenset[int]]]
 EXPERTS, GROUPS, CHOSEN_GROUPS, TOP_K = 16, 4, 2, 4  # of models.py's deepseek_v3
 
 
-def recorded(directory: Path) -> Choices:
-    """What the files in `directory` say, as the first lines of `reshard/trace.py` describe them."""
+def recorded(directory: Path, files: str = "*.trace") -> Choices:
+    """What such files in `directory` say, as the first lines of `reshard/trace.py` describe them."""
     choices: Choices = []
-    for path in sorted(directory.glob("*.trace")):
+    for path in sorted(directory.glob(files)):
         line, _, rows = path.read_bytes().partition(b"\n")
         header = json.loads(line)
         layers, top_k, order = len(header["layers"]), header["top_k"], header["physical_to_logical"]
@@ -50,7 +50,8 @@ def recorded(directory: Path) -> Choices:
 def trace(serving: Serving, name: str, model: Path, **options: Any) -> tuple[Result, Path]:
     """Serve `model` with RESHARD_TRACE; the answer, and the directory."""
     directory = serving.directory / f"trace-{name}"
-    answer = serving.generate(model, environment={"RESHARD_TRACE": str(directory)}, **options)
+    environment = {"RESHARD_TRACE": str(directory), **options.pop("environment", {})}
+    answer = serving.generate(model, environment=environment, **options)
     assert_answered(answer)
     return answer, directory
 
@@ -120,6 +121,17 @@ def test_layers_placed_each_in_its_own_way_record_logical_experts(serving: Servi
     source = v3(serving)
     answer, directory = trace(serving, "v3-placed", serving.placed(source, 2))
     assert recorded(directory) == recomputed(serving, source, answer)
+
+
+def test_pipeline_stages_record_each_its_layers_in_logical_experts(serving: Serving) -> None:
+    source = v3(serving)
+    answer, directory = trace(serving, "v3-stages", serving.placed(source, 2), **TWO_STAGES)
+    first, second = (recorded(directory, f"*-dp00-pp{stage:02}-*.trace") for stage in (0, 1))
+    assert [one + other for one, other in zip(first, second, strict=True)] == recomputed(serving, source, answer)
+    described = json.loads(run_well("trace", "info", directory, "--json"))
+    assert described["tokens"] == len(first) == len(second)
+    layers = [layer for stream in described["streams"] for layer in stream["busiest"]]
+    assert sorted(layers) == ["model.layers.1.mlp", "model.layers.2.mlp"]
 
 
 def test_an_output_without_a_contract_records_logical_experts_too(serving: Serving) -> None:

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import HERE, PROMPTS, SHIM_ONLY, Result, Serving
@@ -186,6 +187,20 @@ def test_layers_placed_each_in_its_own_way_answer_as_the_original(model: Model, 
     placed = serving.placed(source, 2)
     assert_equal(serving.generate(placed), serving.generate(source))
     assert_close(serving.generate(placed, ranks=2), serving.generate(source, ranks=2))
+
+
+# Two stages, each with MoE layers; by itself vLLM gives the first one only a dense one of these models' three layers.
+TWO_STAGES: dict[str, Any] = {"stages": 2, "environment": {"VLLM_PP_LAYER_PARTITION": "2,1"}}
+
+
+@pytest.mark.parametrize("model", [v3, v2], ids=["V3", "V2"])
+def test_pipeline_stages_of_layers_placed_each_in_its_own_way_equal_the_original(
+    model: Model, serving: Serving
+) -> None:
+    source = model(serving)
+    answer = serving.generate(serving.placed(source, 2), **TWO_STAGES)
+    assert_equal(answer, serving.generate(source, plugins=SHIM_ONLY, **TWO_STAGES))
+    assert_equal(answer, serving.generate(source, plugins=SHIM_ONLY))
 
 
 def test_round_robin_on_top_of_an_output_is_right_and_the_log_says_to_leave_it_out(serving: Serving) -> None:

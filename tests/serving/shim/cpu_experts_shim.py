@@ -34,6 +34,7 @@ def install() -> None:
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
     CPUUnquantizedExperts.apply = _apply_locally(CPUUnquantizedExperts.apply)
+    _warm_up_stages()
     if path := os.environ.get("OPENED_SAFETENSORS_LOG"):
         _record_opened(path)
     if nodes := os.environ.get("NODES"):
@@ -58,6 +59,22 @@ def _apply_locally(apply: Callable[..., None]) -> Callable[..., None]:
         apply(self, **kwargs)
 
     return wrapper
+
+
+def _warm_up_stages() -> None:
+    """On CPUs, uncompiled, vLLM lets pipeline stages meet their first batch without room for what they are sent."""
+    from vllm.distributed import get_pp_group
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    determine = CPUWorker.determine_available_memory
+
+    @functools.wraps(determine)
+    def wrapper(self: Any) -> int:
+        if get_pp_group().world_size > 1:
+            self.model_runner.profile_run()
+        return determine(self)
+
+    CPUWorker.determine_available_memory = wrapper
 
 
 def _read_from_nodes(nodes: list[str]) -> None:
