@@ -379,7 +379,9 @@ def left(starts: Sequence[Start], record: Mapping[str, Any]) -> list[tuple[Start
 
 def serve(options: argparse.Namespace) -> None:
     """Run what is left, as far as time allows; every result is in the file at once."""
-    began, workload = time.monotonic(), workload_of(options)
+    began, workload, models = time.monotonic(), workload_of(options), {VARIANTS[name][0] for name in options.variants}
+    if missing := sorted(name for name in models if not (options.directory / name).exists()):
+        raise SystemExit(f"{options.directory} has no {' and no '.join(missing)}: make it first")
     record: dict[str, Any] = {"workload": asdict(workload), "model": about(options.directory), "starts": [], "runs": []}
     if options.json.exists():
         before = json.loads(options.json.read_text())

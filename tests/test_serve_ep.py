@@ -94,6 +94,14 @@ def test_what_failed_is_not_tried_for_ever() -> None:
     assert left(starts, record) == [(starts[0], [8]), (starts[1], [8])]
 
 
+def test_what_was_not_made_is_said_before_anything_is_started(tmp_path: Path) -> None:
+    (tmp_path / "original").mkdir()
+    options = serve_ep.parse(["serve", str(tmp_path), "--json", str(tmp_path / "found.json")])
+    with pytest.raises(SystemExit, match="has no balanced and no zigzag: make it first"):
+        serve_ep.serve(options)
+    assert not options.json.exists()
+
+
 @pytest.mark.parametrize(
     ("mode", "variant", "model", "told"),
     [

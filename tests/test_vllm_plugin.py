@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,6 +169,23 @@ def test_a_module_is_changed_once_whether_it_is_imported_before_or_after(
     assert late_module.double(3) == 7
     assert len(sys.meta_path) == finders
     del sys.modules["late_module"]
+
+
+def test_a_module_that_two_wait_for_is_changed_by_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "awaited_module.py").write_text("changed = []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def one(module: ModuleType) -> None:
+        module.changed.append("one")
+
+    def other(module: ModuleType) -> None:
+        module.changed.append("other")
+
+    for install in (one, other, one, other):
+        when_imported("awaited_module", install)
+    module = importlib.import_module("awaited_module")
+    monkeypatch.delitem(sys.modules, "awaited_module")
+    assert sorted(module.changed) == ["one", "other"]
 
 
 @pytest.mark.parametrize(

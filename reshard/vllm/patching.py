@@ -17,7 +17,7 @@ def when_imported(name: str, install: Install) -> None:
     """Call `install` with the module `name`: now if it is there, else as soon as it has been imported."""
     if name in sys.modules:
         install(sys.modules[name])
-    elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
+    elif not any(isinstance(finder, _Finder) and finder.waits_for(name, install) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder(name, install))
 
 
@@ -32,13 +32,16 @@ def replace_once(owner: object, name: str, wrap: Callable[[Callable[..., Any]], 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, install: Install) -> None:
-        self.name = name
+        self._name = name
         self._install = install
+
+    def waits_for(self, name: str, install: Install) -> bool:
+        return (self._name, self._install) == (name, install)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self._name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
