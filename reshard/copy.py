@@ -29,7 +29,7 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
-from . import kernel
+from . import syscalls
 from ._version import __version__
 from .errors import CheckpointError, OutputError
 from .expert_ids import map_expert_ids
@@ -217,7 +217,7 @@ def write_file(file: OutputFile, sources: SourceFiles, sharing: Sharing, out: Pa
         with sources.open() as opened, partial.open("wb", buffering=0) as target:
             shared = _share(file, opened, target.fileno(), sharing)
             if not shared and not any(opened.is_sparse(name) for name in {run.file for run in runs(file.parts)}):
-                kernel.reserve(target.fileno(), file.size)
+                syscalls.reserve(target.fileno(), file.size)
             filler = _Filler(target.fileno(), opened, shared, sharing, progress)
             digests = [filler.fill(part) for part in file.parts]
             filler.finish()
@@ -239,9 +239,9 @@ def _share(file: OutputFile, opened: OpenSources, target: int, sharing: Sharing)
     shared = []
     for run in shareable(file.parts, sharing.block_size):
         try:
-            kernel.share(opened.fd(run.file), run.offset, target, run.at, run.size)
+            syscalls.share(opened.fd(run.file), run.offset, target, run.at, run.size)
         except OSError as error:
-            if sharing.required or not kernel.is_unsupported(error):
+            if sharing.required or not syscalls.is_unsupported(error):
                 raise
             break  # this file is copied instead, and the summary says so
         shared.append(run)
@@ -294,7 +294,7 @@ class _Filler:
         self._flush()
         os.ftruncate(self._target, self._position)
         os.fsync(self._target)
-        kernel.forget(self._target, 0, 0)
+        syscalls.forget(self._target, 0, 0)
 
     def digest(self) -> str | None:
         """Of the whole file, None where some of its bytes were not looked at."""
@@ -393,11 +393,11 @@ class _Filler:
         try:
             count = os.copy_file_range(fd, self._target, size, offset, self._position)
         except OSError as error:
-            if not kernel.is_unsupported(error):
+            if not syscalls.is_unsupported(error):
                 raise
             return 0
-        kernel.forget(fd, offset, count)
-        kernel.forget(self._target, self._position, count)
+        syscalls.forget(fd, offset, count)
+        syscalls.forget(self._target, self._position, count)
         return count
 
     def _mapped_ids(self, tensor: str | None, content: ExpertIds) -> bytearray:
@@ -419,7 +419,7 @@ class _Filler:
         written = 0
         while written < len(data):
             written += os.pwrite(self._target, data[written:], start + written)
-        kernel.forget(self._target, start, len(data))  # begins to write it to disk
-        kernel.forget(self._target, max(0, start - WRITE_BEHIND), len(data))  # by now that is on disk
+        syscalls.forget(self._target, start, len(data))  # begins to write it to disk
+        syscalls.forget(self._target, max(0, start - WRITE_BEHIND), len(data))  # by now that is on disk
         self._filled = 0
         self._progress(len(data))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from . import kernel
+from . import syscalls
 from .checkpoint import File
 from .errors import CheckpointError
 
@@ -79,7 +79,7 @@ class OpenSources:
             yield False, offset, size
             return
         try:
-            yield from kernel.segments(self.fd(name), offset, size)
+            yield from syscalls.segments(self.fd(name), offset, size)
         except OSError as error:
             raise self._unreadable(name, offset, None, error) from error
 
@@ -95,7 +95,7 @@ class OpenSources:
                         f"{self.root / name}: ends at byte {offset + filled}, expected more; did it change?"
                     )
                 filled += count
-            kernel.forget(fd, offset, filled)
+            syscalls.forget(fd, offset, filled)
         except OSError as error:
             raise self._unreadable(name, offset + filled, tensor, error) from error
 

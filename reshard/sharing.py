@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from . import kernel
+from . import syscalls
 from .errors import OutputError
 
 Reflink = Literal["auto", "always", "never"]
@@ -84,7 +84,7 @@ def _try(path: Path, out: Path) -> int | str:
             block_size = os.fstatvfs(target.fileno()).f_bsize
             if block_size > LARGEST_BLOCK or os.fstat(source.fileno()).st_size < block_size:
                 return f"no whole blocks to share: the file system's are of {block_size} bytes"
-            kernel.share(source.fileno(), 0, target.fileno(), 0, block_size)
+            syscalls.share(source.fileno(), 0, target.fileno(), 0, block_size)
     except OSError as error:
         return f"{error.strerror}, says the file system"
     return block_size

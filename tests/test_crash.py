@@ -138,13 +138,13 @@ def test_what_the_journal_calls_complete_is_so_after_a_power_cut(
 def test_without_the_flush_of_each_file_a_power_cut_makes_the_journal_lie(source: Path, tmp_path: Path) -> None:
     """The control of the test above."""
     script = (
-        "import os, reshard.kernel\n"
+        "import os, reshard.syscalls\n"
         "fsync = os.fsync\n"
         "def of_journal_only(fd):\n"
         "    if os.readlink(f'/proc/self/fd/{fd}').endswith('journal'):\n"
         "        fsync(fd)\n"
         "os.fsync = of_journal_only\n"
-        "reshard.kernel.forget = lambda *arguments: None\n"
+        "reshard.syscalls.forget = lambda *arguments: None\n"
     )
     with mounted("ext4-journal", tmp_path, 512) as disk:
         command = slowly(REST, "zigzag", "--src", source, "--out", disk.path / "out", *OPTIONS)

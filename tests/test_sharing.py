@@ -211,7 +211,7 @@ def test_a_file_system_that_changes_its_mind_is_copied_to_unless_sharing_was_ask
     def refuse(*arguments: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("reshard.kernel.share", refuse)
+    monkeypatch.setattr("reshard.syscalls.share", refuse)
     source = build_large(tmp_path / "source")
     checkpoint = read_checkpoint(source)
     model = read_model(checkpoint)
