@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -57,19 +57,18 @@ class Journal:
         check_out(out)
         make_directory(out)
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with ExitStack() as undo:
+            undo.callback(os.close, self._fd)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OutputError(
+                    f"{out}: another run of reshard is writing there; wait for it, or choose another --out"
+                ) from error
             if not self._path.exists() or not os.path.samestat(os.fstat(self._fd), self._path.stat()):
                 raise OutputError(f"{out}: another run of reshard has just finished there")
             self._begin(_Opening(fingerprint, sorted(names)), restart)
-        except BlockingIOError as error:
-            os.close(self._fd)
-            raise OutputError(
-                f"{out}: another run of reshard is writing there; wait for it, or choose another --out"
-            ) from error
-        except BaseException:
-            os.close(self._fd)
-            raise
+            undo.pop_all()
 
     def __enter__(self) -> Journal:
         """Held since it was made."""
