@@ -19,9 +19,9 @@ that may be had, and serves all concurrencies. A repeat goes through all modes a
 another variant. Ratios are to the original under linear placement in the same repeat, which has the same prompts. vLLM
 logs how long weights took on the first rank of a host only, so it gets a plugin with which every rank says it.
 
-On Hopper vLLM 0.26 takes FlashInfer's CUTLASS kernels for FP8 experts under expert parallelism. Where their binaries
-are not installed, the first start compiles them, which was given up after five minutes: install them, or take vLLM's
-Triton kernels by `--serve-arguments="--moe-backend triton"`.
+On Hopper vLLM 0.26 takes FlashInfer's CUTLASS kernels for FP8 experts under expert parallelism. A start without their
+binaries was given up after five minutes without a word, in which it seems to have compiled them: install them, or take
+vLLM's Triton kernels by `--serve-arguments="--moe-backend triton"`, which was not tried.
 """
 
 from __future__ import annotations
@@ -379,8 +379,9 @@ def left(starts: Sequence[Start], record: Mapping[str, Any]) -> list[tuple[Start
 
 def serve(options: argparse.Namespace) -> None:
     """Run what is left, as far as time allows; every result is in the file at once."""
-    began, workload, models = time.monotonic(), workload_of(options), {VARIANTS[name][0] for name in options.variants}
-    if missing := sorted(name for name in models if not (options.directory / name).exists()):
+    began, workload = time.monotonic(), workload_of(options)
+    models = {VARIANTS[variant][0] for variant in options.variants}
+    if missing := sorted(model for model in models if not (options.directory / model).exists()):
         raise SystemExit(f"{options.directory} has no {' and no '.join(missing)}: make it first")
     record: dict[str, Any] = {"workload": asdict(workload), "model": about(options.directory), "starts": [], "runs": []}
     if options.json.exists():
