@@ -1,4 +1,4 @@
-"""A vLLM general plugin for tests: expert parallelism on the CPU, and a record of the weight files that are opened.
+"""A vLLM general plugin for tests: expert and pipeline parallelism on the CPU, and a record of weight files opened.
 
 vLLM's unquantized CPU experts ignore `expert_map`: under expert parallelism they index a rank's weights with global
 expert ids. `_apply_locally` gives them local ids, and weight 0 to experts of other ranks (their slot then holds local
