@@ -41,7 +41,7 @@ test-fast: lint types ## the same without vLLM
 	$(BIN)/python -m pytest tests --ignore=$(SERVING)
 
 stress: setup ## the tests that repeat themselves, in their long form: crashes, power cuts, random input
-	RESHARD_LONG_TESTS=1 $(BIN)/python -m pytest tests/test_crash.py tests/test_fuzz.py
+	RESHARD_LONG_TESTS=1 $(BIN)/python -m pytest tests/execute/test_crash.py tests/commands/test_fuzz.py
 
 test-gpu: ## real vLLM on one GPU, where vLLM, pytest and this package's requirements are installed (70 GB of disk)
 	$(PYTHON) -m pytest -o addopts= -rA -q tests/gpu

@@ -28,10 +28,10 @@ from safetensors.torch import load_file, save_file
 from small_moe import Shape, train
 from torch import Tensor
 
-from reshard.analysis import Effect, effect, mean_effect
-from reshard.balance import BATCH_SIZES, balanced, balanced_layers, packed
-from reshard.moe import Routing
-from reshard.placement import node_zigzag, zigzag
+from reshard.model.layers import Routing
+from reshard.placement.balance import BATCH_SIZES, balanced, balanced_layers, packed
+from reshard.placement.permutations import node_zigzag, zigzag
+from reshard.traffic.effect import Effect, effect, mean_effect
 
 ROUTING = Routing(64, 6, "sigmoid", True, 2.5, 8, 4)
 SHAPE = Shape(

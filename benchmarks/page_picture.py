@@ -20,7 +20,7 @@ from playwright.sync_api import sync_playwright
 from safetensors.torch import load_file
 
 from reshard import Balanced, Linear, NodeZigzag, Zigzag, analyze, write_page
-from reshard.trace import Header, TraceWriter
+from reshard.traffic.trace_file import Header, TraceWriter
 
 ROOT = Path(__file__).parents[1]
 ROUTING = ROOT / "tests" / "data" / "routing.safetensors"

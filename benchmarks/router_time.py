@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import vllm._custom_ops as ops
 
-from reshard.placement import invert, zigzag
+from reshard.placement.permutations import invert, zigzag
 from reshard.vllm.grouped_topk import Choice, grouped_topk
 
 LAYERS, REPLAYS = 58, 10

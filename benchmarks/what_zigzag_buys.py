@@ -37,7 +37,7 @@ from small_moe import R1_ROUTING, SMALL, Shape, Trace, Trained, choose, save_gat
 from torch import Tensor
 
 from reshard import __version__
-from reshard.placement import invert, rank_slots, zigzag
+from reshard.placement.permutations import invert, rank_slots, zigzag
 
 PLACEMENTS = ("linear", "zigzag")
 WAYS = ("own", "all")

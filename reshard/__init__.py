@@ -17,24 +17,24 @@ can do; `cli` parses and prints.
 """
 
 from ._version import __version__
-from .analysis import Coselection, Effect
-from .analyze import Analysis, analyze
-from .checkpoint import Checkpoint, read_checkpoint
-from .compare import RouterComparison
-from .contract import Contract
-from .copy import Outcome
+from .checkpoint.directory import Checkpoint, read_checkpoint
+from .commands.analyze import Analysis, analyze
+from .commands.compare import RouterComparison
+from .commands.export import Export, export, write_export
+from .commands.inspect import Inspection, inspect
+from .commands.place import Resharding, place, plan_placement, write_resharding, zigzag
+from .commands.restore import restore
+from .commands.stage import Staging, plan_stage, stage, write_staging
+from .commands.verify import Verification, verify
 from .errors import CheckpointError, IntegrityError, OutputError, ReshardError, TraceError, UnsupportedError
-from .export import Export, export, write_export
-from .inspect import Inspection, inspect
-from .manifest import Manifest, read_manifest
-from .moe import MoeLayer, MoeModel, Routing, read_model
-from .page import write_page
-from .plan import Digests
-from .resharding import Resharding, place, plan_placement, write_resharding, zigzag
-from .restore import restore
-from .stage import Staging, plan_stage, stage, write_staging
-from .strategies import Balanced, FromFile, Linear, NodeZigzag, Placed, Strategy, Zigzag
-from .verify import Verification, verify
+from .execute.run import Outcome
+from .model.layers import MoeLayer, MoeModel, Routing, read_model
+from .placement.contract import Contract
+from .placement.strategies import Balanced, FromFile, Linear, NodeZigzag, Placed, Strategy, Zigzag
+from .plan.files import Digests
+from .record.manifest import Manifest, read_manifest
+from .traffic.effect import Coselection, Effect
+from .traffic.page import write_page
 
 __all__ = [
     "Analysis",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..contract import CONTRACT_KEY, contract_from_json, unlock_config
+from ..placement.contract import CONTRACT_KEY, contract_from_json, unlock_config
 from .support import require_support
 
 

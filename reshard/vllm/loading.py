@@ -11,9 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..contract import CONTRACT_KEY, Contract, contract_from_json
 from ..errors import OutputError, UnsupportedError
-from ..placement import rank_slots
+from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
+from ..placement.permutations import rank_slots
 from .patching import replace_once
 from .routing import LogicalOrder
 from .support import what_is_wrong_with_hook

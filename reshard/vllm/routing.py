@@ -15,9 +15,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..contract import CONTRACT_KEY, Contract, Placement, contract_from_json
 from ..errors import UnsupportedError
-from ..placement import invert
+from ..placement.contract import CONTRACT_KEY, Contract, Placement, contract_from_json
+from ..placement.permutations import invert
 from .fused import Fused, fused_in_place_of
 from .patching import replace_once
 from .support import what_is_wrong_with_hook

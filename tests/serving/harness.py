@@ -27,7 +27,7 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from reshard.cli import main
+from reshard.cli.main import main
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

@@ -27,7 +27,7 @@ EXPERTS, GROUPS, CHOSEN_GROUPS, TOP_K = 16, 4, 2, 4  # of models.py's deepseek_v
 
 
 def recorded(directory: Path, files: str = "*.trace") -> Choices:
-    """What such files in `directory` say, as the first lines of `reshard/trace.py` describe them."""
+    """What such files in `directory` say, as the first lines of `reshard/traffic/trace_file.py` describe them."""
     choices: Choices = []
     for path in sorted(directory.glob(files)):
         line, _, rows = path.read_bytes().partition(b"\n")

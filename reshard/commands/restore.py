@@ -1,0 +1,172 @@
+"""The source back from an output, every file byte-identical: a plan in the other direction, from the manifest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from blake3 import blake3
+
+from ..checkpoint.directory import CONFIG, INDEX
+from ..checkpoint.header import Tensor, parse_header, read_header
+from ..errors import IntegrityError
+from ..execute.reflink import Reflink, find_sharing
+from ..execute.run import Outcome, Progress, refuse_out, run
+from ..execute.sources import BLOCK_SIZE, OpenSources, SourceFiles
+from ..model.layers import renumber
+from ..placement.permutations import describe_ranks, invert
+from ..plan.files import (
+    Content,
+    Digests,
+    ExpertIds,
+    Literal,
+    OutputFile,
+    Part,
+    Plan,
+    Range,
+    Rows,
+    literal_file,
+    whole_file,
+)
+from ..record.manifest import MANIFEST, FileRecord, Manifest, SourceFile, find_files, read_manifest, unpack
+
+
+def restore(
+    resharded: str | Path,
+    out: str | Path,
+    *,
+    reflink: Reflink = "auto",
+    restart: bool = False,
+    workers: int | None = None,
+    progress: Progress = lambda written: None,
+) -> Outcome:
+    """Rebuild in `out` the source that the output `resharded` was made from: the same files, bytes and sub-folders.
+
+    Every byte taken from `resharded` is checked against the manifest's digests, where it has them. Blocks are shared
+    where the file system can and `reflink` allows it. Interrupted, the same call takes up where it stopped; with
+    `restart` it begins afresh. `progress` is told the bytes that are done. Raises IntegrityError where `resharded` is
+    damaged or incomplete, OutputError where `out` is refused or cannot be written.
+    """
+    root = Path(resharded)
+    manifest = read_manifest(root)
+    if manifest.staged_ranks is not None:
+        missing = describe_ranks(set(range(manifest.ep_size)) - set(manifest.staged_ranks))
+        raise IntegrityError(
+            f"{root}: staged: the files of EP ranks {missing} are missing; restore needs the whole output"
+        )
+    restoration = _Restoration(root, manifest)
+    files = [restoration.file(file) for file in manifest.source.files]
+    last = [file for name in (INDEX, CONFIG) for file in files if file.name == name]
+    plan = Plan(
+        source=root,
+        source_files=restoration.source_files,
+        headers=restoration.headers,
+        sharing=find_sharing(root, restoration.headers, manifest.source.directories, Path(out), reflink),
+        directories=tuple(manifest.source.directories),
+        files=tuple(file for file in files if file not in last),
+        last=tuple(file.name for file in last),
+    )
+
+    def finish(records: list[FileRecord]) -> Iterable[OutputFile]:
+        restoration.check(records)
+        return last
+
+    refuse_out(plan, Path(out))
+    restoration.check_rewritten()
+    return run(plan, Path(out), finish, restart=restart, workers=workers, progress=progress)
+
+
+class _Restoration:
+    """Where in the output `root` each byte of the source is."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self._root = root
+        self._records = {record.name: record for record in manifest.files}
+        self._digests = manifest.digests
+        self._to_logical = manifest.placement
+        self._to_physical = {layer: invert(order) for layer, order in manifest.placement.items()}
+        self._copied = {file.name for file in manifest.source.files if file.header is None and file.content is None}
+        self._rows = {name: layer.name for layer in manifest.moe_layers for name in layer.rows}
+        self._expert_ids = {name: layer.name for layer in manifest.moe_layers for name in layer.expert_ids}
+        self.source_files = find_files(root, manifest.files)
+        headers = {record.name: read_header(root / record.name) for record in manifest.files if record.tensors}
+        self._tensors = {tensor.name: tensor for header in headers.values() for tensor in header.tensors}
+        self.headers = {name: header.raw for name, header in headers.items()}
+
+    def file(self, file: SourceFile) -> OutputFile:
+        """The plan of one file of the source."""
+        if file.content is not None:
+            return literal_file(file.name, unpack(file.content))
+        if file.header is None:
+            if file.name not in self._records or self._records[file.name].size != file.size:
+                raise IntegrityError(f"{self._root / MANIFEST}: {file.name} of the source is nowhere in the output")
+            return whole_file(file.name, file.size)
+        raw = unpack(file.header)
+        header = parse_header(raw, file.size, Path(file.name))
+        return OutputFile(file.name, (Part(None, Literal(raw)), *map(self._part, header.tensors)))
+
+    def check_rewritten(self) -> None:
+        """IntegrityError unless all that cannot be checked while it is copied is what was written.
+
+        That is every tensor that is brought into another order on the way back, and config.json, which comes last.
+        """
+        with SourceFiles(self._root, self.source_files).open() as opened:
+            for name in (*self._rows, *self._expert_ids):
+                tensor = self._find(name)
+                found = _digest(opened, tensor.file, tensor.offset, tensor.size)
+                if self._digests[name] not in (None, found):
+                    raise self._damaged(tensor)
+            if CONFIG in self._copied and CONFIG in self._records:
+                record = self._records[CONFIG]
+                if _digest(opened, CONFIG, 0, record.size) != record.digest:
+                    raise self._damaged_file(CONFIG)
+
+    def check(self, records: list[FileRecord]) -> None:
+        """IntegrityError unless all that was copied is what was once written; `records` are of the restored files."""
+        for record in records:
+            if record.name in self._copied and record.digest != self._records[record.name].digest:
+                raise self._damaged_file(record.name)
+            for name, digest in record.tensors.items():
+                if name not in self._rows and name not in self._expert_ids:
+                    tensor = self._find(renumber(name, self._to_physical))
+                    if self._digests[tensor.name] not in (None, digest):
+                        raise self._damaged(tensor)
+
+    def _part(self, original: Tensor) -> Part:
+        tensor = self._find(renumber(original.name, self._to_physical))
+        digests = Digests.COPIED if self._digests[tensor.name] is None else Digests.ALL
+        return Part(original.name, self._content(original, tensor), digests)
+
+    def _content(self, original: Tensor, tensor: Tensor) -> Content:
+        name = original.name
+        if tensor.size != original.size:
+            raise IntegrityError(
+                f"{self._root / tensor.file}: tensor {tensor.name}: {tensor.size} bytes, {name} had {original.size}"
+            )
+        if name in self._rows:
+            return Rows(tensor.file, tensor.offset, tensor.size, self._to_physical[self._rows[name]])
+        if name in self._expert_ids:
+            order = self._to_logical[self._expert_ids[name]]
+            return ExpertIds(tensor.file, tensor.offset, tensor.size, tensor.dtype, order)
+        return Range(tensor.file, tensor.offset, tensor.size)
+
+    def _find(self, name: str) -> Tensor:
+        if name not in self._tensors or name not in self._digests:
+            raise IntegrityError(f"{self._root / MANIFEST}: tensor {name} is in none of the files that it lists")
+        return self._tensors[name]
+
+    def _damaged_file(self, name: str) -> IntegrityError:
+        return IntegrityError(f"{self._root / name}: damaged: its bytes are not those that were written")
+
+    def _damaged(self, tensor: Tensor) -> IntegrityError:
+        return IntegrityError(
+            f"{self._root / tensor.file}: tensor {tensor.name}: damaged: its bytes are not those that were written"
+        )
+
+
+def _digest(opened: OpenSources, file: str, offset: int, size: int) -> str:
+    digest = blake3()
+    buffer = memoryview(bytearray(min(size, BLOCK_SIZE)))
+    for block in opened.blocks(file, offset, size, buffer):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,188 @@
+"""One node's share of an output: the files that every rank needs, those of the node's EP ranks, every small file.
+
+A plan like the others, and all that it copies is held against the manifest's digests before anything is loadable. The
+index still names every file of the output: vLLM without the plugin refuses a directory that lacks one of them, and
+must, since it might go on with experts missing. Only the manifest is written anew, and says which ranks are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+from blake3 import blake3
+
+from ..checkpoint.directory import CONFIG, INDEX
+from ..checkpoint.header import Header, read_header
+from ..errors import IntegrityError, OutputError
+from ..execute.reflink import Reflink, find_sharing
+from ..execute.run import Outcome, Progress, run
+from ..placement.permutations import describe_ranks
+from ..plan.files import Digests, OutputFile, Part, Plan, Range, literal_file, whole_file
+from ..record.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, find_files, read_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """All that is decided before the first byte is written.
+
+    `manifest` is that of the copy. It has no `staged_ranks` where no file is left out: the copy is then a whole output
+    too. `index` and `config` are the bytes of the two files that come last.
+    """
+
+    manifest: Manifest
+    plan: Plan
+    index: bytes
+    config: bytes
+    notes: tuple[str, ...]
+
+
+def plan_stage(out: str | Path, ranks: Iterable[int], dest: str | Path, *, reflink: Reflink = "auto") -> Staging:
+    """Decide what a node that holds the EP ranks `ranks` of the output `out` needs. Reads no weights, writes nothing.
+
+    `dest` is looked at only to see whether it can share blocks with `out`. Raises IntegrityError where `out` is damaged
+    or incomplete, OutputError where it does not have one of `ranks`, or `reflink` asks for what cannot be.
+    """
+    root = Path(out)
+    manifest = read_manifest(root)
+    wanted = sorted(set(ranks))
+    _refuse_ranks(root, manifest, wanted)
+    records = manifest.files_for(wanted)
+    found = find_files(root, records)
+    headers = {record.name: read_header(root / record.name) for record in records if record.tensors}
+    staged = wanted if len(records) < len(manifest.files) else None
+    plan = Plan(
+        source=root,
+        source_files=found,
+        headers={name: header.raw for name, header in headers.items()},
+        sharing=find_sharing(root, headers, manifest.source.directories, Path(dest), reflink),
+        directories=tuple(manifest.source.directories),
+        files=tuple(
+            _copy_of(record, headers.get(record.name)) for record in records if record.name not in (INDEX, CONFIG)
+        ),
+        last=(MANIFEST, INDEX, CONFIG),
+    )
+    return Staging(
+        manifest=msgspec.structs.replace(manifest, staged_ranks=staged),
+        plan=plan,
+        index=_read_small(root, manifest, INDEX),
+        config=_read_small(root, manifest, CONFIG),
+        notes=tuple(_notes(manifest, staged)),
+    )
+
+
+def stage(
+    out: str | Path,
+    ranks: Iterable[int],
+    dest: str | Path,
+    *,
+    reflink: Reflink = "auto",
+    restart: bool = False,
+    workers: int | None = None,
+    progress: Progress = lambda written: None,
+) -> Outcome:
+    """Copy to `dest` what a node that holds the EP ranks `ranks` of the output `out` needs.
+
+    Interrupted, the same call takes up where it stopped; with `restart` it begins afresh. `progress` is told the bytes
+    that are done. Blocks are shared where the file system can and `reflink` allows it. `out` may itself be staged, then
+    `ranks` must be among its own.
+
+    Raises:
+        IntegrityError: `out` is damaged or incomplete; nothing loadable is then in `dest`
+        OutputError: `out` does not have one of `ranks`; `dest` is refused, has no room, or cannot be written
+        CheckpointError: a file of `out` cannot be read, or changed meanwhile
+
+    """
+    staging = plan_stage(out, ranks, dest, reflink=reflink)
+    return write_staging(staging, Path(dest), restart=restart, workers=workers, progress=progress)
+
+
+def write_staging(
+    staging: Staging,
+    dest: Path,
+    *,
+    restart: bool = False,
+    workers: int | None = None,
+    progress: Progress = lambda written: None,
+) -> Outcome:
+    """Carry out `staging` in `dest`: weights and small files, then the manifest, then the index and config.json."""
+
+    def finish(copied: list[FileRecord]) -> list[OutputFile]:
+        _refuse_damaged(staging, copied)
+        manifest = encode_manifest(staging.manifest)
+        index, config = literal_file(INDEX, staging.index), literal_file(CONFIG, staging.config)
+        return [literal_file(MANIFEST, manifest), index, config]
+
+    return run(staging.plan, dest, finish, restart=restart, workers=workers, progress=progress)
+
+
+def _refuse_ranks(root: Path, manifest: Manifest, ranks: Collection[int]) -> None:
+    """OutputError where `ranks` are none, or one of them is not in the output `root`."""
+    if not ranks:
+        raise OutputError(f"{root}: no ranks to stage; name some of its EP ranks 0-{manifest.ep_size - 1}")
+    if absent := set(ranks) - set(range(manifest.ep_size)):
+        raise OutputError(
+            f"{root}: an output for {manifest.ep_size} EP ranks, 0-{manifest.ep_size - 1}; it has no rank {min(absent)}"
+        )
+    if manifest.staged_ranks is not None and (absent := set(ranks) - set(manifest.staged_ranks)):
+        raise OutputError(
+            f"{root}: staged: it holds EP ranks {describe_ranks(manifest.staged_ranks)}, not {describe_ranks(absent)}; "
+            "stage these from the whole output"
+        )
+
+
+def _read_small(root: Path, manifest: Manifest, name: str) -> bytes:
+    """The bytes of the output's small file `name`, which are those that were written."""
+    digests = {record.name: record.digest for record in manifest.files}
+    if name not in digests:
+        raise IntegrityError(f"{root / MANIFEST}: does not name {name}; expected an output of `reshard zigzag`")
+    data = (root / name).read_bytes()
+    if blake3(data).hexdigest() != digests[name]:
+        raise _damaged(root / name)
+    return data
+
+
+def _refuse_damaged(staging: Staging, copied: Iterable[FileRecord]) -> None:
+    """IntegrityError unless every byte that was copied is what was once written, as far as digests tell."""
+    records = {record.name: record for record in staging.manifest.files}
+    for record in copied:
+        written = records[record.name]
+        path = str(staging.plan.source / record.name)
+        if written.header != record.header or (not written.tensors and written.digest != record.digest):
+            raise _damaged(path)
+        for name, digest in record.tensors.items():
+            if written.tensors[name] not in (None, digest):
+                raise _damaged(f"{path}: tensor {name}")
+
+
+def _copy_of(record: FileRecord, header: Header | None) -> OutputFile:
+    """The file of `record` as it is; of a safetensors file, `header`, and each tensor."""
+    if header is None:
+        return replace(whole_file(record.name, record.size), rank=record.rank)
+    parts = [Part(None, Range(record.name, 0, len(header.raw)))]
+    for tensor in header.tensors:
+        if tensor.name not in record.tensors:
+            raise _damaged(f"{record.name}: tensor {tensor.name}")
+        digests = Digests.COPIED if record.tensors[tensor.name] is None else Digests.ALL
+        parts.append(Part(tensor.name, Range(record.name, tensor.offset, tensor.size), digests))
+    return OutputFile(record.name, tuple(parts), record.rank)
+
+
+def _damaged(path: str | Path) -> IntegrityError:
+    return IntegrityError(
+        f"{path}: damaged: its bytes are not those that were written; replace it, then stage again with --restart"
+    )
+
+
+def _notes(manifest: Manifest, staged: Collection[int] | None) -> list[str]:
+    if staged is not None:
+        return []
+    if manifest.layout == "source":
+        why = "its files are those of the source, not by rank"
+    elif all(record.rank is None for record in manifest.files):
+        why = "its experts are fused into one tensor a layer, so every rank reads all of them: no files by rank"
+    else:
+        why = "these are all of its ranks"
+    return [f"{why}; the whole output is copied"]

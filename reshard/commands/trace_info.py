@@ -1,0 +1,63 @@
+"""What is in a trace: `reshard trace info`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..traffic.choices import MOST_TOKENS, runs
+from ..traffic.recordings import Recording, counted_once, read_recordings
+from ..traffic.trace_file import MOST_EXPERTS
+
+
+@dataclass(frozen=True, slots=True)
+class RecordingInfo:
+    """One recording. `busiest` is, for each layer with experts, how often its busiest expert was chosen over the mean.
+
+    The mean is of all experts, or where the recording does not say how many there are, of those up to the last chosen.
+    """
+
+    where: str
+    by: str
+    tokens: int
+    num_experts: int | None
+    top_k: int
+    busiest: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceInfo:
+    """A trace's recordings: streams of reshard's plugin, or files of other recorders. `tokens` counts each once."""
+
+    path: Path
+    tokens: int
+    streams: tuple[RecordingInfo, ...]
+
+
+def trace_info(path: str | Path) -> TraceInfo:
+    """Describe what is recorded in the directory or file `path`; TraceError where that is nothing.
+
+    Where a recording is long, its busiest experts are those of a part of it, spread evenly.
+    """
+    recordings = read_recordings(Path(path))
+    infos = tuple(_info(recording) for recording in recordings)
+    tokens = counted_once((recording, recording.tokens) for recording in recordings)
+    return TraceInfo(Path(path), tokens, infos)
+
+
+def _info(recording: Recording) -> RecordingInfo:
+    import torch
+
+    counts_LE = torch.zeros(len(recording.layers), MOST_EXPERTS, dtype=torch.long)
+    for run in runs(recording.tokens, MOST_TOKENS):
+        for layer, ids in enumerate(recording.read(run.start, len(run)).unbind(1)):
+            counts_LE[layer] += torch.bincount(ids[ids >= 0], minlength=MOST_EXPERTS)
+    experts = recording.num_experts or int(counts_LE.any(dim=0).nonzero().max()) + 1
+    busiest = {
+        name: float(count_E.max() / count_E.double().mean())
+        for name, count_E in zip(recording.layers, counts_LE[:, :experts], strict=True)
+        if count_E.any()
+    }
+    return RecordingInfo(
+        recording.where, recording.by, recording.tokens, recording.num_experts, recording.top_k, busiest
+    )

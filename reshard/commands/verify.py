@@ -1,0 +1,229 @@
+"""Is an output what its manifest says, and what its source says? Trusts neither the plan nor the copy that made it.
+
+The output is read once: the digest of every file and tensor, its headers, index and config. A tensor without a digest,
+whose blocks are the source's, is not read, and counted. With the source, `compare` then holds the source against the
+same manifest. Every problem found is reported, not only the first.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from blake3 import blake3
+
+from ..checkpoint.directory import CONFIG, File, read_checkpoint
+from ..checkpoint.header import read_header
+from ..checkpoint.source import find_source
+from ..errors import CheckpointError, OutputError
+from ..execute.run import Progress, default_workers
+from ..execute.sources import BLOCK_SIZE, OpenSources, SourceFiles
+from ..model.layers import parse_expert_name, routing_section
+from ..placement.contract import CONTRACT_KEY
+from ..placement.permutations import rank_slots
+from ..record.manifest import MANIFEST, FileRecord, Manifest, read_manifest
+from .compare import Original, RouterComparison, compare_files, compare_routers, compare_tensors
+
+LARGEST_SMALL_FILE = 64 << 20  # bytes; what a quick look still reads
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was looked at, and every problem found, a sentence each.
+
+    Of `tensors`, `unread` have no digest, or were not asked for; `size` is the bytes read.
+    `staged_ranks` is None for a whole output.
+    """
+
+    out: Path
+    files: int
+    tensors: int
+    unread: int
+    size: int
+    seconds: float
+    staged_ranks: tuple[int, ...] | None
+    routers: RouterComparison | None
+    problems: tuple[str, ...]
+
+
+def verify(
+    out: str | Path,
+    src: str | Path | None = None,
+    *,
+    quick: bool = False,
+    workers: int | None = None,
+    progress: Progress = lambda read: None,
+) -> Verification:
+    """Check the output directory `out` against its manifest, and with `src` against the checkpoint it was made from.
+
+    With `quick` no tensor is read, nor a large file: only sizes, headers, the index and the configs.
+
+    A staged directory must hold the files of its ranks; of other ranks' files, those that are there are checked too.
+    `progress` is told the bytes read: the output's, then the source's tensors. Raises IntegrityError where the manifest
+    itself is absent or damaged, and CheckpointError where `src` is not sound; what is wrong with the output is in the
+    result.
+    """
+    started = time.monotonic()
+    root = Path(out)
+    manifest = read_manifest(root)
+    records = _records(root, manifest)
+    source = None if src is None else Original.read(find_source(src))
+    if quick and source is not None:
+        raise OutputError(f"{root}: a quick look reads no tensors, so there is nothing to compare with {src}")
+    lock = threading.Lock()
+    looked = 0
+
+    def report(read: int, unread: int = 0) -> None:
+        nonlocal looked
+        with lock:
+            looked += read
+            progress(read + unread)
+
+    routers = None
+    with ThreadPoolExecutor(workers or default_workers(), thread_name_prefix="reshard") as pool:
+        by_file = pool.map(lambda record: list(_check_file(root, record, report, quick)), records)
+        problems = [problem for of_file in by_file for problem in of_file]
+        if not problems:  # the consequences of damage are not worth a second line
+            problems = list(_check_consistency(root, manifest))
+        if source is not None and not problems:
+            problems = compare_tensors(source, root, manifest, pool, report) or compare_files(source, manifest)
+            if not problems:
+                routers = compare_routers(source, root, manifest)
+                problems += routers.problems
+    digests = [digest for record in records for digest in record.tensors.values()]
+    return Verification(
+        out=root,
+        files=len(records) + 1,
+        tensors=len(digests),
+        unread=len(digests) if quick else digests.count(None),
+        size=looked,
+        seconds=time.monotonic() - started,
+        staged_ranks=None if manifest.staged_ranks is None else tuple(manifest.staged_ranks),
+        routers=routers,
+        problems=tuple(problems),
+    )
+
+
+def _records(root: Path, manifest: Manifest) -> list[FileRecord]:
+    """The files that must be there, and what is there all the same of ranks that were not staged."""
+    expected = {record.name for record in manifest.expected_files}
+    return [record for record in manifest.files if record.name in expected or (root / record.name).exists()]
+
+
+class _Report(Protocol):
+    """Told how many bytes were read, and how many passed over."""
+
+    def __call__(self, read: int, unread: int = 0) -> None: ...
+
+
+def _check_file(root: Path, record: FileRecord, report: _Report, quick: bool) -> Iterator[str]:
+    """The problems of one file of the output."""
+    path = root / record.name
+    if not path.is_file():
+        yield f"{path}: absent; expected {record.size} bytes"
+        return
+    status = path.stat()
+    if status.st_size != record.size:
+        yield f"{path}: {status.st_size} bytes, expected {record.size}"
+        return
+    files = {record.name: File(record.name, status.st_size, status.st_mtime_ns)}
+    try:
+        with SourceFiles(root, files).open() as opened:
+            if record.tensors:
+                yield from _check_weights(opened, record, report, quick)
+            else:
+                yield from _check_bytes(opened, record, report, quick)
+    except CheckpointError as error:
+        yield str(error)
+
+
+def _check_bytes(opened: OpenSources, record: FileRecord, report: _Report, quick: bool) -> Iterator[str]:
+    if quick and record.size > LARGEST_SMALL_FILE:
+        report(0, record.size)
+        return
+    whole = blake3()
+    for block in opened.blocks(record.name, 0, record.size, _buffer(record.size)):
+        whole.update(block)
+        report(len(block))
+    if whole.hexdigest() != record.digest:
+        yield f"{opened.root / record.name}: its bytes are not those that were written"
+
+
+def _check_weights(opened: OpenSources, record: FileRecord, report: _Report, quick: bool) -> Iterator[str]:
+    path = opened.root / record.name
+    header = read_header(path)
+    report(len(header.raw))
+    for name in sorted(record.tensors.keys() ^ {tensor.name for tensor in header.tensors}):
+        expected = "expected" if name in record.tensors else "not expected"
+        yield f"{path}: tensor {name}: {expected} in this file by the manifest"
+    if blake3(header.raw).hexdigest() != record.header:
+        yield f"{path}: its header is not what was written"
+    whole = blake3(header.raw)
+    buffer = _buffer(record.size)
+    sound = True
+    for tensor in header.tensors:
+        if quick or record.tensors.get(tensor.name) is None:
+            report(0, tensor.size)
+            continue
+        digest = blake3()
+        for block in opened.blocks(record.name, tensor.offset, tensor.size, buffer, tensor.name):
+            whole.update(block)
+            digest.update(block)
+            report(len(block))
+        if digest.hexdigest() != record.tensors[tensor.name]:
+            sound = False
+            yield f"{path}: tensor {tensor.name}: its bytes are not those that were written"
+    if sound and not quick and record.digest not in (None, whole.hexdigest()):
+        yield f"{path}: its digest in {MANIFEST} is not that of its bytes"
+
+
+def _buffer(size: int) -> memoryview:
+    return memoryview(bytearray(min(size, BLOCK_SIZE)))
+
+
+def _may_be_absent(manifest: Manifest) -> set[str]:
+    return {record.name for record in manifest.files} - {record.name for record in manifest.expected_files}
+
+
+def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
+    """What digests do not say: whether the parts of a sound output fit each other."""
+    try:
+        checkpoint = read_checkpoint(root, absent=_may_be_absent(manifest))
+        contract = manifest.parsed_contract(str(root / MANIFEST))
+    except CheckpointError as error:
+        yield str(error)
+        return
+    config = checkpoint.config
+    if config.get(CONTRACT_KEY) != manifest.contract:
+        yield f"{root / CONFIG}: its {CONTRACT_KEY} is not the routing contract of {MANIFEST}"
+    locked = str(config.get("model_type")).startswith("reshard_")
+    if manifest.plugin_required != (contract is not None) or locked != manifest.plugin_required:
+        yield (
+            f"{root / CONFIG}: model type {config.get('model_type')!r:.80}, but by {MANIFEST} the plugin is "
+            f"{'' if manifest.plugin_required else 'not '}required"
+        )
+    if contract is not None:
+        if contract.physical_to_logical != manifest.placement:
+            yield f"{root / CONFIG}: the placement in {CONTRACT_KEY} is not that of {MANIFEST}"
+        asked = routing_section(config, str(root / CONFIG))
+        groups = (asked.get("n_group"), asked.get("topk_group"))
+        if groups != (contract.n_group, contract.topk_group):
+            yield f"{root / CONFIG}: n_group and topk_group are {groups}, in {CONTRACT_KEY} they are others"
+    if manifest.routing.group_limited != manifest.plugin_required:
+        yield f"{root / MANIFEST}: plugin_required is {manifest.plugin_required}, its routing says otherwise"
+    for name in sorted(checkpoint.files.keys() - {record.name for record in manifest.files} - {MANIFEST}):
+        if not any(part.startswith(".") for part in name.split("/")):
+            yield f"{root / name}: not in {MANIFEST}; an engine might read it: move it away"
+    slots = {layer.name: rank_slots(layer.num_experts, manifest.ep_size) for layer in manifest.moe_layers}
+    for record in manifest.files:
+        for name in record.tensors:
+            expert = parse_expert_name(name, slots)
+            if expert is None or manifest.layout == "source":
+                continue
+            if record.rank is None or expert.expert not in slots[expert.layer][record.rank]:
+                yield f"{root / record.name}: tensor {name}: not one of rank {record.rank}'s experts"

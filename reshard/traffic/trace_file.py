@@ -1,0 +1,231 @@
+"""A trace on disk: which experts each token chose in each MoE layer, as a running engine wrote it down.
+
+    DIR/<model>-dp00-pp00-000001.trace    the tokens of DP rank 0 in the layers of PP stage 0: the first of its files
+
+A file is one line of JSON, the `Header`, and then a row for each token: the ids of the experts that it chose, [L, K],
+as U8 (up to 256 experts) or U16, little endian. Rows are appended and never touched again: whatever ends a writer
+leaves whole rows and at most a part of one, which readers pass over. The files of a stream stay within a limit
+together; the oldest goes first. As with `contract`, this is all that an engine's plugin has to import.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import msgspec
+from blake3 import blake3
+
+from ..errors import TraceError
+from ..placement.contract import Placement, placement_from_json
+
+SUFFIX = ".trace"
+TRACE_VERSION = 1
+DEFAULT_LIMIT = 1 << 30  # bytes of a stream: 2.3 million tokens of R1
+MOST_EXPERTS = 1 << 16  # that an id has room for
+MOST_LAYERS = 1000
+SEGMENTS = 8  # files that a stream is cut into, so that what goes first is a part
+_NAME = re.compile(r"(?P<stream>[0-9a-f]{8}-dp\d{2,}-pp\d{2,})-(?P<number>\d{6,})\.trace")
+_LAYER = re.compile(r"([A-Za-z_]\w*)\.(\d+)(?:\.|$)")
+_LONGEST_HEADER = 64 << 20
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """What the rows of a stream are.
+
+    `layers` are the MoE layers that a row has, named as the engine names the module that holds their experts.
+    `physical_to_logical`: the permutation by which the ids in the rows are physical, [E] for all layers or one for each
+    by name; None where they are logical.
+    """
+
+    reshard_trace: int
+    engine: str
+    model: str
+    layers: tuple[str, ...]
+    num_experts: int
+    top_k: int
+    physical_to_logical: list[int] | dict[str, list[int]] | None = None
+    dp_rank: int = 0
+    pp_rank: int = 0
+
+    @property
+    def id_size(self) -> int:
+        """Bytes of an expert id."""
+        return 1 if self.num_experts <= 256 else 2
+
+    @property
+    def row_size(self) -> int:
+        """Bytes of a token."""
+        return len(self.layers) * self.top_k * self.id_size
+
+    @property
+    def stream(self) -> str:
+        """What the names of the stream's files begin with."""
+        return f"{blake3(_encode(self)).hexdigest()[:8]}-dp{self.dp_rank:02}-pp{self.pp_rank:02}"
+
+    def placement(self, where: str) -> Placement | None:
+        """physical_to_logical by layer; `where` names the file in the CheckpointError for one that is none."""
+        if self.physical_to_logical is None:
+            return None
+        return placement_from_json(self.physical_to_logical, list(self.layers), where)
+
+
+class TraceWriter:
+    """Appends rows to a stream in `directory`, which may have earlier files of it, and keeps it within `limit` bytes.
+
+    Raises OSError where the disk does, also from `write`: what was written then ends in a part of a row, and nothing
+    may be written after it.
+    """
+
+    def __init__(self, directory: Path, header: Header, limit: int = DEFAULT_LIMIT) -> None:
+        self._directory = directory
+        self._header = header
+        self._limit = limit
+        start = len(_encode(header))
+        self._rows = max(1, (limit // SEGMENTS - start) // header.row_size)  # of a file
+        self._file_size = start + self._rows * header.row_size
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = self._next_file()
+        self._left = self._rows  # what the file has room for
+
+    def write(self, rows: memoryview) -> None:
+        """Append whole rows; in the file, and safe from a kill of the process, when this returns."""
+        size = self._header.row_size
+        while rows:
+            if not self._left:
+                self.close()
+                self._file, self._left = self._next_file(), self._rows
+            number = min(self._left, len(rows) // size)
+            _write(self._file, rows[: number * size])
+            self._left -= number
+            rows = rows[number * size :]
+
+    def close(self) -> None:
+        """No more is written."""
+        self._file.close()
+
+    def _next_file(self) -> FileIO:
+        files = _files(self._directory, self._header.stream)
+        for number in sorted(files):
+            if sum(size for _, size in files.values()) + self._file_size <= self._limit:
+                break
+            files.pop(number)[0].unlink(missing_ok=True)
+        number = max(files, default=0) + 1
+        while True:
+            try:
+                file = (self._directory / f"{self._header.stream}-{number:06}{SUFFIX}").open("xb", buffering=0)
+            except FileExistsError:  # another process writes the same stream
+                number += 1
+                continue
+            _write(file, memoryview(_encode(self._header)))
+            return file
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One file of a stream: `rows` whole rows from byte `start` on."""
+
+    path: Path
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The rows of one header, in the order in which they were written."""
+
+    header: Header
+    segments: tuple[Segment, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Rows."""
+        return sum(segment.rows for segment in self.segments)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(segment.start + segment.rows * self.header.row_size for segment in self.segments)
+
+    def read(self, first: int, count: int) -> bytearray:
+        """The rows `first` to `first + count`; TraceError where a file has become shorter meanwhile."""
+        rows, size = bytearray(), self.header.row_size
+        for segment in self.segments:
+            begin, end = max(first, 0), min(first + count, segment.rows)
+            if begin < end:
+                with segment.path.open("rb") as file:
+                    file.seek(segment.start + begin * size)
+                    part = file.read((end - begin) * size)
+                if len(part) != (end - begin) * size:
+                    raise TraceError(f"{segment.path}: became shorter while it was read; record again")
+                rows += part
+            first -= segment.rows
+        return rows
+
+
+def read_streams(directory: Path) -> list[Stream]:
+    """The streams in `directory`, by name; TraceError where a file is no part of a trace that this version reads."""
+    streams: dict[str, Stream] = {}
+    for path in sorted(directory.glob(f"*{SUFFIX}")):
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                line = file.readline(_LONGEST_HEADER)
+        except OSError as error:
+            raise TraceError(f"{path}: cannot be read: {error.strerror}") from error
+        if not size:
+            continue  # its writer was ended before the header
+        header = _decode(line, path)
+        segment = Segment(path, len(line), (size - len(line)) // header.row_size)
+        before = streams[header.stream].segments if header.stream in streams else ()
+        streams[header.stream] = Stream(header, (*before, segment))
+    return list(streams.values())
+
+
+def layer_key(name: str) -> tuple[str, int] | None:
+    """What engines and checkpoints agree on in a layer's name: ("layers", 3) for `model.layers.3.mlp`."""
+    match = _LAYER.search(name)
+    return (match[1], int(match[2])) if match else None
+
+
+def _decode(line: bytes, path: Path) -> Header:
+    if not line.endswith(b"\n"):
+        raise TraceError(f"{path}: no trace: expected a line of JSON at its beginning; move the file away")
+    try:
+        header = msgspec.json.decode(line, type=Header)
+    except msgspec.DecodeError as error:
+        raise TraceError(f"{path}: no trace of reshard: {error}; move the file away") from error
+    if header.reshard_trace != TRACE_VERSION:
+        raise TraceError(
+            f"{path}: a trace of version {header.reshard_trace}, this reshard reads version {TRACE_VERSION}; upgrade it"
+        )
+    if not header.layers or len(set(header.layers)) < len(header.layers):
+        raise TraceError(f"{path}: expected the names of its layers, each once, found {header.layers!r:.80}")
+    if not 0 < header.top_k <= header.num_experts <= MOST_EXPERTS:
+        raise TraceError(f"{path}: top {header.top_k} of {header.num_experts} experts cannot be; move the file away")
+    if (placement := header.placement(str(path))) is not None and any(
+        len(permutation) != header.num_experts for permutation in placement.values()
+    ):
+        raise TraceError(f"{path}: physical_to_logical has not {header.num_experts} experts; move the file away")
+    return header
+
+
+def _encode(header: Header) -> bytes:
+    return msgspec.json.encode(header) + b"\n"
+
+
+def _files(directory: Path, stream: str) -> dict[int, tuple[Path, int]]:
+    """The files of a stream and their sizes, by number."""
+    found = {}
+    for path in directory.glob(f"{stream}-*{SUFFIX}"):
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_file():
+            found[int(match["number"])] = path, path.stat().st_size
+    return found
+
+
+def _write(file: FileIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]

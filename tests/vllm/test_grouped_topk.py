@@ -1,0 +1,123 @@
+"""The router's kernel in Triton's interpreter, against a plain statement of group-limited routing: which experts, in
+which order. Bits are for the GPU, where tests/gpu compares them with vLLM's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+CASES = [  # experts, groups, groups of a token, experts of a token, how a softmax is summed, biased, dtype
+    (256, 8, 4, 8, None, True, "float32"),
+    (210, 7, 3, 8, None, True, "float32"),
+    (512, 8, 4, 8, None, True, "float32"),
+    (160, 8, 3, 6, (256, 2, True), False, "bfloat16"),
+    (160, 8, 3, 6, (128, 2, False), False, "float32"),
+    (256, 8, 4, 8, None, False, "float32"),
+    (256, 8, 4, 8, (256, 2, False), True, "float32"),
+    (1024, 8, 4, 16, (1024, 8, False), False, "float32"),
+    (1024, 8, 4, 16, (256, 2, True), False, "float32"),
+    (384, 8, 4, 8, (512, 4, False), True, "float32"),
+]
+
+
+def expected_ids(values: Sequence[float], groups: int, chosen_groups: int, top_k: int, biased: bool) -> list[int]:
+    """Logical experts for one token, from the values that experts are compared by; None is never chosen."""
+    size = len(values) // groups
+    members = [range(group * size, (group + 1) * size) for group in range(groups)]
+    best = [sorted((values[expert] for expert in group), reverse=True) for group in members]
+    score = [sum(found[:2]) if biased else found[0] for found in best]
+    chosen = sorted(range(groups), key=lambda group: (-score[group], group))[:chosen_groups]
+    candidates = [expert for group in chosen for expert in members[group]]
+    ids = sorted(candidates, key=lambda expert: (-values[expert], expert))[:top_k]
+    if biased:
+        return ids
+    least = min(values[expert] for expert in ids)
+    return sorted(ids, key=lambda expert: (values[expert] == least, expert))
+
+
+def test_the_control_statement_of_ties() -> None:
+    assert expected_ids([0, 0, 1, 1, 5, 0, 2, 2], 4, 2, 2, biased=False) == [4, 6]
+    assert expected_ids([0, 0, 1, 1, 5, 0, 2, 2], 4, 2, 3, biased=True) == [4, 6, 7]
+    assert expected_ids([1, 1, 1, 1, 1, 1, 1, 1], 4, 2, 3, biased=True) == [0, 1, 2]
+
+
+def interpreted(what: str, *case: Any) -> list[Any]:
+    """In a process of its own: whether Triton interprets is settled when the kernel is first seen."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        Path(__file__).parents[1] / "support" / "interpreted.py",
+        what,
+        json.dumps(case),
+    ]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: list[Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "minus infinity"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_chooses_by_logical_groups_and_answers_with_physical_ids(case: tuple[Any, ...], kind: str) -> None:
+    place, values, ids, weights, scores = interpreted("route", *case, kind)
+    _, groups, chosen_groups, top_k, _, biased, _ = case
+    for row, found, weight, score in zip(values, ids, weights, scores, strict=True):
+        expected = expected_ids(row, groups, chosen_groups, top_k, biased)
+        assert found == [place[expert] for expert in expected]
+        assert weight == pytest.approx([score[expert] for expert in expected], rel=1e-2)
+
+
+def added(numbers: Sequence[float]) -> float:
+    """In float32, one after the other."""
+    total = 0.0
+    for number in numbers:
+        (total,) = struct.unpack("f", struct.pack("f", total + number))
+    return total
+
+
+def in_order(numbers: Sequence[float], block: int, warps: int, side_by_side: bool) -> float:
+    """The sum in the order that `Summing` states, with the lanes of a warp and the warps added as by `shfl.bfly`."""
+    lanes = 32 * warps
+    blocks = [added(numbers[at::block]) for at in range(block)]
+    of_lane = [blocks[n * (block // lanes) : (n + 1) * (block // lanes)] for n in range(lanes)]
+    sums = [added(of_lane[n] if side_by_side else blocks[n::lanes]) for n in range(lanes)]
+    for width in (32, warps):
+        while width > 1:
+            width //= 2
+            sums = [
+                added([sums[at + n], sums[at + n + width]])
+                for at in range(0, len(sums), 2 * width)
+                for n in range(width)
+            ]
+    return sums[0]
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize(("size", "block", "warps"), [(256, 256, 2), (256, 128, 2), (1024, 1024, 8), (1024, 256, 4)])
+def test_a_softmax_is_summed_in_the_order_that_is_asked_for(
+    size: int, block: int, warps: int, side_by_side: bool
+) -> None:
+    rows, totals = sums(size, block, warps, side_by_side)
+    assert totals == [in_order(row, block, warps, side_by_side) for row in rows]
+
+
+def test_the_control_each_order_gives_other_sums() -> None:
+    rows, _ = sums(1024, 1024, 8, False)
+    orders = [(1024, 8, False), (1024, 8, True), (512, 8, False), (256, 2, False)]
+    assert len({tuple(in_order(row, *order) for row in rows) for order in orders}) == len(orders)
+
+
+def sums(*case: Any) -> tuple[list[list[float]], list[float]]:
+    rows, totals = interpreted("sum", *case)
+    return [list(map(float.fromhex, row)) for row in rows], list(map(float.fromhex, totals))

@@ -1,0 +1,235 @@
+"""The plugin's recorder, without vLLM: whatever goes wrong with a trace, routers answer and steps go on."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reshard.traffic.recordings import read_recordings
+from reshard.vllm.recording import WAITING, Recorder, Scribe, attach
+
+TOP_K, EXPERTS, MOST_TOKENS = 2, 8, 16
+
+
+class Capturer:
+    """As vLLM's `RoutedExpertsCapturer`, on one rank; `fault` is raised once there are that many rows."""
+
+    fault_at: int | None = None
+
+    def __init__(self, tokens: int, config: Any) -> None:
+        self.device_buffer = torch.zeros(tokens, 3, TOP_K, dtype=torch.int32)
+
+    def capture(self, column: int, ids: Tensor) -> None:
+        if self.fault_at == len(ids):
+            raise AssertionError("unexpected topk_ids batch dim")
+        self.device_buffer[: len(ids), column] = ids
+
+
+class Said(list[str]):
+    """vLLM's log."""
+
+    def _say(self, text: str, *values: object) -> None:
+        self.append(text % values)
+
+    info = warning = exception = _say
+
+
+class Vllm:
+    """What the recorder asks of vLLM."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said = Said()
+        self.tp_rank = 0
+        self.capturer = type("Capturer", (Capturer,), {})
+        group = lambda: SimpleNamespace(rank_in_group=self.tp_rank)  # noqa: E731
+        for name, contents in {
+            "vllm": {"__version__": "0.0"},
+            "vllm.logger": {"init_logger": lambda name: self.said},
+            "vllm.distributed.parallel_state": {
+                "get_tp_group": group,
+                "get_pp_group": lambda: SimpleNamespace(rank_in_group=0),
+            },
+            "vllm.model_executor.layers.fused_moe.routed_experts_capturer": {"RoutedExpertsCapturer": self.capturer},
+        }.items():
+            module = ModuleType(name)
+            vars(module).update(contents)
+            monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Vllm:
+    return Vllm(monkeypatch)
+
+
+class Router:
+    """Answers with the logits' first columns, as if they were ids."""
+
+    top_k = TOP_K
+
+    def _compute_routing(self, hidden: Tensor, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return logits[:, :TOP_K].float(), logits[:, :TOP_K]
+
+
+def worker(*, monolithic: bool = False, **parallel: Any) -> Any:
+    """A worker with two MoE layers."""
+    runners = [
+        SimpleNamespace(
+            router=Router(), routed_experts=SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=one))
+        )
+        for one in (False, monolithic)
+    ]
+    named = [(f"model.layers.{number}.mlp.experts", runner) for number, runner in enumerate(runners, 1)]
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**{"data_parallel_rank": 0, **parallel}),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=MOST_TOKENS),
+        model_config=SimpleNamespace(model="m", hf_config=SimpleNamespace(), get_num_experts=lambda: EXPERTS),
+        additional_config={},
+    )
+    model = SimpleNamespace(named_modules=lambda: named)
+    return SimpleNamespace(vllm_config=config, get_model=lambda: model, routers=[runner.router for runner in runners])
+
+
+def step(worker: Any, recorder: Recorder | None, ids: list[list[int]]) -> None:
+    """A forward pass of these tokens, of which all layers choose the same."""
+    logits = torch.tensor(ids)
+    for router in worker.routers:
+        weights, chosen = router._compute_routing(None, logits)
+        assert torch.equal(chosen, logits)
+        assert torch.equal(weights, logits.float())
+    if recorder is not None:
+        recorder.step(len(ids))
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def recorded(directory: Path, tokens: int) -> Any:
+    until(lambda: bool(list(directory.glob("*.trace"))) and _tokens(directory) == tokens)
+    (recording,) = read_recordings(directory)
+    return recording.read(0, tokens).tolist()
+
+
+def _tokens(directory: Path) -> int:
+    (path,) = directory.glob("*.trace")
+    line, _, rows = path.read_bytes().partition(b"\n")
+    return len(rows) // (line.count(b"model.layers") * TOP_K)
+
+
+def start(worker: Any, directory: Path) -> Recorder:
+    recorder = attach(worker, {"RESHARD_TRACE": str(directory)})
+    assert recorder is not None
+    return recorder
+
+
+def test_rows_of_each_step_are_those_of_its_tokens_and_not_of_its_padding(vllm: Vllm, tmp_path: Path) -> None:
+    of = worker()
+    recorder = start(of, tmp_path)
+    step(of, recorder, [[1, 2], [3, 4], [5, 6]])
+    for router in of.routers:
+        router._compute_routing(None, torch.tensor([[7, 0], [0, 0], [0, 0]]))  # two rows fill up a CUDA graph
+    recorder.step(1)
+    assert recorded(tmp_path, 4) == [[ids, ids] for ids in ([1, 2], [3, 4], [5, 6], [7, 0])]
+    assert of.vllm_config.additional_config == {"reshard_trace": True}
+
+
+def test_only_the_first_tensor_parallel_rank_writes_and_all_take_part(vllm: Vllm, tmp_path: Path) -> None:
+    vllm.tp_rank, of = 1, worker()
+    recorder = start(of, tmp_path)
+    step(of, recorder, [[1, 2]])
+    assert not list(tmp_path.iterdir())
+    assert recorder._capturer.device_buffer[0, :2].tolist() == [[1, 2], [1, 2]]
+
+
+def test_a_layer_whose_kernel_routes_is_left_out_and_named(vllm: Vllm, tmp_path: Path) -> None:
+    of = worker(monolithic=True)
+    recorder = start(of, tmp_path)
+    step(of, recorder, [[1, 2]])
+    assert recorded(tmp_path, 1) == [[[1, 2]]]
+    assert any("1 layers are not recorded" in line and "model.layers.2.mlp.experts" in line for line in vllm.said)
+
+
+@pytest.mark.parametrize("parallel", [{"use_ubatching": True}, {"prefill_context_parallel_size": 2}])
+def test_where_rows_are_not_tokens_nothing_is_recorded(parallel: dict[str, Any], vllm: Vllm, tmp_path: Path) -> None:
+    of = worker(**parallel)
+    assert attach(of, {"RESHARD_TRACE": str(tmp_path)}) is None
+    step(of, None, [[1, 2]])
+    assert not list(tmp_path.iterdir())
+    assert "nothing is recorded" in vllm.said[-1]
+
+
+def test_rows_that_cannot_be_kept_end_the_recording_once_and_not_the_routing(vllm: Vllm, tmp_path: Path) -> None:
+    of = worker()
+    recorder = start(of, tmp_path)
+    step(of, recorder, [[1, 2]])
+    vllm.capturer.fault_at = 3
+    for _ in range(3):
+        step(of, recorder, [[1, 2], [3, 4], [5, 6]])
+    step(of, recorder, [[1, 2]])
+    assert recorded(tmp_path, 1) == [[[1, 2]] * 2]
+    assert len([line for line in vllm.said if "recording ends here: unexpected topk_ids" in line]) == 1
+
+
+def test_a_directory_that_cannot_be_written_is_said_and_this_rank_takes_part(vllm: Vllm, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    of = worker()
+    recorder = start(of, tmp_path / "file")
+    step(of, recorder, [[3, 4]])
+    assert recorder._capturer.device_buffer[0, :2].tolist() == [[3, 4], [3, 4]]
+    assert len([line for line in vllm.said if "recording cannot begin" in line]) == 1
+
+
+def test_a_disk_that_is_full_ends_the_writing_and_this_rank_goes_on_taking_part(vllm: Vllm, tmp_path: Path) -> None:
+    of = worker()
+    recorder = start(of, tmp_path)
+    assert recorder._scribe is not None
+
+    def full(rows: memoryview) -> None:
+        raise OSError(28, "No space left on device")
+
+    recorder._scribe._writer.write = full  # type: ignore[method-assign]
+    thread = recorder._scribe._thread
+    step(of, recorder, [[1, 2]])
+    until(lambda: not thread.is_alive())
+    for _ in range(2):
+        step(of, recorder, [[3, 4]])
+    assert recorder._scribe is None
+    assert recorder._capturer.device_buffer[0, :2].tolist() == [[3, 4], [3, 4]]
+    assert len([line for line in vllm.said if "No space left on device" in line]) == 1
+
+
+def test_a_disk_that_is_slow_loses_steps_and_delays_none(vllm: Vllm) -> None:
+    class Stuck:
+        def __init__(self) -> None:
+            self.rows = 0
+            self.goes_on = threading.Event()
+
+        def write(self, rows: memoryview) -> None:
+            assert self.goes_on.wait(60)
+            self.rows += 1
+
+        def close(self) -> None:
+            pass
+
+    disk: Any = Stuck()
+    scribe = Scribe(disk, id_size=1)
+    for _ in range(3 * WAITING):
+        assert scribe.take(torch.ones(1, 1, TOP_K, dtype=torch.int32))
+    assert disk.rows == 0, "no step waited for the disk"
+    assert vllm.said.count("RESHARD_TRACE: the disk cannot follow: some steps are not recorded") == 1
+    disk.goes_on.set()
+    until(lambda: not scribe._waiting.qsize())
+    scribe._finish()
+    assert disk.rows in (WAITING, WAITING + 1), "one may have been on its way"

@@ -1,0 +1,344 @@
+"""The plugin's own decisions, without vLLM: which files, which words, which placement, which versions."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from reshard import CheckpointError, OutputError, UnsupportedError
+from reshard.placement.contract import Contract, contract_to_json, lock_config
+from reshard.placement.permutations import zigzag
+from reshard.vllm import support
+from reshard.vllm.configs import read_config
+from reshard.vllm.loading import Parallel, _parallel, check_model, choose_files, needed_ranks, words_on
+from reshard.vllm.patching import replace_once, when_imported
+from reshard.vllm.routing import current_contract, in_logical_order, placement_of
+
+SHARED = ["/m/model-shared-00001-of-00002.safetensors", "/m/model-shared-00002-of-00002.safetensors"]
+RANKED = [f"/m/model-ep{rank:02}-of-04-{n:05}-of-00002.safetensors" for rank in range(4) for n in (1, 2)]
+NAMED = SHARED + RANKED
+
+
+def contract(placement: dict[str, tuple[int, ...]] | None = None) -> Contract:
+    """A contract of 8 experts in 4 groups."""
+    placement = placement or {"model.layers.1.mlp": zigzag(8, 2)}
+    original = {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "auto_map": {"AutoConfig": "x.Y"},
+    }
+    return Contract("zigzag", 2, 4, 2, placement, original)
+
+
+def test_importing_and_registering_the_plugin_imports_nothing_of_vllm_or_torch() -> None:
+    script = "import sys, reshard.vllm; print(sorted({'vllm', 'torch', 'transformers'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_rank_chooses_the_shared_files_and_its_own() -> None:
+    for rank in range(4):
+        chosen = choose_files(NAMED, NAMED, 8, Parallel(rank, 4, consecutive=True))
+        assert chosen == SHARED + RANKED[2 * rank : 2 * rank + 2]
+
+
+@pytest.mark.parametrize("parallel", [Parallel(0, 1, True), Parallel(1, 4, False)])
+def test_without_expert_parallelism_or_with_eplb_every_file_is_chosen(parallel: Parallel) -> None:
+    assert choose_files(NAMED, NAMED, 8, parallel) == NAMED
+
+
+@pytest.mark.parametrize("experts", [8, 9, 10, 15])
+@pytest.mark.parametrize("served_on", [2, 3, 4, 5, 8])
+def test_with_another_ep_size_the_chosen_ranks_hold_all_experts_owned_and_none_is_chosen_for_nothing(
+    experts: int, served_on: int
+) -> None:
+    def slots(size: int) -> list[set[int]]:
+        ends = [rank * (experts // size) + min(rank, experts % size) for rank in range(size + 1)]
+        return [set(range(ends[rank], ends[rank + 1])) for rank in range(size)]
+
+    for rank, owned in enumerate(slots(served_on)):
+        needed = needed_ranks(4, experts, Parallel(rank, served_on, consecutive=True))
+        assert needed == {holder for holder, held in enumerate(slots(4)) if held & owned}
+
+
+def test_a_needed_file_that_is_absent_is_named_with_the_way_to_get_it() -> None:
+    present = [file for file in NAMED if file != RANKED[5]]
+    assert choose_files(NAMED, present, 8, Parallel(1, 4, consecutive=True))
+    with pytest.raises(OutputError, match=r"model-ep02-of-04-00002-of-00002.*EP rank 2 of 4.*reshard stage"):
+        choose_files(NAMED, present, 8, Parallel(2, 4, consecutive=True))
+    staged = [file for file in NAMED if "ep02" not in file]
+    with pytest.raises(OutputError, match="reshard stage"):
+        choose_files(staged, staged, 8, Parallel(2, 4, consecutive=True))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "strategy", "eplb", "expected"),
+    [
+        (Parallel(0, 4, True), "linear", False, []),
+        (Parallel(0, 1, True), "linear", False, ["expert parallelism is off"]),
+        (Parallel(0, 2, True), "linear", False, ["with --ep 2"]),
+        (Parallel(0, 4, False), "round_robin", False, ["undoes the placement"]),
+        (Parallel(0, 4, False), "round_robin", True, []),
+        (Parallel(0, 2, False), "round_robin", False, ["with --ep 2", "undoes the placement"]),
+    ],
+)
+def test_a_user_who_goes_astray_is_told(parallel: Parallel, strategy: str, eplb: bool, expected: list[str]) -> None:
+    words = words_on(4, parallel, strategy, eplb)
+    assert len(words) == len(expected)
+    assert all(part in word for part, word in zip(expected, words, strict=True))
+
+
+def test_a_layer_is_found_by_its_numbers_where_layers_differ() -> None:
+    one, other = zigzag(8, 2), zigzag(8, 4)
+    both = {"model.layers.1.mlp": one, "model.layers.2.mlp": other}
+    assert placement_of(both, "model.layers.2.mlp.experts") == other
+    assert placement_of(both, "language_model.model.layers.1.mlp.experts") == one
+    with pytest.raises(UnsupportedError, match=r"layers\.3"):
+        placement_of(both, "model.layers.3.mlp.experts")
+    assert placement_of({"model.layers.1.mlp": one}, "anything") == one
+
+
+def test_a_locked_config_reads_as_the_original_and_keeps_its_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reshard.vllm.configs.require_support", lambda where: None)
+    original = {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "auto_map": {"AutoConfig": "x.Y"},
+    }
+    original |= {"n_group": 4, "hidden_size": 16}
+    locked = lock_config(original, contract())
+    assert "auto_map" not in locked
+    read = read_config(locked, "here")
+    assert read.pop("expert_placement") == contract_to_json(contract())
+    assert read == original
+    assert read_config(original, "here") is original
+    locked["expert_placement"] = {**locked["expert_placement"], "version": 2}
+    with pytest.raises(CheckpointError, match="version 2"):
+        read_config(locked, "here")
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("0.26.0", True), ("0.32.0+cpu", True), ("0.33.1", True), ("0.25.2", False), ("0.34.0", False), ("dev", False)],
+)
+def test_a_vllm_that_was_not_read_is_refused_with_the_versions_that_were(
+    version: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))  # type: ignore[arg-type]
+    assert (support.what_is_wrong() is None) == fits
+    if not fits:
+        with pytest.raises(UnsupportedError, match=rf"0\.26 to 0\.33.*{version}"):
+            support.require_support("here")
+
+
+def test_a_hook_that_takes_other_arguments_is_told_from_the_one_that_was_read() -> None:
+    arguments = ", ".join(f"{name}=None" for name in support.ROUTER_ARGUMENTS)
+    functions: dict[str, object] = {}
+    exec(
+        f"def same({arguments}, more=None): ...\ndef other({arguments.replace('topk_group=None, ', '')}): ...",
+        functions,
+    )
+    assert support.what_is_wrong_with_hook(functions["same"]) is None
+    assert "topk_group" in str(support.what_is_wrong_with_hook(functions["other"]))
+    assert support.what_is_wrong_with_hook(None)
+
+
+def test_a_module_is_changed_once_whether_it_is_imported_before_or_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "late_module.py").write_text("def double(x):\n    return 2 * x\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def add_one(module: object) -> None:
+        replace_once(module, "double", lambda old: lambda x: old(x) + 1)  # type: ignore[arg-type]
+
+    finders = len(sys.meta_path)
+    when_imported("late_module", add_one)
+    when_imported("late_module", add_one)
+    assert "late_module" not in sys.modules
+    late_module = importlib.import_module("late_module")
+    assert late_module.double(3) == 7
+    when_imported("late_module", add_one)
+    assert late_module.double(3) == 7
+    assert len(sys.meta_path) == finders
+    del sys.modules["late_module"]
+
+
+def test_a_module_that_two_wait_for_is_changed_by_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "awaited_module.py").write_text("changed = []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def one(module: ModuleType) -> None:
+        module.changed.append("one")
+
+    def other(module: ModuleType) -> None:
+        module.changed.append("other")
+
+    for install in (one, other, one, other):
+        when_imported("awaited_module", install)
+    module = importlib.import_module("awaited_module")
+    monkeypatch.delitem(sys.modules, "awaited_module")
+    assert sorted(module.changed) == ["one", "other"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "consecutive"),
+    [
+        ({}, True),
+        ({"enable_eplb": True}, False),
+        ({"expert_placement_strategy": "round_robin"}, False),
+        ({"load_format": "fastsafetensors"}, False),
+        ({"tensor": "model.layers.1.mlp.experts.0.w1.input_scale"}, False),
+    ],
+)
+def test_a_rank_reads_all_files_where_it_may_need_any_expert(
+    changes: dict[str, object], consecutive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"load_format": "auto", "tensor": "model.layers.1.mlp.experts.0.w1.weight_scale", **changes}
+    group = SimpleNamespace(rank_in_group=1, world_size=4)
+    module = SimpleNamespace(get_ep_group=lambda: group)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", module)  # type: ignore[arg-type]
+    config = SimpleNamespace(
+        enable_expert_parallel=True,
+        enable_eplb=settings.get("enable_eplb", False),
+        expert_placement_strategy=settings.get("expert_placement_strategy", "linear"),
+    )
+    assert _parallel(config, str(settings["load_format"]), [str(settings["tensor"])]) == Parallel(1, 4, consecutive)
+
+
+class Chooser:
+    """Stands for a router of vLLM."""
+
+    def _compute_routing(self, hidden_states: object, logits: torch.Tensor, indices_type: object = None) -> object:
+        weights, ids = logits.topk(2, dim=1)
+        return weights, ids.int()
+
+
+@pytest.fixture
+def vllm_config(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What stands for vLLM's own configuration; its model has a contract."""
+    hf_config = SimpleNamespace(expert_placement=contract_to_json(contract()))
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=hf_config, model="here"),
+        load_config=SimpleNamespace(load_format="auto"),
+        device_config=SimpleNamespace(device="cpu"),
+    )
+    module = SimpleNamespace(get_current_vllm_config=lambda: config)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(config=module))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm.config", module)  # type: ignore[arg-type]
+    return config
+
+
+GROUPED = {"use_grouped_topk": True, "num_expert_group": 4, "topk_group": 2}
+
+
+def test_a_router_sees_logits_in_logical_order_and_answers_in_physical_ids(vllm_config: SimpleNamespace) -> None:
+    found = current_contract()
+    assert found is not None
+    router = in_logical_order(Chooser(), found, GROUPED, "layer")
+    logical = torch.tensor([[0.0, 0.1, 0.9, 0.2, 0.3, 0.8, 0.4, 0.5]])
+    order = list(zigzag(8, 2))
+    weights, ids = router._compute_routing(None, logical[:, order])
+    assert [order[physical] for physical in ids[0].tolist()] == [2, 5]
+    assert weights.tolist() == logical[:, [2, 5]].tolist()
+    assert ids.dtype == torch.int32
+    assert not router.supports_monolithic_kernels
+
+
+def test_a_router_that_is_tried_on_other_logits_gets_as_many_hidden_states(vllm_config: SimpleNamespace) -> None:
+    class Strict(Chooser):
+        def _compute_routing(self, hidden_states: object, logits: torch.Tensor, indices_type: object = None) -> object:
+            assert isinstance(hidden_states, torch.Tensor)
+            seen.append(tuple(hidden_states.shape))
+            assert len(hidden_states) == len(logits), "Number of tokens mismatch"
+            return super()._compute_routing(hidden_states, logits, indices_type)
+
+    class TriesOut:
+        def route(self, logits: torch.Tensor, bias: object, router: Callable[[torch.Tensor], Any]) -> Any:
+            assert bias is None
+            router(torch.zeros(7, 8))
+            return router(logits)
+
+    seen: list[tuple[int, ...]] = []
+    plain = Strict()
+    plain.e_score_correction_bias = None  # type: ignore[attr-defined]
+    router = in_logical_order(plain, contract(), GROUPED, "layer")
+    router._fused = TriesOut()
+    hidden, logits = torch.ones(3, 5), torch.rand(3, 8)
+    router._compute_routing(hidden, logits)
+    assert seen == [(7, 5), (3, 5)]
+
+
+def test_an_id_that_marks_padding_stays_what_it_is(vllm_config: SimpleNamespace) -> None:
+    class Padding(Chooser):
+        def _compute_routing(self, *arguments: object, **more: object) -> object:
+            return torch.ones(1, 2), torch.tensor([[-1, 3]])
+
+    router = in_logical_order(Padding(), contract(), GROUPED, "layer")
+    _, ids = router._compute_routing(None, torch.zeros(1, 8))
+    assert ids.tolist() == [[-1, zigzag(8, 2).index(3)]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        ({"use_grouped_topk": False}, "does not route by groups"),
+        ({"topk_group": 3}, r"its groups are \(4, 3\)"),
+        ({"custom_routing_function": print}, "a routing function of its own"),
+        ({"num_fused_shared_experts": 1}, "fused shared experts"),
+        ({"zero_expert_type": "identity"}, "zero experts"),
+    ],
+)
+def test_a_router_that_cannot_be_kept_exact_is_refused(
+    arguments: dict[str, object], fault: str, vllm_config: SimpleNamespace
+) -> None:
+    with pytest.raises(UnsupportedError, match=rf"^layer.*{fault}"):
+        in_logical_order(Chooser(), contract(), {**GROUPED, **arguments}, "layer")
+
+
+@pytest.mark.parametrize("load_format", ["pt", "npcache", "mistral", "gguf", "tensorizer"])
+def test_a_load_format_that_does_not_read_the_index_is_refused(load_format: str, vllm_config: SimpleNamespace) -> None:
+    assert current_contract() == contract()
+    vllm_config.load_config.load_format = load_format
+    with pytest.raises(UnsupportedError, match=load_format):
+        current_contract()
+    del vllm_config.model_config.hf_config.expert_placement
+    assert current_contract() is None
+
+
+def test_the_last_look_refuses_every_layer_that_does_not_route_by_the_contract(
+    vllm_config: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = in_logical_order(Chooser(), contract(), GROUPED, "layer")
+    layer = SimpleNamespace(create_fused_moe_router=None)
+    module: object = layer
+    for name in ("layer", "fused_moe", "layers", "model_executor"):
+        module = SimpleNamespace(**{name: module})
+    for package in ("", ".model_executor", ".model_executor.layers", ".model_executor.layers.fused_moe"):
+        monkeypatch.setitem(sys.modules, f"vllm{package}", module)  # type: ignore[arg-type]
+        module = next(iter(vars(module).values()))
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.fused_moe.layer", layer)  # type: ignore[arg-type]
+
+    def runner(router: object, monolithic: bool) -> SimpleNamespace:
+        method = SimpleNamespace(is_monolithic=monolithic)
+        return SimpleNamespace(router=router, routed_experts=SimpleNamespace(quant_method=method))
+
+    def model(*runners: SimpleNamespace) -> SimpleNamespace:
+        modules = [(f"model.layers.{number}.mlp.experts", module) for number, module in enumerate(runners)]
+        return SimpleNamespace(named_modules=lambda: modules, config=SimpleNamespace(num_hidden_layers=2))
+
+    check_model(model(runner(ours, False)), contract(), is_draft=False, pipelined=False)
+    for bad, fault in (
+        (model(runner(Chooser(), False)), "does not route by the contract"),
+        (model(runner(ours, True)), "lets its kernel .* route"),
+        (model(), "0 of its 1 MoE layers"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"{fault}.*reshard restore"):
+            check_model(bad, contract(), is_draft=False, pipelined=False)
