@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from small_moe import Shape, train
 from torch import Tensor
 
-from reshard.model.layers import Routing
+from reshard.model.routing import Routing
 from reshard.placement.balance import BATCH_SIZES, balanced, balanced_layers, packed
 from reshard.placement.permutations import node_zigzag, zigzag
 from reshard.traffic.effect import Effect, effect, mean_effect

@@ -21,7 +21,7 @@ from corpus import KINDS, Document, Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reshard.model.layers import Routing
+from reshard.model.routing import Routing
 
 R1_ROUTING = Routing(
     num_experts=256,

@@ -18,23 +18,26 @@ can do; `cli` parses and prints.
 
 from ._version import __version__
 from .checkpoint.directory import Checkpoint, read_checkpoint
-from .commands.analyze import Analysis, analyze
+from .commands.analyze import analyze
 from .commands.compare import RouterComparison
 from .commands.export import Export, export, write_export
 from .commands.inspect import Inspection, inspect
-from .commands.place import Resharding, place, plan_placement, write_resharding, zigzag
+from .commands.page import write_page
+from .commands.place import place, plan_placement, write_resharding, zigzag
+from .commands.resharding import Resharding
 from .commands.restore import restore
 from .commands.stage import Staging, plan_stage, stage, write_staging
 from .commands.verify import Verification, verify
 from .errors import CheckpointError, IntegrityError, OutputError, ReshardError, TraceError, UnsupportedError
 from .execute.run import Outcome
-from .model.layers import MoeLayer, MoeModel, Routing, read_model
+from .model.layers import MoeLayer, MoeModel, read_model
+from .model.routing import Routing
 from .placement.contract import Contract
 from .placement.strategies import Balanced, FromFile, Linear, NodeZigzag, Placed, Strategy, Zigzag
 from .plan.files import Digests
 from .record.manifest import Manifest, read_manifest
+from .traffic.analysis import Analysis
 from .traffic.effect import Coselection, Effect
-from .traffic.page import write_page
 
 __all__ = [
     "Analysis",

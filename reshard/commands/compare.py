@@ -12,38 +12,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from ..checkpoint.directory import CONFIG, Checkpoint, read_checkpoint, read_json_object
+from ..checkpoint.directory import CONFIG, read_json_object
 from ..checkpoint.header import Tensor, read_header
-from ..execute.run import Progress
+from ..execute.fill import Progress
 from ..execute.sources import BLOCK_SIZE, OpenSources, SourceFiles
-from ..model.layers import MoeModel, read_model, read_routing, renumber
+from ..model.names import renumber
+from ..model.routing import read_routing
 from ..placement.contract import CONTRACT_KEY, contract_from_json, unlock_config
 from ..placement.permutations import invert
 from ..record.manifest import MANIFEST, Manifest, find_files, unpack
-
-if TYPE_CHECKING:
-    pass
+from .original import Original
 
 TOKENS = 16
 _ID_FORMATS = {"I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
-
-
-@dataclass(frozen=True, slots=True)
-class Original:
-    """The source, read again for the comparison."""
-
-    checkpoint: Checkpoint
-    model: MoeModel
-
-    @staticmethod
-    def read(root: Path) -> Original:
-        """Read the checkpoint in `root`; raises what reading it for `zigzag` would."""
-        checkpoint = read_checkpoint(root)
-        return Original(checkpoint, read_model(checkpoint))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +103,7 @@ def compare_tensors(source: Original, out: Path, manifest: Manifest, pool: Execu
             for tensor in tensors:
                 name = origins[tensor.name]
                 found = _digest(read.blocks(opened, tensor))
-                if found != (digests[name] or _digest(_as_it_is(reopened, written[name]))):
+                if found != (digests[name] or reopened.digest(written[name])):
                     where = f"{checkpoint.root / tensor.file}: tensor {tensor.name}"
                     problems.append(f"{where}: tensor {name} of the output does not hold its bytes")
                 progress(tensor.size)
@@ -134,11 +118,6 @@ def _digest(blocks: Iterable[bytes | memoryview]) -> str:
     for block in blocks:
         digest.update(block)
     return digest.hexdigest()
-
-
-def _as_it_is(opened: OpenSources, tensor: Tensor) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(tensor.size, BLOCK_SIZE)))
-    return opened.blocks(tensor.file, tensor.offset, tensor.size, buffer, tensor.name)
 
 
 class _OutputOrder:

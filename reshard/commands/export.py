@@ -19,16 +19,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..checkpoint.directory import CONFIG, read_checkpoint, read_json_object
+from ..checkpoint.directory import CONFIG, read_json_object
 from ..checkpoint.source import find_source
 from ..errors import CheckpointError, OutputError, UnsupportedError
+from ..execute.new_file import write_new_file
 from ..model.families import TEXT_CONFIG_KEYS
-from ..model.layers import read_model
-from ..placement.contract import Placement
-from ..placement.permutations import rank_slots
-from ..placement.strategies import Strategy, Zigzag, check_placement
-from ..record.manifest import MANIFEST, read_manifest
-from .place import check_ep_size
+from ..placement.permutations import Placement, rank_slots
+from ..placement.strategies import Strategy, Zigzag
+from ..record.manifest import read_manifest
+from .original import check_ep_size, is_output, place_experts, read_original
 
 FormatName = Literal["sglang", "vllm-ascend", "trtllm", "eplb"]
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
@@ -61,8 +60,8 @@ class PlacedModel:
     strategy: str
     ep_size: int
     num_experts: int
-    num_layers: int
-    layers: tuple[PlacedLayer, ...]
+    num_layers: int = 0
+    layers: tuple[PlacedLayer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +121,12 @@ def export(
     if to not in FORMATS:
         raise OutputError(f"{src}: no format is called {to!r:.80}; known are {', '.join(FORMATS)}")
     root = find_source(src)
-    if (root / MANIFEST).exists():
+    if is_output(root):
         if strategy is not Zigzag:
             raise OutputError(f"{root}: an output has its placement: leave out --strategy, or export from the original")
         model = _of_output(root, ep_size)
     else:
-        model = _of_checkpoint(root, ep_size, strategy)
+        model = _of_checkpoint(src, ep_size, strategy)
     form = FORMATS[to]
     if not form.mtp:
         model = replace(model, layers=tuple(layer for layer in model.layers if layer.number < model.num_layers))
@@ -149,29 +148,18 @@ def write_export(exported: Export, out: Path) -> None:
     suffix = FORMATS[exported.format].suffix
     if not out.name.endswith(suffix):
         raise OutputError(f"{out}: {exported.engine} reads only a file whose name ends in {suffix}; name it so")
-    try:
-        file = out.open("x", encoding="utf-8")
-    except FileExistsError as error:
-        raise OutputError(f"{out}: is there already; remove it, or choose another name") from error
-    try:
-        with file:
-            file.write(exported.content)
-    except OSError:
-        out.unlink()
-        raise
+    write_new_file(out, exported.content)
 
 
-def _of_checkpoint(root: Path, ep_size: int | None, make: Callable[[int], Strategy]) -> PlacedModel:
-    checkpoint = read_checkpoint(root)
-    model = read_model(checkpoint)
-    num_experts = model.routing.num_experts
+def _of_checkpoint(src: str | Path, ep_size: int | None, make: Callable[[int], Strategy]) -> PlacedModel:
+    original = read_original(src)
+    root = original.root
     if ep_size is None:
         raise OutputError(f"{root}: a checkpoint, not an output of reshard: say for how many EP ranks with --ep")
-    check_ep_size(ep_size, num_experts, root)
+    check_ep_size(ep_size, original)
     strategy = make(ep_size)
-    by_layer = strategy.place(model, root).placement
-    check_placement(by_layer, model, root)
-    return _place(str(root), root, strategy.name, ep_size, num_experts, by_layer, checkpoint.config)
+    header = PlacedModel(str(root), strategy.name, ep_size, original.num_experts)
+    return _number_layers(header, root, place_experts(original, strategy).placement, original.checkpoint.config)
 
 
 def _of_output(root: Path, ep_size: int | None) -> PlacedModel:
@@ -182,31 +170,18 @@ def _of_output(root: Path, ep_size: int | None) -> PlacedModel:
             f"{root}: an output for {manifest.ep_size} EP ranks, not {ep_size}; leave --ep out, or export from the "
             f"original, {original}"
         )
-    return _place(
-        original,
-        root,
-        manifest.strategy,
-        manifest.ep_size,
-        manifest.routing.num_experts,
-        manifest.placement,
-        read_json_object(root / CONFIG),  # an output's has the original's number of layers
-    )
+    header = PlacedModel(original, manifest.strategy, manifest.ep_size, manifest.routing.num_experts)
+    # an output's config.json has the original's number of layers
+    return _number_layers(header, root, manifest.placement, read_json_object(root / CONFIG))
 
 
-def _place(
-    original: str,
-    root: Path,
-    strategy: str,
-    ep_size: int,
-    num_experts: int,
-    by_layer: Placement,
-    config: Mapping[str, Any],
-) -> PlacedModel:
-    """The layers numbered and put in order; refused where no engine could place them so."""
-    if num_experts % ep_size:
+def _number_layers(model: PlacedModel, root: Path, by_layer: Placement, config: Mapping[str, Any]) -> PlacedModel:
+    """`model` with its layers, numbered and in order. Refuses what no engine could place."""
+    if model.num_experts % model.ep_size:
         raise OutputError(
-            f"{root}: {num_experts} experts cannot be dealt evenly to {ep_size} EP ranks, and every format here wants "
-            "that; choose an EP size that divides them, or `reshard zigzag` and vLLM, where ranks may differ by one"
+            f"{root}: {model.num_experts} experts cannot be dealt evenly to {model.ep_size} EP ranks, as every format "
+            "here requires; choose an EP size that divides them, or `reshard zigzag` and vLLM, where ranks may differ "
+            "by one"
         )
     num_layers = _num_layers(config, root)
     layers = sorted(
@@ -223,7 +198,7 @@ def _place(
         raise CheckpointError(
             f"{root / CONFIG}: num_hidden_layers is {num_layers}, but the first MoE layer is {layers[0].name}"
         )
-    return PlacedModel(original, strategy, ep_size, num_experts, num_layers, tuple(layers))
+    return replace(model, num_layers=num_layers, layers=tuple(layers))
 
 
 def _num_layers(config: Mapping[str, Any], root: Path) -> int:

@@ -8,12 +8,13 @@ from pathlib import Path
 from blake3 import blake3
 
 from ..checkpoint.directory import CONFIG, INDEX
-from ..checkpoint.header import Tensor, parse_header, read_header
+from ..checkpoint.header import Header, Tensor, parse_header, read_header
 from ..errors import IntegrityError
-from ..execute.reflink import Reflink, find_sharing
-from ..execute.run import Outcome, Progress, refuse_out, run
-from ..execute.sources import BLOCK_SIZE, OpenSources, SourceFiles
-from ..model.layers import renumber
+from ..execute.fill import Progress
+from ..execute.reflink import find_sharing
+from ..execute.run import Outcome, refuse_out, run
+from ..execute.sources import SourceFiles
+from ..model.names import renumber
 from ..placement.permutations import describe_ranks, invert
 from ..plan.files import (
     Content,
@@ -28,7 +29,10 @@ from ..plan.files import (
     literal_file,
     whole_file,
 )
+from ..plan.sharing import Reflink
 from ..record.manifest import MANIFEST, FileRecord, Manifest, SourceFile, find_files, read_manifest, unpack
+
+MIN_BLOCK = 512  # bytes; XFS allows blocks as small as this
 
 
 def restore(
@@ -89,7 +93,7 @@ class _Restoration:
         self._rows = {name: layer.name for layer in manifest.moe_layers for name in layer.rows}
         self._expert_ids = {name: layer.name for layer in manifest.moe_layers for name in layer.expert_ids}
         self.source_files = find_files(root, manifest.files)
-        headers = {record.name: read_header(root / record.name) for record in manifest.files if record.tensors}
+        headers = {record.name: self._header(record) for record in manifest.files if record.tensors}
         self._tensors = {tensor.name: tensor for header in headers.values() for tensor in header.tensors}
         self.headers = {name: header.raw for name, header in headers.items()}
 
@@ -113,13 +117,12 @@ class _Restoration:
         with SourceFiles(self._root, self.source_files).open() as opened:
             for name in (*self._rows, *self._expert_ids):
                 tensor = self._find(name)
-                found = _digest(opened, tensor.file, tensor.offset, tensor.size)
+                found = opened.digest(tensor)
                 if self._digests[name] not in (None, found):
                     raise self._damaged(tensor)
-            if CONFIG in self._copied and CONFIG in self._records:
-                record = self._records[CONFIG]
-                if _digest(opened, CONFIG, 0, record.size) != record.digest:
-                    raise self._damaged_file(CONFIG)
+            copied = CONFIG in self._copied and CONFIG in self._records
+            if copied and opened.digest_file(CONFIG) != self._records[CONFIG].digest:
+                raise self._damaged_file(CONFIG)
 
     def check(self, records: list[FileRecord]) -> None:
         """IntegrityError unless all that was copied is what was once written; `records` are of the restored files."""
@@ -132,10 +135,25 @@ class _Restoration:
                     if self._digests[tensor.name] not in (None, digest):
                         raise self._damaged(tensor)
 
+    def _header(self, record: FileRecord) -> Header:
+        """The header of an output file; where tensors have no digest, it alone says which bytes are whose."""
+        header = read_header(self._root / record.name)
+        if blake3(header.raw).hexdigest() != record.header:
+            raise IntegrityError(f"{self._root / record.name}: damaged: its header is not the one that was written")
+        return header
+
     def _part(self, original: Tensor) -> Part:
         tensor = self._find(renumber(original.name, self._to_physical))
-        digests = Digests.COPIED if self._digests[tensor.name] is None else Digests.ALL
-        return Part(original.name, self._content(original, tensor), digests)
+        content = self._content(original, tensor)
+        if self._digests[tensor.name] is not None:
+            return Part(original.name, content)
+        if not _may_be_shared(original, content):
+            raise IntegrityError(
+                f"{self._root / tensor.file}: tensor {tensor.name}: has no digest, and its place in the file rules out "
+                "shared blocks: an older reshard wrote it with --digests none, so restore cannot check it; use the "
+                "source, or compare with it by `reshard verify --src`"
+            )
+        return Part(original.name, content, Digests.COPIED)
 
     def _content(self, original: Tensor, tensor: Tensor) -> Content:
         name = original.name
@@ -164,9 +182,13 @@ class _Restoration:
         )
 
 
-def _digest(opened: OpenSources, file: str, offset: int, size: int) -> str:
-    digest = blake3()
-    buffer = memoryview(bytearray(min(size, BLOCK_SIZE)))
-    for block in opened.blocks(file, offset, size, buffer):
-        digest.update(block)
-    return digest.hexdigest()
+def _may_be_shared(original: Tensor, content: Content) -> bool:
+    """Whether some bytes of the tensor lie on disk blocks as they do in the source, in the smallest block there is."""
+    match content:
+        case Range(_, offset, _):
+            return (offset - original.offset) % MIN_BLOCK == 0
+        case Rows(_, offset, size, order):
+            row_size = size // len(order)
+            moved = ((row - number) * row_size for number, row in enumerate(order))
+            return any((offset + distance - original.offset) % MIN_BLOCK == 0 for distance in moved)
+    return False

@@ -17,10 +17,12 @@ from blake3 import blake3
 from ..checkpoint.directory import CONFIG, INDEX
 from ..checkpoint.header import Header, read_header
 from ..errors import IntegrityError, OutputError
-from ..execute.reflink import Reflink, find_sharing
-from ..execute.run import Outcome, Progress, run
+from ..execute.fill import Progress
+from ..execute.reflink import find_sharing
+from ..execute.run import Outcome, run
 from ..placement.permutations import describe_ranks
 from ..plan.files import Digests, OutputFile, Part, Plan, Range, literal_file, whole_file
+from ..plan.sharing import Reflink
 from ..record.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, find_files, read_manifest
 
 

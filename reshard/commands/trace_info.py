@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..traffic.choices import MOST_TOKENS, runs
+from ..traffic.choices import MAX_TOKENS, stretches
 from ..traffic.recordings import Recording, counted_once, read_recordings
-from ..traffic.trace_file import MOST_EXPERTS
+from ..traffic.trace_file import MAX_EXPERTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,10 @@ def trace_info(path: str | Path) -> TraceInfo:
 def _info(recording: Recording) -> RecordingInfo:
     import torch
 
-    counts_LE = torch.zeros(len(recording.layers), MOST_EXPERTS, dtype=torch.long)
-    for run in runs(recording.tokens, MOST_TOKENS):
-        for layer, ids in enumerate(recording.read(run.start, len(run)).unbind(1)):
-            counts_LE[layer] += torch.bincount(ids[ids >= 0], minlength=MOST_EXPERTS)
+    counts_LE = torch.zeros(len(recording.layers), MAX_EXPERTS, dtype=torch.long)
+    for stretch in stretches(recording.tokens, MAX_TOKENS):
+        for layer, ids in enumerate(recording.read(stretch.start, len(stretch)).unbind(1)):
+            counts_LE[layer] += torch.bincount(ids[ids >= 0], minlength=MAX_EXPERTS)
     experts = recording.num_experts or int(counts_LE.any(dim=0).nonzero().max()) + 1
     busiest = {
         name: float(count_E.max() / count_E.double().mean())

@@ -19,17 +19,19 @@ from blake3 import blake3
 
 from ..checkpoint.directory import CONFIG, File, read_checkpoint
 from ..checkpoint.header import read_header
-from ..checkpoint.source import find_source
 from ..errors import CheckpointError, OutputError
-from ..execute.run import Progress, default_workers
+from ..execute.fill import Progress
+from ..execute.run import default_workers
 from ..execute.sources import BLOCK_SIZE, OpenSources, SourceFiles
-from ..model.layers import parse_expert_name, routing_section
+from ..model.names import parse_expert_name
+from ..model.routing import routing_section
 from ..placement.contract import CONTRACT_KEY
 from ..placement.permutations import rank_slots
 from ..record.manifest import MANIFEST, FileRecord, Manifest, read_manifest
-from .compare import Original, RouterComparison, compare_files, compare_routers, compare_tensors
+from .compare import RouterComparison, compare_files, compare_routers, compare_tensors
+from .original import read_original
 
-LARGEST_SMALL_FILE = 64 << 20  # bytes; what a quick look still reads
+MAX_SMALL_FILE = 64 << 20  # bytes; what a quick look still reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def verify(
     root = Path(out)
     manifest = read_manifest(root)
     records = _records(root, manifest)
-    source = None if src is None else Original.read(find_source(src))
+    source = None if src is None else read_original(src)
     if quick and source is not None:
         raise OutputError(f"{root}: a quick look reads no tensors, so there is nothing to compare with {src}")
     lock = threading.Lock()
@@ -143,7 +145,7 @@ def _check_file(root: Path, record: FileRecord, report: _Report, quick: bool) ->
 
 
 def _check_bytes(opened: OpenSources, record: FileRecord, report: _Report, quick: bool) -> Iterator[str]:
-    if quick and record.size > LARGEST_SMALL_FILE:
+    if quick and record.size > MAX_SMALL_FILE:
         report(0, record.size)
         return
     whole = blake3()

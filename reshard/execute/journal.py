@@ -18,9 +18,7 @@ import msgspec
 
 from ..errors import OutputError
 from ..record.manifest import FileRecord, is_inside
-
-JOURNAL = ".reshard-journal"
-PARTIAL = ".partial"
+from .destination import JOURNAL, PARTIAL, check_out, make_directory, sync_directory
 
 
 class _Opening(msgspec.Struct, frozen=True):
@@ -136,33 +134,6 @@ class Journal:
             raise OutputError(
                 f"{self._path}: cannot be written: {error.strerror}; the same command takes up from here"
             ) from error
-
-
-def check_out(out: Path) -> None:
-    """OutputError unless `out` is absent, empty, or holds an unfinished run."""
-    if not out.exists() and not out.is_symlink():
-        return
-    if not out.is_dir():
-        raise OutputError(f"{out}: not a directory; choose another --out")
-    if any(out.iterdir()) and not (out / JOURNAL).is_file():
-        raise OutputError(f"{out}: not empty, and no unfinished run of reshard; choose another --out or empty it")
-
-
-def make_directory(directory: Path) -> None:
-    """Make `directory` and those above it, so that they last a power loss."""
-    absent = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in absent:
-        sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in `directory` last a power loss."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _has_size(path: Path, size: int) -> bool:

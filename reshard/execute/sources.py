@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
+from blake3 import blake3
+
 from ..checkpoint.directory import File
+from ..checkpoint.header import Tensor
 from ..errors import CheckpointError
 from . import syscalls
 
@@ -113,6 +116,20 @@ class OpenSources:
                 if not is_hole:
                     self.read(name, position, block, tensor)
                 yield block
+
+    def digest(self, tensor: Tensor) -> str:
+        """BLAKE3 of the tensor's bytes."""
+        return self._digest(tensor.file, tensor.offset, tensor.size, tensor.name)
+
+    def digest_file(self, name: str) -> str:
+        """BLAKE3 of a whole file."""
+        return self._digest(name, 0, self._files[name].size, None)
+
+    def _digest(self, name: str, offset: int, size: int, tensor: str | None) -> str:
+        digest = blake3()
+        for block in self.blocks(name, offset, size, memoryview(bytearray(min(size, BLOCK_SIZE))), tensor):
+            digest.update(block)
+        return digest.hexdigest()
 
     def check_unchanged(self) -> None:
         """CheckpointError where a file that was read is not what it was when the plan was made."""

@@ -16,14 +16,14 @@ from typing import Any
 
 from ..checkpoint.directory import Checkpoint, refuse_nesting
 from ..errors import CheckpointError, UnsupportedError
-from ..placement.contract import Placement
-from ..placement.permutations import invert
-from .layers import MoeModel, renumber
+from ..placement.permutations import Placement, invert
+from .layers import MoeModel
+from .names import renumber
 
 # The files at the top of a checkpoint in which engines look modules up by name.
 CONFIG_FILES = re.compile(r"config\.json|.*quant.*\.json", re.IGNORECASE)
 REGEX_PREFIXES = ("re:", "+:", "-:")
-LONGEST_PATTERN = 1000
+MAX_PATTERN = 1000
 
 _EXPERT_ID = re.compile(r"(?<![A-Za-z0-9_])experts(?:\\?\.|\[\.\])(?P<id>0|[1-9][0-9]{0,8})(?![0-9])")
 _PLAIN = re.compile(r"[\w.\-/]*")
@@ -88,7 +88,7 @@ class _Mapper:
     def __call__(self, text: str) -> str:
         if _PLAIN.fullmatch(text):
             return self._map_literal_ids(text)
-        if len(text) > LONGEST_PATTERN:
+        if len(text) > MAX_PATTERN:
             if "experts" in text:
                 raise self._unclear(text)
             return text

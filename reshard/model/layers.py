@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections import defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, NamedTuple, NoReturn
+from typing import NoReturn
 
 from ..checkpoint.directory import CONFIG, Checkpoint
 from ..checkpoint.header import Tensor
@@ -21,47 +19,19 @@ from ..errors import CheckpointError, UnsupportedError
 from .families import (
     BY_MODEL_TYPE,
     EXPERT_ID_DTYPES,
-    GROUP_KEYS,
-    NUM_EXPERTS_KEYS,
     ROUTER_DTYPES,
     ROUTER_MODULES,
     ROUTER_TENSORS,
-    ROUTING_KEYS,
-    SCORING_KEYS,
-    SCORINGS,
     SHARED_MODULES,
     TEXT_CONFIG_KEYS,
-    TOP_K_KEYS,
-    TOPK_METHODS,
     Family,
     Indexed,
 )
+from .names import EXPERT_ID, natural_key
+from .routing import Routing, read_routing
 
-_EXPERT_ID = re.compile(r"(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
 _NAMES_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 _MAY_ROUTE = re.compile(r"expert|router|(^|\.)gate\.(weight|bias)$", re.IGNORECASE)
-_LIMITS_GROUPS = re.compile(
-    r"(expert|limited|top_?k|moe|rout).*group|group.*(expert|limited|top_?k|moe|rout)", re.IGNORECASE
-)
-_NUMBER = re.compile(r"[0-9]{1,9}")
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """How a router chooses `top_k` of E experts for a token."""
-
-    num_experts: int
-    top_k: int
-    scoring: str
-    norm_topk_prob: bool
-    routed_scaling_factor: float
-    n_group: int
-    topk_group: int
-
-    @property
-    def group_limited(self) -> bool:
-        """Whether a token's experts come from its `topk_group` best groups of E / n_group consecutive experts only."""
-        return self.n_group > 1 and self.topk_group < self.n_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,142 +79,6 @@ def read_model(checkpoint: Checkpoint) -> MoeModel:
     return MoeModel(family, model_type, routing, tuple(layers))
 
 
-class ExpertName(NamedTuple):
-    """A tensor's name, taken apart: `<layer>.experts.<expert>.<leaf>`."""
-
-    layer: str
-    expert: int
-    leaf: str
-
-    def __str__(self) -> str:
-        """The name, put together."""
-        return f"{self.layer}.experts.{self.expert}.{self.leaf}"
-
-
-def parse_expert_name(name: str, layers: Container[str]) -> ExpertName | None:
-    """Take the name of an expert's tensor apart; None for any other. `layers` are the names of the MoE layers."""
-    layer, _, rest = name.partition(".experts.")
-    match = _EXPERT_ID.fullmatch(rest)
-    return ExpertName(layer, int(match[1]), match[2]) if match and layer in layers else None
-
-
-def renumber(name: str, tables: Mapping[str, Sequence[int]]) -> str:
-    """`name` with its expert id mapped by its layer's table; a name that is no expert's stays as it is."""
-    parsed = parse_expert_name(name, tables)
-    if parsed is None or parsed.expert >= len(tables[parsed.layer]):
-        return name
-    return str(ExpertName(parsed.layer, tables[parsed.layer][parsed.expert], parsed.leaf))
-
-
-def why_plugin(routing: Routing) -> str:
-    """Whether an output of a model that routes like this needs the plugin, and why, in a sentence."""
-    if routing.group_limited:
-        return (
-            f"needed: each token's experts come from {routing.topk_group} of {routing.n_group} groups of "
-            f"{routing.num_experts // routing.n_group} consecutive experts, and only the plugin knows the groups "
-            "after renumbering"
-        )
-    return "not needed: the router treats every expert alike, so any engine serves the output as it is"
-
-
-class Kind(Enum):
-    """What a tensor is of."""
-
-    EXPERT = "expert"
-    ROUTER = "router"
-    SHARED = "everything else"
-
-
-def kind_of(name: str, layers: Container[str]) -> Kind:
-    """What the tensor `name` is of, in a model whose MoE layers are `layers`."""
-    layer, _, rest = name.partition(".experts.")
-    if rest and layer in layers:
-        return Kind.EXPERT
-    layer, _, leaf = name.rpartition(".")[0].rpartition(".")
-    return Kind.ROUTER if leaf in ROUTER_MODULES and layer in layers else Kind.SHARED
-
-
-def natural_key(name: str) -> list[tuple[bool, int, str]]:
-    """Sorts `layers.10` after `layers.9`, and `mtp.0` after all layers."""
-    return [(False, int(part), part) if _NUMBER.fullmatch(part) else (True, 0, part) for part in name.split(".")]
-
-
-def routing_section(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What `config` says of routing, at its top and where models that see or hear keep their language model's config.
-
-    Raises CheckpointError where two places disagree, since engines differ in which they read, and UnsupportedError
-    where a key that is not known may limit which groups of experts a token can reach.
-    """
-    sections = [config, *(config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict))]
-    found: dict[str, Any] = {}
-    for section in sections:
-        for key in ROUTING_KEYS:
-            if section.get(key) is not None and found.setdefault(key, section[key]) != section[key]:
-                raise CheckpointError(
-                    f"{where}: {key} is {found[key]!r:.80} in one place and {section[key]!r:.80} in another"
-                )
-        for key, value in section.items():
-            if _LIMITS_GROUPS.search(key) and key not in GROUP_KEYS and value not in (None, False, 0, 1):
-                raise UnsupportedError(
-                    f"{where}: {key} = {value!r:.80} may limit which experts a token can reach, in a way that "
-                    "reshard does "
-                    f"not know; known are {' and '.join(GROUP_KEYS)}"
-                )
-    return found
-
-
-def read_routing(whole_config: Mapping[str, Any], family: Family, where: str) -> Routing:
-    """The routing that a config.json asks for; `where` names the file in errors."""
-    config = routing_section(whole_config, where)
-    limited = config.get("topk_method") == "group_limited_greedy"
-    num_experts = _count(config, NUM_EXPERTS_KEYS, where)
-    top_k = _count(config, TOP_K_KEYS, where)
-    n_group = _count(config, ("n_group",), where, default=None if family.assumes_groups or limited else 1)
-    topk_group = _count(config, ("topk_group",), where, default=n_group if n_group == 1 else None)
-    if top_k > num_experts:
-        raise CheckpointError(f"{where}: a token chooses {top_k} experts, but a layer has {num_experts}")
-    if num_experts % n_group:
-        raise CheckpointError(
-            f"{where}: n_group = {n_group} does not divide the {num_experts} experts into equal groups"
-        )
-    if topk_group > n_group:
-        raise CheckpointError(f"{where}: topk_group = {topk_group} is more than n_group = {n_group}")
-    if top_k > topk_group * (num_experts // n_group):
-        raise CheckpointError(
-            f"{where}: a token chooses {top_k} experts, but topk_group = {topk_group} groups "
-            f"of {num_experts // n_group} hold fewer"
-        )
-    return Routing(
-        num_experts=num_experts,
-        top_k=top_k,
-        scoring=_scoring(config, family, where),
-        norm_topk_prob=bool(config.get("norm_topk_prob", True)),
-        routed_scaling_factor=_scaling_factor(config, where),
-        n_group=n_group,
-        topk_group=topk_group,
-    )
-
-
-def _scoring(config: Mapping[str, Any], family: Family, where: str) -> str:
-    for keys, known in ((SCORING_KEYS, SCORINGS), (("topk_method",), TOPK_METHODS)):
-        for key in keys:
-            if config.get(key) is not None and config[key] not in known:
-                raise UnsupportedError(
-                    f"{where}: {key} = {config[key]!r:.80} is no way to choose experts that reshard knows; "
-                    f"known are {', '.join(known)}"
-                )
-    return next((config[key] for key in SCORING_KEYS if config.get(key) is not None), family.scoring)
-
-
-def _scaling_factor(config: Mapping[str, Any], where: str) -> float:
-    value = config.get("routed_scaling_factor")
-    if value is None:
-        return 1.0
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise CheckpointError(f"{where}: routed_scaling_factor must be a number, found {str(value)[:80]!r}")
-    return float(value)
-
-
 def _family(checkpoint: Checkpoint) -> tuple[Family, str]:
     """The family, by the model type or that of its language model, and the model type."""
     where, config = checkpoint.root / CONFIG, checkpoint.config
@@ -262,20 +96,6 @@ def _family(checkpoint: Checkpoint) -> tuple[Family, str]:
     return family, model_type
 
 
-def _count(config: Mapping[str, Any], keys: Sequence[str], where: str, default: int | None = None) -> int:
-    found = {key: config[key] for key in keys if config.get(key) is not None}
-    if not found and default is not None:
-        return default
-    if not found:
-        raise CheckpointError(f"{where}: expected a value for {' or '.join(keys)}, found none")
-    for key, value in found.items():
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"{where}: {key} must be a whole number of at least 1, found {value!r:.80}")
-    if len(set(found.values())) > 1:
-        raise CheckpointError(f"{where}: " + " but ".join(f"{key} = {value}" for key, value in found.items()))
-    return int(next(iter(found.values())))
-
-
 def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
     """Every tensor of the MoE blocks, by the block's name. Experts or routers elsewhere are refused."""
     blocks: dict[str, _Block] = defaultdict(_Block)
@@ -285,7 +105,7 @@ def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
         if found:
             if not f".{block}".endswith(f".{family.block}"):
                 _unknown(checkpoint, tensor, f"{family.name} keeps its experts in ….{family.block}.experts.…")
-            if match := _EXPERT_ID.fullmatch(rest):
+            if match := EXPERT_ID.fullmatch(rest):
                 blocks[block].experts[int(match[1])][match[2]] = tensor
             elif rest[:1].isdigit():
                 _unknown(checkpoint, tensor, "an expert's tensor is named ….experts.<id>.<anything>")

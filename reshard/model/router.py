@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .layers import MoeLayer, Routing
+from .layers import MoeLayer
+from .routing import Routing
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype

@@ -19,21 +19,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .permutations import node_zigzag, rank_slots, zigzag
+from .permutations import node_zigzag, rank_of_each, rank_slots, zigzag
+from .swaps import BATCH_SIZES, Batches, Loads, batches, estimated_change, lowest_changes, slowest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BATCH_SIZES = (64, 512, 4096)
 TOKENS = 1 << 16  # looked at of a longer trace
 TRAVELLERS = 1 << 12  # tokens that fan-out is lowered on
 WORTH = 1e-2  # ranks a token, on average: a swap that lowers fan-out by less is not made
 TOLERANCE = 0.005  # of the mean rank's load: placements are equally balanced that differ by less
-SWAPS = 128  # tried exactly at a time
-SMOOTHNESS = 0.2  # of the mean rank's load: ranks this close to the slowest count too when swaps are estimated
 STARTS = 256  # of searches, over the number of experts
 ROUNDING = 1e-5
 
@@ -60,93 +57,9 @@ def packed(load_E: Sequence[float], ep_size: int) -> tuple[int, ...]:
     return tuple(expert for experts in held for expert in sorted(experts))
 
 
-def ranks_of(physical_to_logical: Sequence[int], ep_size: int) -> Tensor:
-    """The rank of each logical expert, rank_E."""
-    import torch
-
-    rank_E = torch.empty(len(physical_to_logical), dtype=torch.long)
-    for rank, slots in enumerate(rank_slots(len(physical_to_logical), ep_size)):
-        rank_E[list(physical_to_logical[slots.start : slots.stop])] = rank
-    return rank_E
-
-
 def placement_of(rank_E: Tensor) -> tuple[int, ...]:
     """physical_to_logical [E], the experts of a rank in ascending order."""
     return tuple(rank_E.argsort(stable=True).tolist())
-
-
-# 2. Batches
-
-
-@dataclass(frozen=True)
-class Batches:
-    """What each expert has to do in each batch, in parts of the mean rank's load, and what each batch counts for.
-
-    Batch sizes count alike, and so do batches of one size: `weight_B` sums to 1.
-    """
-
-    load_EB: Tensor
-    weight_B: Tensor
-
-
-def batches(ids_TK: Tensor, num_experts: int, ep_size: int, sizes: Sequence[int] = BATCH_SIZES) -> Batches:
-    """Cut a trace into batches of consecutive tokens, of each size; where it is shorter, it is one batch."""
-    import torch
-
-    tokens, top_k = ids_TK.shape
-    sizes = sorted({min(size, tokens) for size in sizes})
-    loads, weights = [], []
-    for size in sizes:
-        number = tokens // size
-        batch_BK = ids_TK[: number * size].reshape(number, size * top_k)
-        slot_BK = batch_BK + num_experts * torch.arange(number).unsqueeze(1)
-        count_BE = slot_BK.flatten().bincount(minlength=number * num_experts).view(number, num_experts)
-        loads.append(count_BE.T.float() * ep_size / (size * top_k))
-        weights.append(torch.full((number,), 1 / (number * len(sizes))))
-    return Batches(torch.cat(loads, dim=1).contiguous(), torch.cat(weights))
-
-
-def slowest(rank_E: Tensor, traffic: Batches, ep_size: int) -> float:
-    """What `spread` minimizes: the slowest rank's load over the mean rank's, on average over batches."""
-    return _Loads(rank_E, traffic, ep_size).value
-
-
-class _Loads:
-    """The load of ranks under a placement that changes by swaps."""
-
-    def __init__(self, rank_E: Tensor, traffic: Batches, ep_size: int) -> None:
-        self.rank_E, self.traffic = rank_E.clone(), traffic
-        load_EB = traffic.load_EB
-        self.load_RB = load_EB.new_zeros(ep_size, load_EB.shape[1]).index_add_(0, rank_E, load_EB)
-
-    @property
-    def value(self) -> float:
-        return float(self.load_RB.amax(dim=0) @ self.traffic.weight_B)
-
-    def after(self, one_N: Tensor, other_N: Tensor) -> Tensor:
-        """The value after each of N swaps of two experts on two ranks, [N]."""
-        import torch
-
-        load_EB, load_RB = self.traffic.load_EB, self.load_RB
-        rank_N, other_rank_N = self.rank_E[one_N], self.rank_E[other_N]
-        more_NB = load_EB[other_N] - load_EB[one_N]
-        most_NB = torch.maximum(load_RB[rank_N] + more_NB, load_RB[other_rank_N] - more_NB)
-        # of the three busiest ranks at least one takes no part in a swap
-        left_RB, busiest = load_RB.clone(), []
-        for _ in range(3):
-            busiest.append(left_RB.max(dim=0))
-            left_RB.scatter_(0, busiest[-1].indices.unsqueeze(0), float("-inf"))
-        rest_NB = busiest[2].values
-        for busy in (busiest[1], busiest[0]):
-            swapped_NB = (busy.indices == rank_N.unsqueeze(1)) | (busy.indices == other_rank_N.unsqueeze(1))
-            rest_NB = torch.where(swapped_NB, rest_NB, busy.values)
-        return torch.maximum(most_NB, rest_NB) @ self.traffic.weight_B
-
-    def swap(self, one: int, other: int) -> None:
-        more_B = self.traffic.load_EB[other] - self.traffic.load_EB[one]
-        self.load_RB[self.rank_E[one]] += more_B
-        self.load_RB[self.rank_E[other]] -= more_B
-        self.rank_E[[one, other]] = self.rank_E[[other, one]]
 
 
 # 3. The slowest rank
@@ -159,11 +72,11 @@ def spread(rank_E: Tensor, traffic: Batches, ep_size: int) -> Tensor:
     would have helped are tried again, and so on; when none helps all are estimated anew. With no more than SWAPS in
     all, none helps at the end.
     """
-    loads = _Loads(rank_E, traffic, ep_size)
+    loads = Loads(rank_E, traffic, ep_size)
     value = loads.value
     while True:
         before = value
-        one_N, other_N = _lowest(_estimated_change(loads), loads.rank_E)
+        one_N, other_N = lowest_changes(estimated_change(loads), loads.rank_E)
         while len(one_N):
             value_N = loads.after(one_N, other_N)
             helps_N = value_N < value - ROUNDING
@@ -194,38 +107,6 @@ def search(starts: Sequence[Tensor], traffic: Batches, ep_size: int) -> Tensor:
     return min(ends, key=lambda rank_E: slowest(rank_E, traffic, ep_size))
 
 
-def _estimated_change(loads: _Loads) -> Tensor:
-    """By how much each swap of two experts changes the slowest rank's load, [E, E], to second order.
-
-    The slope of a maximum knows of one rank only, and not how soon the next takes over: a softened one is estimated.
-    """
-    import torch
-
-    load_EB, rank_E = loads.traffic.load_EB, loads.rank_E
-    share_RB = torch.softmax(loads.load_RB / SMOOTHNESS, dim=0)
-    bend_RB = share_RB * (1 - share_RB) * loads.traffic.weight_B / SMOOTHNESS
-    share_RB *= loads.traffic.weight_B
-    # what an expert's load adds to a rank, to first and second order
-    slope_ER = load_EB @ share_RB.T
-    curve_ER = load_EB.square() @ bend_RB.T / 2
-    enters_EE = (slope_ER + curve_ER)[:, rank_E]
-    leaves_E = (curve_ER - slope_ER).gather(1, rank_E.unsqueeze(1))
-    crossed_EE = (bend_RB[rank_E] * load_EB) @ load_EB.T
-    one_EE = enters_EE + leaves_E - crossed_EE
-    return one_EE + one_EE.T
-
-
-def _lowest(change_EE: Tensor, rank_E: Tensor) -> tuple[Tensor, Tensor]:
-    """The swaps of experts of two ranks with the lowest (most negative) change, each once."""
-    import torch
-
-    experts = len(rank_E)
-    apart_EE = (rank_E.unsqueeze(1) != rank_E).triu()
-    number = min(SWAPS, int(apart_EE.sum()))
-    flat_N = change_EE.masked_fill(~apart_EE, float("inf")).flatten().topk(number, largest=False).indices
-    return torch.div(flat_N, experts, rounding_mode="floor"), flat_N % experts
-
-
 # 4. Fan-out
 
 
@@ -238,7 +119,7 @@ def gather(rank_E: Tensor, ids_TK: Tensor, traffic: Batches, ep_size: int, nodes
         traffic: its `slowest` stays at `ceiling` or below
         ep_size: R, a multiple of `nodes`
     """
-    loads = _Loads(rank_E, traffic, ep_size)
+    loads = Loads(rank_E, traffic, ep_size)
     levels = [_Reached(ids_TK, rank_E, ep_size, ep_size // nodes)] if nodes > 1 else []
     levels.append(_Reached(ids_TK, rank_E, ep_size, 1))
     least = len(ids_TK) * WORTH
@@ -246,8 +127,8 @@ def gather(rank_E: Tensor, ids_TK: Tensor, traffic: Batches, ep_size: int, nodes
         change_EE = levels[-1].change()
         if nodes > 1:  # one node outweighs all ranks that a token can reach
             change_EE += ids_TK.shape[1] * levels[0].change()
-        change_EE.masked_fill_(_estimated_change(loads) > ceiling - loads.value, 0)
-        one_N, other_N = _lowest(change_EE, loads.rank_E)
+        change_EE.masked_fill_(estimated_change(loads) > ceiling - loads.value, 0)
+        one_N, other_N = lowest_changes(change_EE, loads.rank_E)
         allowed_N = (change_EE[one_N, other_N] <= -least) & (loads.after(one_N, other_N) <= ceiling + ROUNDING)
         if not allowed_N.any():
             return loads.rank_E
@@ -339,10 +220,14 @@ def balanced_layers(
 
 def _ways(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int) -> list[Tensor]:
     """What can be done with a trace, as rank_E: the simple ones first; then a search, without and with `gather`."""
+    import torch
+
     load_E = ids_TK.flatten().bincount(minlength=num_experts).tolist()
     dealt, filled = zigzag(num_experts, ep_size), packed(load_E, ep_size)
     by_node = [node_zigzag(num_experts, ep_size, nodes)] if nodes > 1 and num_experts % ep_size == 0 else []
-    simple = [ranks_of(made, ep_size) for made in (tuple(range(num_experts)), *by_node, dealt, filled)]
+    simple = [
+        torch.tensor(rank_of_each(made, ep_size)) for made in (tuple(range(num_experts)), *by_node, dealt, filled)
+    ]
     traffic = batches(ids_TK, num_experts, ep_size)
     found = search((simple[-1], simple[-2]), traffic, ep_size)
     ceiling = slowest(found, traffic, ep_size) + TOLERANCE

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.directory import File
-from ..execute.reflink import Sharing
+from .sharing import Sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +62,10 @@ Content = Literal | Range | Rows | ExpertIds
 
 
 class Digests(Enum):
-    """Of which bytes digests are taken."""
+    """Which tensors to checksum: all, or only those that are copied."""
 
     ALL = "all"
-    COPIED = "copied"  # not of blocks that are shared with the source: these are then not even read
-    NONE = "none"  # of what is rewritten only: the kernel copies the rest
+    COPIED = "copied"  # shared blocks get no digest, and are not even read
 
 
 @dataclass(frozen=True, slots=True)

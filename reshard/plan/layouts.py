@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from ..checkpoint.directory import Checkpoint
 from ..checkpoint.header import DTYPE_BITS, Tensor, build_header
-from ..model.layers import MoeModel, renumber
-from ..placement.contract import Placement
-from ..placement.permutations import invert, rank_slots
-from .extents import LEAST_SHARED, shareable
+from ..model.layers import MoeModel
+from ..model.names import renumber
+from ..placement.permutations import Placement, invert, rank_slots
+from .extents import MIN_SHARED, shareable
 from .files import Content, Digests, ExpertIds, Literal, OutputFile, Part, Range, Rows
 
 USUAL_BLOCK = 4096  # bytes; where blocks cannot be shared now, a copy of the output may
-MOST_CUTS = 8  # files for each source file and rank, at the most, that sharing may take
+MAX_CUTS = 8  # files for each source file and rank, at the most, that sharing may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def by_rank(
         block_size: bytes; files are cut and ordered so that blocks of this size can be shared, None: so as to be few
 
     """
-    everything = _place(checkpoint, model, placement, digests)
+    everything = _arrange(checkpoint, model, placement, digests)
     of_experts = {tensor.name for layer in model.layers for tensors in layer.experts for tensor in tensors}
     shared = [placed for name, placed in everything.items() if name not in of_experts]
     ranks: list[list[_Placed]] = [[] for _ in range(ep_size)]
@@ -111,7 +111,7 @@ def as_source(
         block_size: bytes; the data begins as far into a block of this size as it does in the source
 
     """
-    everything = _place(checkpoint, model, placement, digests)
+    everything = _arrange(checkpoint, model, placement, digests)
     block_size = block_size or USUAL_BLOCK
     return [
         _file(
@@ -127,15 +127,15 @@ def as_source(
 def why_not_shared(files: Sequence[OutputFile], checkpoint: Checkpoint, ep_size: int, block_size: int) -> str | None:
     """Why files cut to share blocks are not worth it, in words; None where they are."""
     size = sum(file.size for file in files)
-    shared = sum(run.size for file in files for run in shareable(file.parts, block_size))
+    shared = sum(extent.size for file in files for extent in shareable(file.parts, block_size))
     if shared * 2 < size:
         return f"only {shared} of {size} bytes of tensors could lie on blocks as in the source"
-    if len(files) > MOST_CUTS * (ep_size + 1) * len(checkpoint.shards):
+    if len(files) > MAX_CUTS * (ep_size + 1) * len(checkpoint.shards):
         return f"its tensors would have to be cut into {len(files)} files to lie on blocks as in the source"
     return None
 
 
-def _place(checkpoint: Checkpoint, model: MoeModel, placement: Placement, digests: Digests) -> Mapping[str, _Placed]:
+def _arrange(checkpoint: Checkpoint, model: MoeModel, placement: Placement, digests: Digests) -> Mapping[str, _Placed]:
     """Every tensor of the source, by its name there, in its order."""
     tables = {layer: invert(physical_to_logical) for layer, physical_to_logical in placement.items()}
     rewritten: dict[str, Part] = {}
@@ -206,7 +206,7 @@ def _cut_alike(placed: Sequence[_Placed], max_shard_size: int, block_size: int) 
         large: dict[int, deque[_Placed]] = {}  # by offset into a block; those first that come first
         small: deque[_Placed] = deque()
         for item in items:
-            if item.unit >= LEAST_SHARED:
+            if item.unit >= MIN_SHARED:
                 large.setdefault(item.tensor.offset % block_size, deque()).append(item)
             else:
                 small.append(item)

@@ -17,8 +17,9 @@ from blake3 import blake3
 
 from ..checkpoint.directory import MAX_NESTING, File
 from ..errors import IntegrityError
-from ..model.layers import Routing
-from ..placement.contract import Contract, Placement, contract_from_json, placement_from_json
+from ..model.routing import Routing
+from ..placement.contract import Contract, contract_from_json, placement_from_json
+from ..placement.permutations import Placement
 
 MANIFEST = "reshard_manifest.json"
 MANIFEST_VERSION = 1

@@ -21,8 +21,8 @@ from .trace_file import layer_key
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_TOKENS = 1 << 16
-RUN = 4096  # consecutive tokens that a choice of tokens keeps together: a batch is made of neighbours
+MAX_TOKENS = 1 << 16
+STRETCH = 4096  # consecutive tokens that sampling keeps together, because a batch consists of neighbours
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,12 @@ class Traffic:
 
 
 def recorded_traffic(
-    path: Path, model: MoeModel, root: Path, most: int = MOST_TOKENS, start: float = 0.0, end: float = 1.0
+    path: Path, model: MoeModel, root: Path, most: int = MAX_TOKENS, start: float = 0.0, end: float = 1.0
 ) -> Traffic:
     """What was recorded in the directory or file `path` of the model in `root`.
 
     Of each recording the tokens from the part `start` to the part `end` of it (0 to 1), in time; where they are more
-    than `most` in all, runs of consecutive ones that are spread evenly. Layers that were not recorded (MTP drafts are
+    than `most` in all, stretches of consecutive ones, spread evenly. Layers that were not recorded (MTP drafts are
     not) are left out. Raises TraceError where nothing was recorded, or another model.
     """
     import torch
@@ -53,8 +53,8 @@ def recorded_traffic(
     parts: dict[str, list[Tensor]] = {layer.name: [] for layer in model.layers}
     for recording, span in zip(recordings, spans, strict=True):
         columns = _columns(recording, model, root)
-        for run in runs(len(span), len(span) * min(most, total) // max(total, 1)):
-            ids_TLK = recording.read(span.start + run.start, len(run))[:, list(columns.values())]
+        for stretch in stretches(len(span), len(span) * min(most, total) // max(total, 1)):
+            ids_TLK = recording.read(span.start + stretch.start, len(stretch))[:, list(columns.values())]
             _refuse_strange(ids_TLK, recording, model)
             ids_TLK = ids_TLK[(ids_TLK >= 0).flatten(1).all(dim=1)]
             for column, layer in enumerate(columns):
@@ -66,11 +66,11 @@ def recorded_traffic(
     return Traffic({layer: ids[:tokens] for layer, ids in found.items()}, tokens, total)
 
 
-def runs(tokens: int, most: int) -> list[range]:
-    """All of `tokens` tokens, or at most `most`: runs of at most RUN consecutive ones, spread evenly."""
+def stretches(tokens: int, most: int) -> list[range]:
+    """All of `tokens` tokens, or at most `most`: stretches of at most STRETCH consecutive ones, spread evenly."""
     if tokens <= most:
-        return [range(first, min(first + RUN, tokens)) for first in range(0, tokens, RUN)]
-    length = min(RUN, most)
+        return [range(first, min(first + STRETCH, tokens)) for first in range(0, tokens, STRETCH)]
+    length = min(STRETCH, most)
     number = most // length if length else 0
     step = tokens // max(number, 1)
     return [range(first, first + length) for first in range((step - length) // 2, tokens, step)][:number]

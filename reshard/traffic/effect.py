@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..placement.permutations import rank_slots
+from ..placement.permutations import rank_of_each
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,11 +65,7 @@ def effect(
     """
     import torch
 
-    num_experts = len(physical_to_logical)
-    rank_E = torch.empty(num_experts, dtype=torch.long)
-    for rank, slots in enumerate(rank_slots(num_experts, ep_size)):
-        rank_E[list(physical_to_logical[slots.start : slots.stop])] = rank
-    rank_TK = rank_E[ids_TK]
+    rank_TK = torch.tensor(rank_of_each(physical_to_logical, ep_size))[ids_TK]
     tokens, top_k = rank_TK.shape
     imbalance = []
     for size in batch_sizes:
@@ -99,27 +95,25 @@ def mean_effect(effects: Sequence[Effect]) -> Effect:
     )
 
 
-def coselection(ids_TK: Tensor, num_experts: int, runs: int) -> Coselection:
-    """How often experts of any two of `runs` runs of consecutive experts were chosen by the same token.
+def coselection(ids_TK: Tensor, num_experts: int, ranges: int) -> Coselection:
+    """How often the same token chose experts of any two of `ranges` ranges of consecutive experts.
 
     Parameters:
         ids_TK: int64, the K experts of a token all different
         num_experts: E
-        runs: G, as even as E allows
+        ranges: G, as even as E allows
 
     """
     import torch
 
-    run_E = torch.empty(num_experts, dtype=torch.long)
-    for run, experts in enumerate(rank_slots(num_experts, runs)):
-        run_E[experts.start : experts.stop] = run
-    pairs_GG = torch.zeros(runs, runs, dtype=torch.double)
-    for pairs_TG in _pairs(run_E[ids_TK], 1, runs):
+    range_E = torch.tensor(rank_of_each(range(num_experts), ranges))
+    pairs_GG = torch.zeros(ranges, ranges, dtype=torch.double)
+    for pairs_TG in _pairs(range_E[ids_TK], 1, ranges):
         counts_TG = pairs_TG.double()
         pairs_GG += counts_TG.T @ counts_TG - counts_TG.sum(dim=0).diag()  # without an expert and itself
     popularity_E = torch.bincount(ids_TK.flatten(), minlength=num_experts).double()
-    popularity_G = torch.zeros(runs, dtype=torch.double).index_add_(0, run_E, popularity_E)
-    itself_G = torch.zeros(runs, dtype=torch.double).index_add_(0, run_E, popularity_E.square())
+    popularity_G = torch.zeros(ranges, dtype=torch.double).index_add_(0, range_E, popularity_E)
+    itself_G = torch.zeros(ranges, dtype=torch.double).index_add_(0, range_E, popularity_E.square())
     expected_GG = torch.outer(popularity_G, popularity_G) - itself_G.diag()
     if not float(pairs_GG.sum()):
         expected_GG.zero_()

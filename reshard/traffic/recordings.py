@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TraceError
-from .trace_file import MOST_EXPERTS, MOST_LAYERS, SUFFIX, Stream, layer_key, read_streams
+from .trace_file import MAX_EXPERTS, MAX_LAYERS, SUFFIX, Stream, layer_key, read_streams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ def read_recordings(path: Path) -> list[Recording]:
             case ".pt":
                 found += _of_sglang(file)
     for recording in found:
-        if len(recording.layers) > MOST_LAYERS:
+        if len(recording.layers) > MAX_LAYERS:
             raise TraceError(f"{recording.where}: has {len(recording.layers)} layers, and no model has; move it away")
     if not any(recording.tokens for recording in found):
         kinds = f"files *{SUFFIX}, *.npy of vLLM or *.pt of SGLang"
@@ -184,7 +184,7 @@ def _logical(physical_TLK: Tensor, map_LP: Tensor) -> Tensor:
 
 def _plausible(ids_TLK: Tensor, path: Path) -> Tensor:
     """The same; TraceError where one can be no expert's."""
-    if ids_TLK.numel() and int(ids_TLK.max()) >= MOST_EXPERTS:
+    if ids_TLK.numel() and int(ids_TLK.max()) >= MAX_EXPERTS:
         raise TraceError(f"{path}: has expert {int(ids_TLK.max())}, and no model has so many; give recorded routing")
     return ids_TLK
 

@@ -1,11 +1,10 @@
-"""What `reshard analyze` and `reshard trace info` found, in words: for the terminal, and for the page."""
+"""What `reshard analyze` found, in words: for the terminal, and for the page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..commands.analyze import Analysis
-from ..commands.trace_info import TraceInfo
+from .analysis import Analysis
 from .effect import Effect
 
 _COLUMNS = 5
@@ -122,22 +121,3 @@ def _more(ratio: float) -> str:
 def _change(now: float, was: float) -> str:
     percent = 100 * (now / was - 1)
     return f"{abs(percent):.0f} % {'less' if percent < 0 else 'more'}" if abs(percent) >= 0.5 else "no change"
-
-
-def describe_trace(info: TraceInfo) -> list[str]:
-    """The lines of `reshard trace info`."""
-    lines = [f"{info.path}: {info.tokens} tokens in {len(info.streams)} recordings"]
-    for stream in info.streams:
-        experts = f" of {stream.num_experts}" if stream.num_experts else ""
-        lines += [
-            f"  {stream.where}",
-            f"    by {stream.by}",
-            f"    {stream.tokens} tokens, {len(stream.busiest)} MoE layers, top {stream.top_k}{experts} experts",
-        ]
-        if stream.busiest:
-            layer, most = max(stream.busiest.items(), key=lambda item: item[1])
-            middle = sorted(stream.busiest.values())[len(stream.busiest) // 2]
-            lines.append(
-                f"    busiest expert over mean: {middle:.2f} in the middle layer, at most {most:.2f} ({layer})"
-            )
-    return lines

@@ -19,17 +19,18 @@ import msgspec
 from blake3 import blake3
 
 from ..errors import TraceError
-from ..placement.contract import Placement, placement_from_json
+from ..placement.contract import placement_from_json
+from ..placement.permutations import Placement
 
 SUFFIX = ".trace"
 TRACE_VERSION = 1
 DEFAULT_LIMIT = 1 << 30  # bytes of a stream: 2.3 million tokens of R1
-MOST_EXPERTS = 1 << 16  # that an id has room for
-MOST_LAYERS = 1000
+MAX_EXPERTS = 1 << 16  # that an id has room for
+MAX_LAYERS = 1000
 SEGMENTS = 8  # files that a stream is cut into, so that what goes first is a part
 _NAME = re.compile(r"(?P<stream>[0-9a-f]{8}-dp\d{2,}-pp\d{2,})-(?P<number>\d{6,})\.trace")
 _LAYER = re.compile(r"([A-Za-z_]\w*)\.(\d+)(?:\.|$)")
-_LONGEST_HEADER = 64 << 20
+_MAX_HEADER = 64 << 20
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,7 +173,7 @@ def read_streams(directory: Path) -> list[Stream]:
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
-                line = file.readline(_LONGEST_HEADER)
+                line = file.readline(_MAX_HEADER)
         except OSError as error:
             raise TraceError(f"{path}: cannot be read: {error.strerror}") from error
         if not size:
@@ -203,7 +204,7 @@ def _decode(line: bytes, path: Path) -> Header:
         )
     if not header.layers or len(set(header.layers)) < len(header.layers):
         raise TraceError(f"{path}: expected the names of its layers, each once, found {header.layers!r:.80}")
-    if not 0 < header.top_k <= header.num_experts <= MOST_EXPERTS:
+    if not 0 < header.top_k <= header.num_experts <= MAX_EXPERTS:
         raise TraceError(f"{path}: top {header.top_k} of {header.num_experts} experts cannot be; move the file away")
     if (placement := header.placement(str(path))) is not None and any(
         len(permutation) != header.num_experts for permutation in placement.values()

@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
-from ..placement.contract import CONTRACT_KEY, Contract, Placement, contract_from_json
-from ..placement.permutations import invert
+from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
+from ..placement.permutations import Placement, invert
 from .fused import Fused, fused_in_place_of
 from .patching import replace_once
 from .support import what_is_wrong_with_hook

@@ -185,7 +185,7 @@ def test_linear_and_zigzag_are_told_apart_for_every_layer(source: Path) -> None:
     assert "lower bound" in found["traffic"]
     assert found["lower_bound"]
     assert found["together"]["are_groups"]
-    assert found["together"]["runs"] == [[0, 3], [4, 7], [8, 11], [12, 15]]
+    assert found["together"]["ranges"] == [[0, 3], [4, 7], [8, 11], [12, 15]]
     same_group = [found["together"]["mean"]["share"][group][group] for group in range(4)]
     assert sum(same_group) > sum(found["together"]["mean"]["expected"][group][group] for group in range(4))
 
@@ -242,7 +242,7 @@ def test_a_model_without_groups_is_told_apart_by_as_many_runs_as_ranks(tmp_path:
     build(Spec("qwen3_moe", experts=10), tmp_path / "source")
     found = json.loads(run_well("analyze", tmp_path / "source", "--ep", 4, "--tokens", 64, "--json"))
     assert not found["together"]["are_groups"]
-    assert found["together"]["runs"] == [[0, 2], [3, 5], [6, 7], [8, 9]]
+    assert found["together"]["ranges"] == [[0, 2], [3, 5], [6, 7], [8, 9]]
 
 
 class Traces:

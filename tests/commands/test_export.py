@@ -20,8 +20,10 @@ from command_line import run, run_well
 
 from reshard import OutputError, export, read_checkpoint, read_model, write_resharding
 from reshard.commands.export import FORMAT_NAMES
-from reshard.commands.place import plan_resharding
+from reshard.commands.original import read_original
+from reshard.commands.resharding import plan_resharding
 from reshard.placement.permutations import zigzag
+from reshard.placement.strategies import Placed
 
 Owned = dict[int, list[list[int]]]
 """Of each layer, by its number, the logical experts that each EP rank owns, in ascending order."""
@@ -268,8 +270,7 @@ def scattered(source: Path, seed: int = 0) -> dict[str, tuple[int, ...]]:
 
 def reshard_by(placement: dict[str, tuple[int, ...]], source: Path, output: Path) -> None:
     """An output for 4 ranks that places experts by any placement."""
-    checkpoint = read_checkpoint(source)
-    write_resharding(plan_resharding(checkpoint, read_model(checkpoint), "mine", 4, placement), output)
+    write_resharding(plan_resharding(read_original(source), "mine", 4, Placed(placement)), output)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -338,15 +338,14 @@ def test_holes_stay_holes_and_digests_are_those_of_zeros(source: Path, tmp_path:
 
     assert taken(sparse) < 0.7 * taken(source)
     for layout in ("ranks", "source"):
-        for digests in ("all", "none"):
-            out, back = tmp_path / f"{layout}-{digests}", tmp_path / f"{layout}-{digests}-back"
-            options = ["--layout", layout, "--digests", digests, "--reflink", "never" if digests == "all" else "auto"]
-            run_well("zigzag", "--src", sparse, "--out", out, "--ep", RANKS, *options)
-            run_well("verify", out, "--src", sparse)
-            run_well("restore", out, "--out", back)
-            assert_identical_trees(sparse, back)
-            for directory in (out, back):
-                assert taken(directory) < 1.3 * taken(sparse)
+        out, back = tmp_path / layout, tmp_path / f"{layout}-back"
+        options = ["--layout", layout, "--digests", "all", "--reflink", "never"]
+        run_well("zigzag", "--src", sparse, "--out", out, "--ep", RANKS, *options)
+        run_well("verify", out, "--src", sparse)
+        run_well("restore", out, "--out", back)
+        assert_identical_trees(sparse, back)
+        for directory in (out, back):
+            assert taken(directory) < 1.3 * taken(sparse)
 
 
 def test_a_sparse_source_needs_no_more_room_than_its_data(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from command_line import run, run_well
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from reshard import analyze
-from reshard.commands.analyze import Analysis, Candidate
+from reshard.commands.page import write_page
 from reshard.placement.strategies import Linear, NodeZigzag, Strategy, Zigzag
-from reshard.traffic.page import render, write_page
+from reshard.traffic.analysis import Analysis, Candidate
+from reshard.traffic.page import render
 
 BROWSER_REQUIRED = "RESHARD_TEST_BROWSER"
 PATIENCE = 120_000  # milliseconds: a machine may be busy

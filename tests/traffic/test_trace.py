@@ -17,7 +17,7 @@ from command_line import run, run_well
 
 from reshard import TraceError, read_checkpoint, read_model
 from reshard.model.layers import MoeModel
-from reshard.traffic.choices import RUN, Traffic, recorded_traffic, runs
+from reshard.traffic.choices import STRETCH, Traffic, recorded_traffic, stretches
 from reshard.traffic.trace_file import Header, TraceWriter, layer_key, read_streams
 
 EXPERTS, TOP_K = 8, 2
@@ -182,25 +182,27 @@ def test_layers_are_known_by_kind_and_number() -> None:
 
 
 def test_a_long_trace_is_read_in_runs_spread_over_all_of_it(tmp_path: Path, model: MoeModel) -> None:
-    tokens = 10 * RUN
+    tokens = 10 * STRETCH
     ids = [[[token % EXPERTS, (token + 1) % EXPERTS]] * 2 for token in range(tokens)]
     write(tmp_path, ids)
-    found = traffic(tmp_path, model, most=3 * RUN)
-    assert found.tokens == 3 * RUN
+    found = traffic(tmp_path, model, most=3 * STRETCH)
+    assert found.tokens == 3 * STRETCH
     assert traffic(tmp_path, model).tokens == tokens
-    chosen = runs(tokens, 3 * RUN)
-    assert [len(run) for run in chosen] == [RUN] * 3
+    chosen = stretches(tokens, 3 * STRETCH)
+    assert [len(run) for run in chosen] == [STRETCH] * 3
     assert chosen[0].start < tokens / 4
     assert chosen[-1].stop > 3 * tokens / 4
     assert all(one.stop <= other.start for one, other in pairwise(chosen))
 
 
-@pytest.mark.parametrize(("tokens", "most"), [(10, 10), (10, 0), (RUN, 5), (3 * RUN + 1, RUN), (9 * RUN + 7, 8 * RUN)])
+@pytest.mark.parametrize(
+    ("tokens", "most"), [(10, 10), (10, 0), (STRETCH, 5), (3 * STRETCH + 1, STRETCH), (9 * STRETCH + 7, 8 * STRETCH)]
+)
 def test_no_more_than_asked_for_and_within_the_trace(tokens: int, most: int) -> None:
-    chosen = runs(tokens, most)
+    chosen = stretches(tokens, most)
     assert sum(map(len, chosen)) <= most
     assert all(0 <= run.start <= run.stop <= tokens for run in chosen)
-    assert most < min(RUN, tokens) or sum(map(len, chosen)) > most - RUN
+    assert most < min(STRETCH, tokens) or sum(map(len, chosen)) > most - STRETCH
 
 
 def test_a_part_of_every_recording_in_time_can_be_asked_for(tmp_path: Path, model: MoeModel) -> None:
