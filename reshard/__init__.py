@@ -5,15 +5,20 @@
     zigzag("DeepSeek-R1", 8, "R1-zz")
     assert not verify("R1-zz", "DeepSeek-R1").problems
 
-The modules, in the order that data flows: `source`, `checkpoint` and `header` (what lies on disk, and where), `moe`
-with `families` and `expert_names` (which tensor is which expert's) and `router` (what it chooses), `placement` and
-`balance` (permutations: of numbers alone, and made for traffic), `strategies` (which of them is asked for) and
-`contract` (what an engine must know of them), `plan` with `layouts`, `extents` and `sharing` (what to write, and what
-need not be), `copy` with `reading`, `expert_ids`, `syscalls` and `journal` (writing it), `manifest` (the record). Of
-traffic: `trace` (its own form on disk), `recordings` (whoever recorded it), `traffic` (what each layer's tokens chose),
-`analysis` (what a placement makes of it), `report` and `page` (in words, and drawn).
-`resharding`, `stage`, `restore`, `verify` with `compare`, `inspect`, `export`, `analyze` and `trace_info` are what one
-can do; `cli` parses and prints.
+Data flows one way through the packages, and imports follow it:
+
+    checkpoint  what lies on disk, and where
+    model       which tensor belongs to which expert, and how the model routes
+    placement   where experts go: permutations, strategies, balance, contract
+    plan        what to write, as byte ranges
+    record      the manifest
+    execute     writing it
+    traffic     recorded routing, and what a placement makes of it
+    commands    what one can do, one module each
+    cli         parsing and printing
+    vllm        the plugin, which needs placement and the trace's file form only
+
+Each package's docstring says what comes in, what goes out, and what it leaves to others.
 """
 
 from ._version import __version__
