@@ -2,17 +2,16 @@
 
 A file is 8 bytes (the header's length, u64 little endian), the header (JSON), then the tensors' bytes. It is sound
 when the tensors, sorted by offset, cover those bytes without hole or overlap and each has the size that its shape and
-dtype give. The rule is ``validate`` in safetensors/src/tensor.rs; stricter here in one thing: a name twice is refused.
+dtype give. The rule is ``validate`` in safetensors/src/tensor.rs, and one thing is stricter here: a name that occurs
+twice is refused. After that the safetensors library is asked about every file, so whatever it refuses is refused too.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,8 @@ from typing import Any
 from ..errors import CheckpointError
 
 MAX_HEADER_SIZE = 100_000_000
-MAX_DEPTH = 126  # objects and lists within a tensor's entry, itself counted, where safetensors stops reading
 ALIGNMENT = 8
 U64_MAX = 2**64 - 1
-_ODD_INTEGER = re.compile(rb"-0|[0-9]{300}")
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
@@ -62,6 +59,23 @@ def read_header(path: Path) -> Header:
 
 
 def _read_header(path: Path) -> Header:
+    header = _parse_file(path)
+    _ask_library(path)
+    return header
+
+
+def _ask_library(path: Path) -> None:
+    """CheckpointError if the safetensors library refuses the file. It maps the file and reads its header only."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: the safetensors library refuses it: {error}; download it again") from error
+
+
+def _parse_file(path: Path) -> Header:
     with path.open("rb") as file:
         file_size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
@@ -137,26 +151,11 @@ def build_header(
     return struct.pack("<Q", len(text)) + text
 
 
-def _depth(value: Any) -> int:
-    """How many objects and lists stand one in the other."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        depth += 1
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
-    return depth
-
-
 def _decode(text: bytes, path: Path) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise CheckpointError(f"{path}: not a safetensors file: the header is not a JSON object")
     try:
-        entries = json.loads(
-            text.decode(),
-            object_pairs_hook=_unique,
-            parse_int=_integers(text),
-            parse_float=_finite,
-            parse_constant=_no_constant,
-        )
+        entries = json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is not sound JSON: {error}") from error
     if not isinstance(entries, dict):
@@ -172,29 +171,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _integers(text: bytes) -> Callable[[str], int] | None:
-    # serde takes -0 for a float and refuses what no float holds; looking for these costs nothing where they are not
-    return _serde_integer if _ODD_INTEGER.search(text) else None
-
-
-def _serde_integer(text: str) -> int:
-    if text == "-0":
-        raise ValueError("-0 is not a whole number of at least 0")
-    _finite(text)
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text:.40}… is out of range")
-    return value
-
-
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
-
-
 def _tensor(name: str, info: Any, data_start: int, path: Path) -> Tensor:
     if not name.isascii() and not _is_utf8(name):
         raise CheckpointError(f"{path}: tensor {name!a}: the name is not valid Unicode")
@@ -204,8 +180,6 @@ def _tensor(name: str, info: Any, data_start: int, path: Path) -> Tensor:
     dtype: Any = info.get("dtype")
     shape: Any = info.get("shape")
     offsets: Any = info.get("data_offsets")
-    if len(info) > 3 and _depth(info) > MAX_DEPTH:
-        raise CheckpointError(f"{where}: nested more than {MAX_DEPTH} deep, which safetensors does not read")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(f"{where}: unknown dtype {dtype!r:.80}; known are {', '.join(DTYPE_BITS)}")
     if not _is_sizes(shape):
