@@ -33,7 +33,10 @@ class Store(Protocol):
 
 
 def agree(mine: str | None) -> None:
-    """UnsupportedError unless all ranks serve the placement with the digest `mine`; None is linear, and waits for none."""
+    """UnsupportedError unless all ranks serve the placement with the digest `mine`.
+
+    None is linear: such a rank says so, and waits for no other.
+    """
     import torch
 
     number = next(_loads)  # of this process; all load their models in the same order
@@ -67,8 +70,8 @@ def compare(store: Store, number: int, ranks: Sequence[int], mine: str, seconds:
             others[rank] = other
     if silent:
         raise UnsupportedError(
-            f"ranks {describe_ranks(silent)} did not say within {seconds:.0f} s which placement they serve: is reshard's "
-            "plugin installed there, and not left out by VLLM_PLUGINS?"
+            f"ranks {describe_ranks(silent)} did not say within {seconds:.0f} s which placement they serve: is "
+            "reshard's plugin installed there, and not left out by VLLM_PLUGINS?"
         )
     if others:
         rank, other = min(others.items())

@@ -1,6 +1,7 @@
 """Group-limited routing on CUDA in one kernel: logits go in, physical ids and weights come out.
 
-Logits and bias are in physical order (an output), or in logical order (an original that is served placed). Between them groups are scored by logical expert, and all is computed as vLLM computes it, to the last bit:
+Logits and bias are in physical order (an output), or in logical order (an original that is served placed). Between,
+groups are scored by logical expert, and all is computed as vLLM computes it, to the last bit:
 
     SMALL   vLLM's kernel for few experts: everything in float32
     FUSED   vLLM's kernel for any number: rounded to the logits' dtype at each step; what is not finite is not chosen

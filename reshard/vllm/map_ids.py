@@ -30,7 +30,7 @@ def map_ids(ids_TK: Tensor, place_E: Tensor) -> Tensor:
     return mapped_TK
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _map_ids(ids: tl.tensor, place: tl.tensor, mapped: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = at < count

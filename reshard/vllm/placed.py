@@ -125,8 +125,8 @@ def placed_router(router: Any, served: ServedPlacement, arguments: dict[str, Any
     }
     if fault := next((fault for fault, found in faults.items() if found), None):
         raise UnsupportedError(
-            f"{served.asked}: layer {prefix}: its router cannot be placed: {fault}; use other options, or serve without "
-            "a placement"
+            f"{served.asked}: layer {prefix}: its router cannot be placed: {fault}; use other options, or serve "
+            "without a placement"
         )
     order = served.order(prefix, arguments["global_num_experts"])
     if order is None:

@@ -1,4 +1,4 @@
-"""The last look at an original that is served placed: it serves only where every layer is, and can be, as it was placed."""
+"""The last look at an original that is served placed: it serves only where every layer is as it was placed."""
 
 from __future__ import annotations
 

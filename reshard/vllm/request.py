@@ -1,7 +1,7 @@
 """RESHARD_PLACEMENT: what a user asks for, resolved once for each vLLM configuration, or refused with a line.
 
     RESHARD_PLACEMENT=zigzag | node-zigzag:M | FILE
-    --additional-config '{"reshard": {"placement": …}}'      the same, where variables do not travel (Ray, several nodes)
+    --additional-config '{"reshard": {"placement": …}}'      the same, where variables do not travel (Ray, more nodes)
 
 What is asked is read where vLLM makes its configuration, before any process is started. There the options that would
 get past the placement are refused, too.
@@ -112,7 +112,7 @@ def asked_for(environment: Mapping[str, str], more: Any) -> str | None:
     asked = str(request["placement"])
     if variable and variable != asked:
         raise UnsupportedError(
-            f"{VARIABLE} is {variable}, additional_config.{KEY}.placement is {asked}: give one of them, or both the same"
+            f"{VARIABLE} is {variable}, additional_config.{KEY}.placement is {asked}: give one, or both the same"
         )
     return asked
 
