@@ -13,17 +13,28 @@ fit is told so when a group-limited output is loaded, and not before.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 
 def register() -> None:
     """What the entry point calls, once or many times in a process; imports nothing of vLLM before vLLM does."""
     import os
 
-    from . import configs, loading, recording, routing
+    from . import configs, loading, placed_weights, recording, request, routing
     from .patching import when_imported
 
     configs.install()
+    when_imported("vllm.config.vllm", request.install)
+    when_imported("vllm.model_executor.layers.fused_moe.runner.moe_runner", _install_runner)
+    when_imported("vllm.model_executor.layers.fused_moe.routed_experts", placed_weights.install)
     when_imported("vllm.model_executor.layers.fused_moe.layer", routing.install)
     when_imported("vllm.model_executor.model_loader.base_loader", loading.install_check)
     when_imported("vllm.model_executor.model_loader.default_loader", loading.install_file_choice)
     if os.environ.get(recording.VARIABLE):
         when_imported("vllm.v1.worker.gpu_worker", recording.install)
+
+
+def _install_runner(module: ModuleType) -> None:
+    from .placed import install_runner  # imports torch, which vLLM has done by then
+
+    install_runner(module)

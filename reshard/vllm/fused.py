@@ -31,6 +31,7 @@ class Fused:
     choices: tuple[Choice, ...]  # what the router may be doing; the first that agrees is taken
     place_E: Tensor
     layer: str
+    logical: bool = False  # whether the router is given logits and bias in logical order
     agreed: dict[tuple[Any, bool], Choice | None] = field(default_factory=dict)  # by dtype, and whether of one token
 
     def route(self, logits_TE: Tensor, bias_E: Tensor | None, router: Route) -> tuple[Tensor, Tensor]:
@@ -46,13 +47,18 @@ class Fused:
                 (
                     choice
                     for choice in self.choices
-                    if all(same(grouped_topk(rows, bias_E, self.place_E, choice), found) for rows, found in trials)
+                    if all(
+                        same(grouped_topk(rows, bias_E, self.place_E, choice, logical=self.logical), found)
+                        for rows, found in trials
+                    )
                 ),
                 None,
             )
             self._say(kind)
         choice = self.agreed.get(kind)
-        return router(logits_TE) if choice is None else grouped_topk(logits_TE, bias_E, self.place_E, choice)
+        if choice is None:
+            return router(logits_TE)
+        return grouped_topk(logits_TE, bias_E, self.place_E, choice, logical=self.logical)
 
     def _say(self, kind: tuple[Any, bool]) -> None:
         from vllm.logger import init_logger
@@ -100,12 +106,15 @@ def same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
     return bool(bits.all()) and torch.equal(ids.to(expected_ids.dtype), expected_ids)
 
 
-def fused_in_place_of(router: Any, physical_of_logical_E: Tensor, layer: str) -> Fused | None:
-    """The kernel for the layer that `router` was made for, None where there is none for what it does."""
+def fused_in_place_of(router: Any, physical_of_logical_E: Tensor, layer: str, *, logical: bool = False) -> Fused | None:
+    """The kernel for the layer that `router` was made for, None where there is none for what it does.
+
+    `logical`: the router's logits and bias are in logical order, as in an original that is served placed.
+    """
     import torch
 
     on_cuda = physical_of_logical_E.is_cuda and torch.version.hip is None
-    if not on_cuda or type(router).__name__ != "GroupedTopKRouter":
+    if not on_cuda or type(router).__name__ != "GroupedTopKRouter" or getattr(router, "skip_padding", False):
         return None
     from .grouped_topk import Choice, ways_to_sum
 
@@ -124,4 +133,4 @@ def fused_in_place_of(router: Any, physical_of_logical_E: Tensor, layer: str) ->
     ]
     if router.scoring_func not in ("sigmoid", "softmax") or choices[0].arithmetic is None:
         return None
-    return Fused(tuple(choices), physical_of_logical_E.to(torch.int32), layer)
+    return Fused(tuple(choices), physical_of_logical_E.to(torch.int32), layer, logical)

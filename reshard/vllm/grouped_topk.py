@@ -1,6 +1,7 @@
-"""Group-limited routing on CUDA in one kernel: logits in physical order go in, physical ids and weights come out.
+"""Group-limited routing on CUDA in one kernel: logits go in, physical ids and weights come out.
 
-Between them groups are scored by logical expert, and all is computed as vLLM computes it, to the last bit:
+Logits and bias are in physical order (an output), or in logical order (an original that is served placed). Between,
+groups are scored by logical expert, and all is computed as vLLM computes it, to the last bit:
 
     SMALL   vLLM's kernel for few experts: everything in float32
     FUSED   vLLM's kernel for any number: rounded to the logits' dtype at each step; what is not finite is not chosen
@@ -114,7 +115,9 @@ class Choice:
         return Arithmetic.FUSED
 
 
-def grouped_topk(logits_TE: Tensor, bias_E: Tensor | None, place_E: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+def grouped_topk(
+    logits_TE: Tensor, bias_E: Tensor | None, place_E: Tensor, choice: Choice, *, logical: bool = False
+) -> tuple[Tensor, Tensor]:
     """Choose experts for each token.
 
     Parameters:
@@ -122,6 +125,7 @@ def grouped_topk(logits_TE: Tensor, bias_E: Tensor | None, place_E: Tensor, choi
         bias_E: the correction bias, in physical order; looked at where `choice` is biased
         place_E: int32, the physical id of each logical expert
         choice: one that has an arithmetic
+        logical: whether logits and bias are in logical order instead
 
     Returns:
         weights_TK (float32) and physical ids_TK (int32), in vLLM's order
@@ -155,6 +159,7 @@ def grouped_topk(logits_TE: Tensor, bias_E: Tensor | None, place_E: Tensor, choi
             SUM_WARPS=choice.softmax.warps if choice.softmax else 0,
             SIDE_BY_SIDE=bool(choice.softmax and choice.softmax.side_by_side),
             EARLY=early,
+            LOGICAL=logical,
             GROUPS_2=triton.next_power_of_2(choice.n_group),
             MEMBERS_2=triton.next_power_of_2(choice.group_size),
             EXPERTS_2=triton.next_power_of_2(choice.num_experts),
@@ -232,6 +237,7 @@ def _grouped_topk(
     SUM_WARPS: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
     EARLY: tl.constexpr,
+    LOGICAL: tl.constexpr,
     GROUPS_2: tl.constexpr,
     MEMBERS_2: tl.constexpr,
     EXPERTS_2: tl.constexpr,
@@ -249,7 +255,7 @@ def _grouped_topk(
     member = tl.arange(0, MEMBERS_2)
     expert = group[:, None] * (EXPERTS // GROUPS) + member[None, :]
     exists = (group < GROUPS)[:, None] & (member < EXPERTS // GROUPS)[None, :]
-    at = tl.load(place + expert, mask=exists, other=0)
+    at = expert if LOGICAL else tl.load(place + expert, mask=exists, other=0)
     if not TORCH:
         b = tl.load(bias + at, mask=exists, other=0).to(value_dtype).to(tl.float32)
     if EARLY:
@@ -259,7 +265,7 @@ def _grouped_topk(
     total = 1.0
     if SOFTMAX:
         flat = tl.arange(0, EXPERTS_2)
-        flat_at = tl.load(place + flat, mask=flat < EXPERTS, other=0)
+        flat_at = flat if LOGICAL else tl.load(place + flat, mask=flat < EXPERTS, other=0)
         flat_x = tl.load(logits + flat_at, mask=flat < EXPERTS, other=float("-inf")).to(tl.float32)
         highest = tl.max(flat_x, axis=0)
         powers = tl.where(flat < EXPERTS, libdevice.exp(flat_x - highest), 0.0)
@@ -312,7 +318,11 @@ def _grouped_topk(
 
     # 5. their weights; float64 is what vLLM has here, and needed only where 1e-20 is not lost in the sum
     at = tl.load(place + mine)
-    score = _score(tl.load(logits + at).to(tl.float32), highest, total, TORCH, SOFTMAX).to(score_dtype).to(tl.float32)
+    score = (
+        _score(tl.load(logits + (mine if LOGICAL else at)).to(tl.float32), highest, total, TORCH, SOFTMAX)
+        .to(score_dtype)
+        .to(tl.float32)
+    )
     score = tl.where(lane < TOP_K, score, 0.0)
     if SMALL:
         weight = score * SCALE if SCALE_IS_FLOAT32 else (score.to(tl.float64) * SCALE).to(tl.float32)

@@ -16,6 +16,8 @@ from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
 from ..placement.permutations import rank_slots
 from .patching import replace_once
 from .routing import LogicalOrder
+from .runners import lets_kernel_route, moe_runners
+from .served import ServedPlacement, served_placement
 from .support import what_is_wrong_with_hook
 
 RANK_FILE = re.compile(r"model-ep(\d{2,})-of-(\d{2,})-(\d{5})-of-(\d{5})\.safetensors")
@@ -41,6 +43,7 @@ def install_file_choice(default_loader: ModuleType) -> None:
 def install_check(base_loader: ModuleType) -> None:
     """Look at every router after a model was loaded."""
     replace_once(base_loader, "process_weights_after_loading", _with_check)
+    replace_once(base_loader, "initialize_model", _with_agreement)
 
 
 def choose_files(named: list[str], present: list[str], num_experts: int, parallel: Parallel) -> list[str]:
@@ -114,20 +117,6 @@ def check_model(model: Any, contract: Contract, is_draft: bool, pipelined: bool)
         )
 
 
-def moe_runners(model: Any) -> dict[str, Any]:
-    """What vLLM makes of each MoE layer, its router among it, by name (`model.layers.3.mlp.experts`)."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "router") and hasattr(module, "routed_experts")
-    }
-
-
-def lets_kernel_route(runner: Any) -> bool:
-    """Whether a layer's kernel chooses by itself, and its router is never asked."""
-    return bool(runner.routed_experts.quant_method.is_monolithic)
-
-
 def _layers_before(contract: Contract, model: Any) -> int:
     """How many MoE layers the contract has below the model's own number of layers: the others are its draft's."""
     config = getattr(model.config, "text_config", model.config)
@@ -146,16 +135,53 @@ def _refuse(fault: str) -> UnsupportedError:
 def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(process)
     def process_weights_after_loading(model: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
-        result = process(model, model_config, *args, **kwargs)
-        if (contract := _contract_on_disk(model_config)) is not None:
-            from vllm.config import get_current_vllm_config
+        from vllm.config import get_current_vllm_config
 
-            config = get_current_vllm_config()
-            is_draft = getattr(model_config, "runner_type", None) == "draft"
-            check_model(model, contract, is_draft, config.parallel_config.pipeline_parallel_size > 1)
+        config = get_current_vllm_config()
+        is_draft = getattr(model_config, "runner_type", None) == "draft"
+        pipelined = config.parallel_config.pipeline_parallel_size > 1
+        served = None if config.parallel_config.enable_eplb else served_placement(config)
+        if served is not None:
+            _check_filled(model, served, config, is_draft, pipelined)
+        result = process(model, model_config, *args, **kwargs)
+        if served is not None:
+            from .proof import check_kernels  # imports torch
+
+            check_kernels(model, served, served.ep_size)
+        elif (contract := _contract_on_disk(model_config)) is not None:
+            check_model(model, contract, is_draft, pipelined)
         return result
 
     return process_weights_after_loading
+
+
+def _check_filled(model: Any, served: ServedPlacement, config: Any, is_draft: bool, pipelined: bool) -> None:
+    from vllm.logger import init_logger
+
+    from .proof import check_filled  # imports torch
+
+    dummy = str(config.load_config.load_format) == "dummy"
+    placed = check_filled(model, served, is_draft=is_draft, pipelined=pipelined, dummy=dummy)
+    init_logger("vllm.plugins.reshard").info(
+        "%s%d MoE layers are placed: %s, digest %s%s",
+        "draft: " if is_draft else "",
+        placed,
+        served.asked,
+        served.digest[:12],
+        "" if dummy else "; every slot was seen to be filled with its expert",
+    )
+
+
+def _with_agreement(initialize: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(initialize)
+    def initialize_model(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        from .agreement import agree
+
+        served = served_placement(vllm_config)
+        agree(None if served is None else served.digest)
+        return initialize(vllm_config, *args, **kwargs)
+
+    return initialize_model
 
 
 def _contract_on_disk(model_config: Any) -> Contract | None:

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 from ..placement.contract import CONTRACT_KEY, contract_from_json, placement_from_json, placement_to_json
 from ..placement.permutations import Placement
 from ..traffic.trace_file import DEFAULT_LIMIT, TRACE_VERSION, Header, TraceWriter
-from .loading import lets_kernel_route, moe_runners
 from .patching import replace_once
 from .routing import placement_of
+from .runners import lets_kernel_route, moe_runners
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,6 +132,8 @@ class Recorder:
         if get_tp_group().rank_in_group == 0:
             self._scribe = _attempt("cannot begin", lambda: _scribe_in(directory, header, limit))
         for column, router in enumerate(routers.values()):
+            if hasattr(router, "reshard_answers_logical_ids"):
+                router.reshard_answers_logical_ids()
             router._compute_routing = self._listening(router._compute_routing, column)
 
     def _listening(self, compute_routing: Callable[..., Any], column: int) -> Callable[..., Any]:

@@ -1,4 +1,5 @@
-"""Routers of a model with a contract: groups by logical expert, ids as physical.
+"""Routers of a model with a contract: groups by logical expert, ids as physical. For others that are served placed see
+`placed`.
 
 vLLM makes every router in `create_fused_moe_router`. The router it made is kept, with all that it does after choosing
 (EPLB's mapping and its load recording see physical ids); only what it chooses from is put into logical order before,
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
 from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
+from ..placement.layer_names import find_layer
 from ..placement.permutations import Placement, invert
 from .fused import Fused, fused_in_place_of
 from .patching import replace_once
+from .served import ServedPlacement, current_placement
 from .support import what_is_wrong_with_hook
 
 if TYPE_CHECKING:
@@ -88,12 +91,24 @@ def _with_contract(create: Callable[..., Any]) -> Callable[..., Any]:
     def create_fused_moe_router(*args: Any, **kwargs: Any) -> Any:
         router = create(*args, **kwargs)
         contract = current_contract()
-        if contract is None:
+        served = current_placement()
+        if contract is None and served is None:
             return router
         prefix = sys._getframe(1).f_locals.get("prefix", "")
-        return in_logical_order(router, contract, signature.bind(*args, **kwargs).arguments, prefix)
+        arguments = signature.bind(*args, **kwargs).arguments
+        if contract is not None:
+            return in_logical_order(router, contract, arguments, prefix)
+        return _placed(router, served, arguments, prefix)
 
     return create_fused_moe_router
+
+
+def _placed(router: Any, served: ServedPlacement | None, arguments: dict[str, Any], prefix: str) -> Any:
+    from .placed import placed_router  # imports torch
+
+    if served is None or arguments.get("eplb_state") is not None:  # `eplb` moves experts once they are loaded
+        return router
+    return placed_router(router, served, arguments, prefix)
 
 
 def current_contract() -> Contract | None:
@@ -147,8 +162,6 @@ def placement_of(placement: Placement, prefix: str) -> tuple[int, ...]:
     permutations = set(placement.values())
     if len(permutations) == 1:
         return permutations.pop()
-    numbers = [part for part in prefix.split(".") if part.isdigit()]
-    for layer, permutation in placement.items():
-        if numbers and [part for part in layer.split(".") if part.isdigit()] == numbers:
-            return permutation
+    if (layer := find_layer(prefix, placement)) is not None:
+        return placement[layer]
     raise UnsupportedError(f"{prefix}: the output has a placement for each layer, and none for this one")

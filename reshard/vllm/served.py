@@ -1,0 +1,127 @@
+"""A placement that an original is served with, as it travels with vLLM's configuration to every process.
+
+It stands in `VllmConfig.additional_config["reshard"]`. It is a dictionary of JSON values, so that vLLM's compile cache
+has it in its key. Unpickling it needs reshard and registers the plugin: a worker that lacks reshard ends with
+ModuleNotFoundError, where it would serve linear beside ranks that are placed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UnsupportedError
+from ..placement.layer_names import find_layer, layer_key
+from ..placement.permutations import node_zigzag, zigzag
+from ..placement.placement_file import PlacementFile, placement_digest
+
+KEY = "reshard"  # in additional_config
+ZIGZAG, NODE_ZIGZAG = "zigzag", "node-zigzag"
+
+
+class ServedPlacement(dict[str, Any]):
+    """What is served; see the properties. Made by `served_strategy` or `served_file`."""
+
+    @property
+    def asked(self) -> str:
+        """As the user wrote it."""
+        return str(self["placement"])
+
+    @property
+    def ep_size(self) -> int:
+        """R, the EP ranks that it was resolved for."""
+        return int(self["ep_size"])
+
+    @property
+    def digest(self) -> str:
+        """See `placement_file.placement_digest`: what ranks compare, and the log says."""
+        return str(self["digest"])
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model itself; those from there on are a draft's."""
+        return int(self["num_layers"])
+
+    def order(self, layer: str, num_experts: int) -> tuple[int, ...] | None:
+        """The placement of one layer.
+
+        Parameters:
+            layer: its name in vLLM or in the checkpoint, or the name of a tensor in it
+            num_experts: E of that layer
+
+        Returns:
+            physical_to_logical [E]; None for a draft's layer that the placement does not know, which stays linear
+
+        Raises:
+            UnsupportedError: a layer of the model itself is unknown, or has another number of experts
+        """
+        nodes = self["nodes"]
+        if nodes is not None:  # a strategy fits any layer
+            even = num_experts % self.ep_size == 0
+            return node_zigzag(num_experts, self.ep_size, nodes) if even else zigzag(num_experts, self.ep_size)
+        orders, layers = self["physical_to_logical"], self["layers"]
+        order = None
+        if not layers:  # one for all layers, whatever their names
+            order = orders
+        elif (name := find_layer(layer, layers, self.num_layers)) is not None:
+            order = orders[name] if isinstance(orders, dict) else orders
+        if order is not None and len(order) == num_experts:
+            return tuple(order)
+        if layer_key(layer, self.num_layers).kind == "draft":
+            return None
+        found = f"has {num_experts} experts, the placement {len(order)}" if order else "is not in the placement"
+        raise UnsupportedError(f"{self.asked}: layer {layer} {found}; {self['make']}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (dict(self),)
+
+
+def _arrive(values: dict[str, Any]) -> ServedPlacement:
+    from . import register
+
+    register()
+    return ServedPlacement(values)
+
+
+def served_strategy(asked: str, nodes: int, num_experts: int, ep_size: int, num_layers: int) -> ServedPlacement:
+    """Zigzag on `nodes` nodes, of a model whose layers have `num_experts` experts."""
+    order = zigzag(num_experts, ep_size) if nodes == 1 else node_zigzag(num_experts, ep_size, nodes)
+    return ServedPlacement(
+        placement=asked,
+        ep_size=ep_size,
+        nodes=nodes,
+        physical_to_logical=list(order),
+        layers=[],
+        num_layers=num_layers,
+        digest=placement_digest(order, ep_size),
+        make="",
+    )
+
+
+def served_file(asked: str, file: PlacementFile, ep_size: int, num_layers: int, make: str) -> ServedPlacement:
+    """The placement of a file; `make` says how to make one that fits, for errors."""
+    orders = file.physical_to_logical
+    return ServedPlacement(
+        placement=asked,
+        ep_size=ep_size,
+        nodes=None,
+        physical_to_logical=orders,
+        layers=file.layers,
+        num_layers=num_layers,
+        digest=placement_digest(orders, ep_size),
+        make=make,
+    )
+
+
+def served_placement(config: Any) -> ServedPlacement | None:
+    """The placement in a VllmConfig, None where the model is served as it is."""
+    more = getattr(config, "additional_config", None)
+    found = more.get(KEY) if isinstance(more, Mapping) else None
+    return found if isinstance(found, ServedPlacement) else None
+
+
+def current_placement() -> ServedPlacement | None:
+    """The placement of the model that is being built."""
+    from vllm.config import get_current_vllm_config
+
+    return served_placement(get_current_vllm_config())
