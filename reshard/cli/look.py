@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from ..commands.analyze import BATCH_SIZES, RANDOM_TOKENS, analyze
-from ..commands.export import FORMAT_NAMES, FormatName, export, write_export
+from ..commands.engine_files import FORMAT_NAMES, FormatName
+from ..commands.export import export, write_export
 from ..commands.inspect import inspect
 from ..commands.page import refuse_page, write_page
 from ..commands.trace_info import trace_info

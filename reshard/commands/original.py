@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.directory import Checkpoint, read_checkpoint, read_json_object
+from ..checkpoint.directory import Checkpoint, read_checkpoint
 from ..checkpoint.source import find_source
 from ..errors import CheckpointError, OutputError
 from ..model.layers import MoeModel, read_model
+from ..placement.placement_file import read_placement_file
 from ..placement.strategies import Balanced, FromFile, MoeShape, Placed, Strategy, check_placement
 from ..record.manifest import MANIFEST
 from ..traffic.choices import recorded_traffic
@@ -88,7 +89,7 @@ def place_experts(original: Original, strategy: Strategy) -> Placed:
             traffic = recorded_traffic(strategy.trace, original.model, original.root, end=strategy.share)
             placed = strategy.place(shape, traffic.ids)
         case FromFile():
-            placed = strategy.place(shape, read_json_object(strategy.path))
+            placed = strategy.place(shape, read_placement_file(strategy.path))
         case _:
             placed = strategy.place(shape)
     check_placement(placed.placement, shape)

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from ..errors import OutputError
 from .balance import balanced_layers
 from .permutations import Placement, is_permutation, node_zigzag, rank_slots, zigzag
+from .placement_file import PlacementFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,33 +162,33 @@ class Balanced:
 
 @dataclass(frozen=True, slots=True)
 class FromFile:
-    """Takes the placement in the JSON file `path`, such as a manifest."""
+    """Takes the placement in the file `path`: a placement file, a manifest, or any JSON with `physical_to_logical`."""
 
     ep_size: int
     path: Path
     name: ClassVar[str] = "file"
 
-    def place(self, model: MoeShape, content: Mapping[str, Any]) -> Placed:
-        """The permutations in `content`, the parsed file.
+    def place(self, model: MoeShape, file: PlacementFile) -> Placed:
+        """The permutations in `file`, which was read from `path`.
 
-        Its `physical_to_logical` is one list [E] for all MoE layers, or an object with a list for each layer by name.
-        Raises OutputError if it has other layers or anything but lists of integers.
+        Raises OutputError if it is of other layers, or some expert has copies in it.
         """
-        found = content.get("physical_to_logical")
-        by_layer: dict[str, Any] = found if isinstance(found, dict) else dict.fromkeys(model.layers, found)
+        orders = file.physical_to_logical
+        by_layer = orders if isinstance(orders, dict) else dict.fromkeys(model.layers, orders)
         if strange := sorted(by_layer.keys() ^ set(model.layers)):
             what = "is not a MoE layer" if strange[0] in by_layer else "has no placement"
             raise OutputError(
                 f"{self.path}: physical_to_logical: {strange[0]!r:.200} {what}; {model.where} has {len(model.layers)} "
                 f"MoE layers, {model.layers[0]} to {model.layers[-1]}, and each needs one"
             )
-        for name, permutation in by_layer.items():
-            if not isinstance(permutation, list) or not all(type(expert) is int for expert in permutation):
-                raise OutputError(
-                    f"{self.path}: physical_to_logical: {name}: expected a list of the {model.num_experts} "
-                    f"logical experts in the order of physical ones, found {permutation!r:.80}"
-                )
-        return Placed({name: tuple(by_layer[name]) for name in model.layers})
+        if file.has_copies:
+            raise OutputError(
+                f"{self.path}: some experts have copies in it, and an output has each expert once; expected "
+                f"permutations of the {model.num_experts} experts"
+            )
+        other = file.ep_size not in (None, self.ep_size)
+        notes = (f"{self.path} was made for {file.ep_size} EP ranks, not {self.ep_size}",) if other else ()
+        return Placed({name: tuple(by_layer[name]) for name in model.layers}, notes)
 
 
 Strategy = Linear | Zigzag | NodeZigzag | Balanced | FromFile

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from ..checkpoint.directory import Checkpoint
 from ..errors import TraceError
 from ..model.layers import MoeLayer, MoeModel
+from ..placement.layer_names import find_layer
 from .recordings import Recording, counted_once, read_recordings
-from .trace_file import layer_key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,12 +87,10 @@ def _columns(recording: Recording, model: MoeModel, root: Path) -> dict[str, int
             raise TraceError(
                 f"{where}: recorded with {found} {what}, but {root} has {expected}; give the trace of this model"
             )
-    named = {layer.name: layer.name for layer in model.layers}
-    keyed = {key: layer.name for layer in reversed(model.layers) if (key := layer_key(layer.name))}
+    names = [layer.name for layer in model.layers]
     columns = {}
     for column, layer in enumerate(recording.layers):
-        key = layer_key(layer)
-        name = named.get(layer) or (keyed.get(key) if key else None)
+        name = find_layer(layer, names)
         if name is not None:
             columns[name] = column
         elif not recording.all_layers:

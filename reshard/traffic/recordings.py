@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TraceError
-from .trace_file import MAX_EXPERTS, MAX_LAYERS, SUFFIX, Stream, layer_key, read_streams
+from ..placement.layer_names import layer_key
+from .trace_file import MAX_EXPERTS, MAX_LAYERS, SUFFIX, Stream, read_streams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 class Recording:
     """Tokens in the order in which they were routed, and where they come from.
 
-    `by` is who recorded them. `layers` are named so that `trace.layer_key` knows them; where those are `all_layers` of
-    the model, dense ones are among them. `read(first, count)` gives the ids of tokens, int64 [count, L, K]; a negative
-    id is none.
+    `by` says who recorded them. `layers` has names that `layer_names.layer_key` knows; if they are `all_layers` of the
+    model, dense ones are among them. `read(first, count)` gives the ids of tokens, int64 [count, L, K]; a negative id
+    is none.
     """
 
     where: str
@@ -71,7 +72,7 @@ def counted_once(parts: Iterable[tuple[Recording, int]]) -> int:
     """How many tokens so many of each recording are: stages of a pipeline record the same ones, in other layers."""
     by_layer = Counter[object]()
     for recording, tokens in parts:
-        by_layer.update({layer_key(layer) or layer: tokens for layer in recording.layers})
+        by_layer.update({layer_key(layer) if layer_key(layer).numbers else layer: tokens for layer in recording.layers})
     return max(by_layer.values(), default=0)
 
 

@@ -29,7 +29,6 @@ MAX_EXPERTS = 1 << 16  # that an id has room for
 MAX_LAYERS = 1000
 SEGMENTS = 8  # files that a stream is cut into, so that what goes first is a part
 _NAME = re.compile(r"(?P<stream>[0-9a-f]{8}-dp\d{2,}-pp\d{2,})-(?P<number>\d{6,})\.trace")
-_LAYER = re.compile(r"([A-Za-z_]\w*)\.(\d+)(?:\.|$)")
 _MAX_HEADER = 64 << 20
 
 
@@ -183,12 +182,6 @@ def read_streams(directory: Path) -> list[Stream]:
         before = streams[header.stream].segments if header.stream in streams else ()
         streams[header.stream] = Stream(header, (*before, segment))
     return list(streams.values())
-
-
-def layer_key(name: str) -> tuple[str, int] | None:
-    """What engines and checkpoints agree on in a layer's name: ("layers", 3) for `model.layers.3.mlp`."""
-    match = _LAYER.search(name)
-    return (match[1], int(match[2])) if match else None
 
 
 def _decode(line: bytes, path: Path) -> Header:

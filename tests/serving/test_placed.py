@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import SHIM_ONLY, Result, Serving
+from harness import Serving
 from test_serving import (
-    MTP,
     Model,
-    assert_answered,
-    assert_close,
     assert_equal,
-    kimi,
-    qwen3,
     round_robin,
-    uneven_mtp,
     v2,
     v3,
 )

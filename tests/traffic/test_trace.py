@@ -18,7 +18,7 @@ from command_line import run, run_well
 from reshard import TraceError, read_checkpoint, read_model
 from reshard.model.layers import MoeModel
 from reshard.traffic.choices import STRETCH, Traffic, recorded_traffic, stretches
-from reshard.traffic.trace_file import Header, TraceWriter, layer_key, read_streams
+from reshard.traffic.trace_file import Header, TraceWriter, read_streams
 
 EXPERTS, TOP_K = 8, 2
 LAYERS = ("model.layers.1.mlp", "model.layers.2.mlp")
@@ -170,12 +170,6 @@ def test_ids_beyond_a_byte_take_two(tmp_path: Path) -> None:
     from reshard.traffic.recordings import read_recordings
 
     assert read_recordings(tmp_path)[0].read(0, 2).tolist() == ids
-
-
-def test_layers_are_known_by_kind_and_number() -> None:
-    assert layer_key("model.layers.3.mlp") == layer_key("language_model.model.layers.3.mlp.experts") == ("layers", 3)
-    assert layer_key("mtp.0.ffn") == ("mtp", 0)
-    assert layer_key("lm_head") is None
 
 
 # A part of a long trace
