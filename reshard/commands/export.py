@@ -1,12 +1,12 @@
-"""The placement without the resharding: the file from which another engine places the *original*'s experts.
+"""Writes a placement, without resharding, as the file from which another engine places the *original*'s experts.
 
 The engines of `FORMATS` can be told where each expert goes. They load the original, route by its ids and look up where
-an expert is, so such a file changes no answer, and group-limited models need no plugin. It is made for a checkpoint, as
-zigzag would place its experts, or taken from the manifest of an output: then too it is for the original, in the
-original's ids. With the output itself it would place experts that are placed already.
+an expert is. So the file changes no answer, and group-limited models need no plugin. A strategy makes the placement for
+a checkpoint, or it comes from an output's manifest. Either way, the file has the original's ids and is for serving the
+original; with the output, the engine would place experts a second time.
 
-Each engine has its own mind on which layers the file has and what they are called there; the functions that write the
-formats say so, and `tests/commands/test_export.py` reads what they write as the engines do.
+Engines differ in which layers the file must have and how it names them. The functions that write the formats say how,
+and `tests/commands/test_export.py` reads their files as the engines do.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LAYER_NUMBER = re.compile(r"(?:^|\.)(mtp\.layers|mtp|layers)\.([0-9]{1,9})\.")
 
 @dataclass(frozen=True, slots=True)
 class PlacedLayer:
-    """A MoE layer: its module's name, and its number among all layers, where those of MTP follow the last of the model.
+    """A MoE layer: its module's name, and its number among all layers. MTP layers are numbered after the model's last.
 
     `physical_to_logical` [E]: the expert in each slot.
     """
@@ -52,8 +52,8 @@ class PlacedLayer:
 class PlacedModel:
     """Where the experts of the checkpoint `original` go, by its own ids.
 
-    `ep_size` (R) divides `num_experts` (E): rank `r` owns the slots from `r * E / R` on. `layers` are in the model's
-    order, those of MTP last: their numbers begin at `num_layers`.
+    `ep_size` (R) divides `num_experts` (E); rank `r` owns the E / R slots from `r * E / R` on. `layers` are in the
+    model's order. MTP layers come last, and their numbers begin at `num_layers`.
     """
 
     original: str
@@ -66,10 +66,10 @@ class PlacedModel:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """An engine's form of a placement: how it is written, and how the engine is told of the file.
+    """An engine's format for a placement: how to write it, and how to give the file to the engine.
 
-    `mtp`: whether it places the experts of MTP layers by it, or leaves them where they are. Where `suffix` is not
-    empty, it refuses or misreads a file whose name ends in anything else.
+    `mtp`: whether the engine places the experts of MTP layers by the file, or leaves them where they are. If `suffix`
+    is not empty, the engine refuses or misreads a file whose name ends in anything else.
     """
 
     engine: str
@@ -81,9 +81,9 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What `export` made: `content` is the file, which places the experts of `moe_layers`.
+    """What `export` made. `content` is the text of the file, which places the experts of `moe_layers`.
 
-    `use` says how it is given to the engine, where {file} is its name.
+    `use` says how to give the file to the engine; {file} stands for its name.
     """
 
     format: FormatName
@@ -103,14 +103,14 @@ def export(
     ep_size: int | None = None,
     strategy: Callable[[int], Strategy] = Zigzag,
 ) -> Export:
-    """Put a placement into an engine's form. Reads no weights, writes nothing.
+    """Put a placement into an engine's format. Reads no weights, writes nothing.
 
     Parameters:
-        src: a checkpoint directory or a repository in the Hugging Face cache, to be placed by `strategy`; or an output
-            of reshard, whose placement its manifest has
+        src: a checkpoint directory or a repository in the Hugging Face cache, which `strategy` places; or an output of
+            reshard, whose manifest has the placement
         to: the engine, one of `FORMATS`
-        ep_size: R, 2 to E, a divisor of E; for an output it may be left out
-        strategy: where experts shall live on so many EP ranks; for an output none but zigzag may be asked for
+        ep_size: R, 2 to E, a divisor of E; may be left out for an output
+        strategy: makes the strategy for a number of EP ranks; leave the default for an output
 
     Raises:
         CheckpointError, UnsupportedError: as `plan_placement` does
@@ -119,11 +119,11 @@ def export(
 
     """
     if to not in FORMATS:
-        raise OutputError(f"{src}: no format is called {to!r:.80}; known are {', '.join(FORMATS)}")
+        raise OutputError(f"{src}: unknown format {to!r:.80}; known are {', '.join(FORMATS)}")
     root = find_source(src)
     if is_output(root):
         if strategy is not Zigzag:
-            raise OutputError(f"{root}: an output has its placement: leave out --strategy, or export from the original")
+            raise OutputError(f"{root}: this output has a placement: leave out --strategy, or export the original")
         model = _of_output(root, ep_size)
     else:
         model = _of_checkpoint(src, ep_size, strategy)
@@ -144,10 +144,10 @@ def export(
 
 
 def write_export(exported: Export, out: Path) -> None:
-    """Write the file; OutputError where `out` is there already, or has a name that the engine would not read."""
+    """Write the file. OutputError if `out` exists, or has a name that the engine would not read."""
     suffix = FORMATS[exported.format].suffix
     if not out.name.endswith(suffix):
-        raise OutputError(f"{out}: {exported.engine} reads only a file whose name ends in {suffix}; name it so")
+        raise OutputError(f"{out}: {exported.engine} only reads a file whose name ends in {suffix}; rename it")
     write_new_file(out, exported.content)
 
 
@@ -155,7 +155,7 @@ def _of_checkpoint(src: str | Path, ep_size: int | None, make: Callable[[int], S
     original = read_original(src)
     root = original.root
     if ep_size is None:
-        raise OutputError(f"{root}: a checkpoint, not an output of reshard: say for how many EP ranks with --ep")
+        raise OutputError(f"{root}: a checkpoint, not an output of reshard; give the number of EP ranks with --ep")
     check_ep_size(ep_size, original)
     strategy = make(ep_size)
     header = PlacedModel(str(root), strategy.name, ep_size, original.num_experts)
@@ -176,12 +176,12 @@ def _of_output(root: Path, ep_size: int | None) -> PlacedModel:
 
 
 def _number_layers(model: PlacedModel, root: Path, by_layer: Placement, config: Mapping[str, Any]) -> PlacedModel:
-    """`model` with its layers, numbered and in order. Refuses what no engine could place."""
+    """`model` with its layers, numbered and in order. Refuses a placement that no engine could use."""
     if model.num_experts % model.ep_size:
         raise OutputError(
             f"{root}: {model.num_experts} experts cannot be dealt evenly to {model.ep_size} EP ranks, as every format "
-            "here requires; choose an EP size that divides them, or `reshard zigzag` and vLLM, where ranks may differ "
-            "by one"
+            "here requires; choose an --ep that divides them, or use `reshard zigzag` with vLLM, where ranks "
+            "may differ by one expert"
         )
     num_layers = _num_layers(config, root)
     layers = sorted(
@@ -202,7 +202,7 @@ def _number_layers(model: PlacedModel, root: Path, by_layer: Placement, config: 
 
 
 def _num_layers(config: Mapping[str, Any], root: Path) -> int:
-    """How many layers the model has, those of MTP not counted."""
+    """The number of layers of the model, without MTP layers."""
     texts = [config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict)]
     values = [section["num_hidden_layers"] for section in (*texts, config) if "num_hidden_layers" in section]
     value = values[0] if values else None
@@ -214,7 +214,7 @@ def _num_layers(config: Mapping[str, Any], root: Path) -> int:
 
 
 def _number(name: str, num_layers: int, root: Path) -> int:
-    """`model.layers.3.mlp` is layer 3, and `mtp.0.ffn` the first after the last."""
+    """`model.layers.3.mlp` is layer 3; `mtp.0.ffn` is the first after the model's last."""
     match = _LAYER_NUMBER.search(name)
     if match is None:
         raise UnsupportedError(f"{root}: {name}: expected a MoE layer to have a number, as in model.layers.3.mlp")
@@ -222,9 +222,9 @@ def _number(name: str, num_layers: int, root: Path) -> int:
 
 
 def _sglang(model: PlacedModel) -> str:
-    """One row [E] for every layer but those of MTP; nothing looks at the row of a layer without experts.
+    """One row [E] for every layer but those of MTP. SGLang ignores the row of a layer without experts.
 
-    Any other key in the file is an error to SGLang.
+    SGLang refuses a file with any other key.
     """
     rows = [list(range(model.num_experts)) for _ in range(model.num_layers)]
     for layer in model.layers:
@@ -233,9 +233,9 @@ def _sglang(model: PlacedModel) -> str:
 
 
 def _vllm_ascend(model: PlacedModel) -> str:
-    """Each rank's experts, for the MoE layers alone, numbered from 0 in the order in which the engine builds them.
+    """Each rank's experts, for MoE layers only, numbered from 0 in the order in which the engine builds them.
 
-    Those of MTP are built last. Without them in the file, the first would be placed linearly and a second refused.
+    The engine builds MTP layers last. If the file lacked them, it would place the first linearly and refuse a second.
     """
     layers = [
         {
@@ -251,10 +251,10 @@ def _vllm_ascend(model: PlacedModel) -> str:
 
 
 def _trtllm(model: PlacedModel) -> str:
-    """One list [num_slots] for each MoE layer, by its number: YAML, since that is a number, which JSON has no keys of.
+    """One list [num_slots] for each MoE layer, by its number. YAML, because JSON has no integer keys.
 
-    A layer that is asked for and not there is an error to TensorRT-LLM, so those of MTP are in it; it numbers them as
-    `PlacedLayer` does. `layer_updates_per_iter` 0: what is placed stays so.
+    TensorRT-LLM fails if a layer that it asks for is missing, so MTP layers are included; it numbers them as
+    `PlacedLayer` does. `layer_updates_per_iter` 0 keeps the placement fixed.
     """
     return "\n".join(
         [
@@ -270,7 +270,7 @@ def _trtllm(model: PlacedModel) -> str:
 def _eplb(model: PlacedModel) -> str:
     """`physical_to_logical_map` [num_moe_layers, num_replicas], as `rebalance_experts` returns it.
 
-    What that function's caller knows is beside it: `num_gpus`, and which layer each row is of.
+    Adds what that function's caller knows: `num_gpus`, and the layer of each row.
     """
     return (
         json.dumps(
