@@ -1,4 +1,4 @@
-"""The commands that look at a checkpoint, an output or a trace, and write no weights."""
+"""The commands that only read checkpoints, outputs and traces: inspect, analyze, trace and export."""
 
 from __future__ import annotations
 
@@ -20,49 +20,52 @@ from .options import json_option, make_strategy, quiet_option, strategy_options
 from .progress import layer_bar
 from .render import describe_export, describe_inspection, describe_trace, fail, print_report
 
-FITTED_SHARE = 0.5  # of a trace, from which analyze makes a placement; the rest judges it
+FITTED_SHARE = 0.5  # of a trace: analyze makes balanced placements from it, and measures them on the rest
 
 
 @click.command("inspect")
 @click.argument("directory")
-@click.option("--ep", type=int, help="Also show what zigzag would place on each of this many EP ranks.")
+@click.option("--ep", type=int, help="Also show the experts that zigzag would place on each of this many EP ranks.")
 @json_option
 def inspect_command(directory: str, ep: int | None, as_json: bool) -> None:
-    """Describe the checkpoint in DIRECTORY: its experts, groups and sizes. Of an output, what was done."""
+    """Describe a checkpoint or an output of reshard.
+
+    Shows its experts, expert groups and sizes; for an output also its placement.
+    """
     inspection = inspect(directory, ep)
     print_report(asdict(inspection), describe_inspection(inspection), quiet=False, as_json=as_json)
 
 
 @click.command("analyze")
 @click.argument("src")
-@click.option("--ep", required=True, type=int, help="Number of EP ranks it would be served on.")
+@click.option("--ep", required=True, type=int, help="Number of EP ranks to serve on.")
 @click.option(
     "--placement",
     "placements",
     type=click.Choice(list(STRATEGIES)),
     multiple=True,
-    help="To compare, the others with the first; may be given several times.  [default: linear and zigzag, and those "
-    "that --nodes, --trace and --map make possible]",
+    help="Placement to measure; can be repeated. The others are compared with the first.  [default: linear and zigzag, "
+    "and those that --nodes, --trace and --map make possible]",
 )
 @strategy_options
 @click.option(
     "--tokens",
     type=click.IntRange(1, 1 << 20),
-    help=f"At most, in all.  [default: {RANDOM_TOKENS}; {MAX_TOKENS} of a trace]",
+    help=f"Maximum number of tokens.  [default: {RANDOM_TOKENS}; {MAX_TOKENS} with --trace]",
 )
 @click.option(
     "--batch",
     "batches",
     type=click.IntRange(min=1),
     multiple=True,
-    help=f"Tokens of a batch; may be given several times.  [default: powers of 2 up to {BATCH_SIZES[-1]}]",
+    help=f"Batch size in tokens; can be repeated.  [default: powers of 2 up to {BATCH_SIZES[-1]}]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random hidden states.")
-@click.option("--layers", "by_layer", is_flag=True, help="Also print the table of each layer.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random hidden states.")
+@click.option("--layers", "by_layer", is_flag=True, help="Also print a table for each layer.")
 @click.option(
     "--html",
     type=click.Path(path_type=Path),
-    help="Also write a page with curves, loads and a heat map; not there yet.",
+    help="Also write an HTML page with curves, loads and a heat map. The file must not exist.",
 )
 @json_option
 def analyze_command(
@@ -77,10 +80,11 @@ def analyze_command(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Say what placements would do to the load of ranks, before anything is written; reads SRC's gates only.
+    """Compare how placements would load the EP ranks.
 
-    With --trace reads no gates: placements are judged by the choices recorded there. If one is made from the trace, it
-    is made from the first half of every recording, and all are judged by the second.
+    Reads only the gates of SRC, and writes no checkpoint. With --trace, measures placements on the recorded choices
+    instead, and reads no gates. If a placement is made from the trace, it is made from the first half of every
+    recording, and all placements are measured on the second half.
     """
     possible = [
         name
@@ -88,7 +92,7 @@ def analyze_command(
         if all(getattr(placing, option) is not None for option in offer.needs)
     ]
     if impossible := [name for name in placements if name not in possible]:
-        raise click.UsageError(f"--placement {impossible[0]} takes --{STRATEGIES[impossible[0]].needs[0]}")
+        raise click.UsageError(f"--placement {impossible[0]} needs --{STRATEGIES[impossible[0]].needs[0]}")
     options = replace(placing, share=FITTED_SHARE, progress=layer_bar(as_json))
     if html is not None:
         refuse_page(html, src)
@@ -111,11 +115,11 @@ def analyze_command(
 
 @click.group("trace")
 def trace_group() -> None:
-    """Recorded routing: which experts tokens chose, as `analyze --trace` and `place --strategy balanced` read it.
+    """Inspect recorded routing: which experts tokens chose.
 
-    Recorded by vLLM where this package is installed beside it and RESHARD_TRACE names a directory; also read are
-    arrays (*.npy) of vLLM's --enable-return-routed-experts, and dumps (*.pt) of SGLang's expert distribution recorder
-    in mode per_token.
+    `analyze --trace` and `place --strategy balanced` use it. vLLM records it if reshard is installed beside vLLM and
+    RESHARD_TRACE names a directory. reshard also reads arrays (*.npy) of vLLM's --enable-return-routed-experts, and
+    dumps (*.pt) of SGLang's expert distribution recorder in mode per_token.
     """
 
 
@@ -123,7 +127,7 @@ def trace_group() -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 @json_option
 def trace_info_command(directory: Path, as_json: bool) -> None:
-    """Describe what is recorded in DIRECTORY, or in one file."""
+    """Describe the recordings in DIRECTORY, or in one file."""
     info = trace_info(directory)
     print_report(asdict(info), describe_trace(info), quiet=False, as_json=as_json)
 
@@ -131,16 +135,16 @@ def trace_info_command(directory: Path, as_json: bool) -> None:
 @click.command("export")
 @click.argument("src")
 @click.option("--to", required=True, type=click.Choice(FORMAT_NAMES), help="The engine that reads the file.")
-@click.option("--ep", type=int, help="Number of EP ranks; of an output, its own.")
+@click.option("--ep", type=int, help="Number of EP ranks; may be left out if SRC is an output.")
 @click.option(
     "--strategy",
     type=click.Choice([name for name in STRATEGIES if name != Linear.name]),
     default=Zigzag.name,
     show_default=True,
-    help="As of place; an output has its own.",
+    help="As for place. Leave it out if SRC is an output, which has a placement.",
 )
 @strategy_options
-@click.option("--out", type=click.Path(path_type=Path), help="File to write, not there yet.  [default: stdout]")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write; must not exist.  [default: stdout]")
 @quiet_option
 @json_option
 def export_command(
@@ -153,10 +157,10 @@ def export_command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Write where a strategy places the experts of SRC as a file for another engine. Nothing is resharded.
+    """Write a placement as a file for another engine.
 
-    The file is for serving the original: the engine loads that, and places its experts itself. Where SRC is an output
-    of reshard, the file has that output's placement, still of the original's experts: it is not for the output.
+    Nothing is resharded: the engine loads the original and places its experts by the file. If SRC is an output of
+    reshard, the file has its placement. It is still for serving the original, not the output.
     """
     made = make_strategy(strategy, placing, quiet or as_json)
     exported = export(src, to, ep, Zigzag if strategy == Zigzag.name else made)

@@ -1,4 +1,4 @@
-"""The command line: parses, calls, prints. What is done is decided elsewhere."""
+"""The command line: parses options, calls commands, prints results. It decides nothing else."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ GC_THRESHOLD = 20_000
 
 
 class _Commands(click.Group):
-    """Turns what a command raises into one line and an exit status."""
+    """Turns an exception from a command into one line and an exit status."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -68,22 +68,23 @@ class _Commands(click.Group):
             fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
         except KeyboardInterrupt:
             resumes = ctx.invoked_subcommand in ("zigzag", "place", "stage", "restore")
-            fail("interrupted" + "; the same command takes up from here" * resumes, EXIT_INTERRUPTED)
+            fail("interrupted" + "; rerun the command to resume" * resumes, EXIT_INTERRUPTED)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="reshard")
 def main() -> None:
-    """Rewrite a MoE checkpoint so that linear expert placement becomes zigzag placement, answers unchanged."""
+    """Place the experts of a MoE checkpoint on EP ranks, without changing the model's answers."""
     gc.set_threshold(GC_THRESHOLD)
 
 
 @main.command("zigzag")
 @writing_options
 def zigzag_command(src: str, ep: int, out: Path, **options: Any) -> None:
-    """Write OUT: the checkpoint SRC with its experts dealt round-robin to EP ranks.
+    """Write SRC to OUT with its experts dealt round-robin.
 
-    Interrupted, the same command takes up where it stopped. The source is never written to.
+    Rank r of R gets experts r, r + R, r + 2 R and so on. Rerun the command to resume, even after a power cut. SRC is
+    never written to.
     """
     _rewrite(src, Zigzag(ep), out, _WritingOptions(**options))
 
@@ -93,15 +94,15 @@ def zigzag_command(src: str, ep: int, out: Path, **options: Any) -> None:
     "--strategy",
     required=True,
     type=click.Choice([name for name in STRATEGIES if name != Linear.name]),
-    help="Round-robin over all ranks; over the ranks of a node, expert groups staying on theirs; each layer's experts "
-    "so that the slowest rank has least to do with the traffic of --trace; or as --map says.",
+    help="zigzag: round-robin over all ranks. node-zigzag: round-robin within each node, so that expert groups stay on "
+    "their node. balanced: in each layer, least work for the slowest rank under --trace's traffic. file: as in --map.",
 )
 @strategy_options
 @writing_options
 def place_command(src: str, ep: int, out: Path, strategy: str, placing: Options, **options: Any) -> None:
-    """Write OUT: the checkpoint SRC with its experts where a strategy wants them.
+    """Write SRC to OUT with its experts placed by a strategy.
 
-    Interrupted, the same command takes up where it stopped. The source is never written to.
+    Rerun the command to resume, even after a power cut. SRC is never written to.
     """
     silent = options["quiet"] or options["as_json"]
     _rewrite(src, make_strategy(strategy, placing, silent)(ep), out, _WritingOptions(**options))
@@ -146,13 +147,13 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
 
 @main.command("verify")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--src", help="Also compare every tensor and router with this checkpoint, which it was made from.")
-@click.option("--quick", is_flag=True, help="Look at sizes, headers, index and configs only.")
+@click.option("--src", help="Also compare every tensor and router with SRC, the checkpoint that OUT was made from.")
+@click.option("--quick", is_flag=True, help="Check only sizes, headers, index and configs.")
 @workers_option
 @quiet_option
 @json_option
 def verify_command(out: Path, src: str | None, quick: bool, workers: int | None, quiet: bool, as_json: bool) -> None:
-    """Check every file and tensor of the output OUT against its manifest."""
+    """Check every file and tensor of OUT against its manifest."""
     if quick and src is not None:
         raise click.UsageError("--quick reads no tensors: leave it out to compare with --src")
     manifest = read_manifest(out)
@@ -170,7 +171,7 @@ def verify_command(out: Path, src: str | None, quick: bool, workers: int | None,
 
 @main.command("stage")
 @click.argument("resharded", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--ranks", required=True, callback=parse_ranks, help="EP ranks that the node holds, like 0-7 or 0-3,6.")
+@click.option("--ranks", required=True, callback=parse_ranks, help="EP ranks of the node, like 0-7 or 0-3,6.")
 @out_option
 @reflink_option
 @workers_option
@@ -187,9 +188,10 @@ def stage_command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Copy what a node needs that holds some EP ranks of the output OUT: their files, and those that all ranks need.
+    """Copy the files that one node needs from the output OUT.
 
-    Interrupted, the same command takes up where it stopped.
+    These are the files of the node's EP ranks, and those that every rank needs. Rerun the command to resume, even after
+    a power cut.
     """
     staging = plan_stage(resharded, ranks, out, reflink=reflink)
     with bar("stage", staging.plan.size, quiet or as_json) as progress:
@@ -211,7 +213,7 @@ def restore_command(
 ) -> None:
     """Rebuild the source of the output OUT, every file byte-identical.
 
-    Interrupted, the same command takes up where it stopped.
+    Rerun the command to resume, even after a power cut.
     """
     total = sum(file.size for file in read_manifest(resharded).source.files if file.name not in (INDEX, CONFIG))
     with bar("restore", total, quiet or as_json) as progress:

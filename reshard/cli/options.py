@@ -21,7 +21,7 @@ SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB":
 
 
 def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    """A number of bytes such as 5GB (10^9) or 4GiB (2^30)."""
+    """A number of bytes such as 5GB (GB is 10^9) or 4GiB (GiB is 2^30)."""
     match = re.fullmatch(r"([0-9]{1,15})\s*([A-Za-z]*)", value.strip())
     if not match or match[2].upper() not in SIZE_UNITS or int(match[1]) == 0:
         raise click.BadParameter(f"{value!r} is not a size; write it like 5GB, 500MB or 4GiB", ctx, param)
@@ -29,31 +29,34 @@ def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
 
 
 def parse_ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    """Numbers and ranges of EP ranks such as 0-3,6."""
+    """EP ranks and ranges of them, such as 0-3,6."""
     ranks: set[int] = set()
     for item in value.split(","):
         match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", item.strip())
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise click.BadParameter(f"{item!r} is no rank and no range of ranks; write them like 0-3,6", ctx, param)
+            raise click.BadParameter(f"{item!r} is not a rank or a range of ranks; write them like 0-3,6", ctx, param)
         ranks.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return tuple(sorted(ranks))
 
 
 quiet_option = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 workers_option = click.option(
-    "--workers", type=click.IntRange(1, 1024), help="Threads.  [default: one a processor, at most 8]"
+    "--workers", type=click.IntRange(1, 1024), help="Number of threads.  [default: one per processor, at most 8]"
 )
 reflink_option = click.option(
     "--reflink",
     type=click.Choice(REFLINK),
     default="auto",
     show_default=True,
-    help="Share disk blocks instead of copying them, where the file system can (XFS, Btrfs).",
+    help="Share disk blocks instead of copying them, if the file system can (XFS, Btrfs).",
 )
-restart_option = click.option("--restart", is_flag=True, help="Discard what an interrupted run left and begin afresh.")
+restart_option = click.option("--restart", is_flag=True, help="Discard what an interrupted run left, and start over.")
 out_option = click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Directory to write; absent or empty."
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Directory to write; must be absent or empty, or hold an interrupted run.",
 )
 
 
@@ -65,22 +68,26 @@ layout_option = click.option(
     type=click.Choice(LAYOUTS),
     default="ranks",
     show_default=True,
-    help="Files by EP rank, or one for each file of the source.",
+    help="ranks: write files by EP rank. source: write a file for each file of the source.",
 )
 max_shard_size_option = click.option(
-    "--max-shard-size", default="5GB", show_default=True, callback=parse_size, help="Of a file's tensors, by rank."
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    callback=parse_size,
+    help="Maximum size of the tensors in a file, with --layout ranks.",
 )
 digests_option = click.option(
     "--digests",
     type=click.Choice([digests.value for digests in Digests]),
     help="Which tensors to checksum: all, or only copied ones.  [default: all; copied with --layout source]",
 )
-ep_option = click.option("--ep", required=True, type=int, help="Number of EP ranks it will be served on.")
+ep_option = click.option("--ep", required=True, type=int, help="Number of EP ranks to serve on.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 
 
 def strategy_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of strategies, given to the command as `placing`."""
+    """Add the options of strategies; the command receives them as `placing`."""
 
     @functools.wraps(command)
     def with_options(nodes: int | None, trace: Path | None, map_file: Path | None, **options: Any) -> None:
@@ -91,18 +98,18 @@ def strategy_options(command: Callable[..., None]) -> Callable[..., None]:
             "--map",
             "map_file",
             type=click.Path(path_type=Path),
-            help="JSON with physical_to_logical, for file: one list for all MoE layers or one for each by name; a "
-            "manifest is one.",
+            help="Placement for file: JSON with physical_to_logical, one list for all MoE layers or one for each by "
+            "name. A manifest works too.",
         ),
         click.option(
             "--trace",
             type=click.Path(path_type=Path),
-            help="Directory of recorded traffic, for balanced; see trace.",
+            help="Directory of recorded routing, for balanced; see reshard trace --help.",
         ),
         click.option(
             "--nodes",
             type=click.IntRange(min=2),
-            help="Nodes that the EP ranks are spread over, for node-zigzag, and for balanced if there are several.",
+            help="Number of nodes that the EP ranks are spread over, for node-zigzag; optional for balanced.",
         ),
     ):
         with_options = option(with_options)
@@ -110,7 +117,10 @@ def strategy_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def make_strategy(name: str, options: Options, silent: bool) -> Callable[[int], Strategy]:
-    """The strategy `name` for a number of EP ranks, if its options were given and no others."""
+    """A function that makes the strategy `name` for a number of EP ranks.
+
+    UsageError if an option that it needs is absent, or one that it does not take is given.
+    """
     offer = STRATEGIES[name]
     for option in ("nodes", "trace", "map"):
         given = getattr(options, option) is not None
@@ -122,7 +132,7 @@ def make_strategy(name: str, options: Options, silent: bool) -> Callable[[int], 
 
 
 def writing_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What `zigzag` and `place` have in common: where from, where to, and how it is written."""
+    """Add the options that `zigzag` and `place` share: the source, the output, and how to write it."""
     options = (
         source_option,
         ep_option,

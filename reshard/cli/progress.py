@@ -12,7 +12,7 @@ from ..execute.fill import Progress
 
 @contextmanager
 def bar(what: str, total: int, silent: bool) -> Iterator[Progress]:
-    """A progress bar in bytes on a terminal, nothing elsewhere."""
+    """Show a progress bar in bytes on a terminal, and nothing elsewhere."""
     from tqdm import tqdm
 
     with tqdm(
@@ -26,7 +26,7 @@ def bar(what: str, total: int, silent: bool) -> Iterator[Progress]:
 
 
 def layer_bar(silent: bool) -> Callable[[Sequence[str]], Iterable[str]]:
-    """Wraps layers in a progress bar on a terminal."""
+    """A function that wraps layers in a progress bar on a terminal, as tqdm does."""
     from tqdm import tqdm
 
     return functools.partial(tqdm, desc="balance", unit=" layers", disable=True if silent else None, file=sys.stderr)

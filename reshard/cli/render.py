@@ -70,7 +70,7 @@ def plan_json(resharding: Resharding, out: Path) -> dict[str, Any]:
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
-    """What a run did, as `--json` prints it. `size` is in bytes."""
+    """The outcome of a run as `--json` prints it. `size` is in bytes."""
     return {
         "out": str(outcome.out),
         "size": outcome.size,
@@ -104,9 +104,9 @@ def describe_plan(resharding: Resharding, out: Path, shareable: int, needed: int
     lines.append(f"  {'total':22} {len(resharding.plan.files):5} files {'':15} {bytes_text(size):>10}")
     sharing = resharding.plan.sharing
     why = f"  ({sharing.why_not})" if sharing.why_not else ""
-    lines.append(f"  {'blocks to share':22} {'':27} {bytes_text(shareable):>10}{why}")
-    lines.append(f"  {'room needed':22} {'':27} {bytes_text(needed):>10}")
-    lines.append(f"  {'room there':22} {'':27} {bytes_text(free):>10}" + ("" if free >= needed else "  NOT ENOUGH"))
+    lines.append(f"  {'shared disk blocks':22} {'':27} {bytes_text(shareable):>10}{why}")
+    lines.append(f"  {'space needed':22} {'':27} {bytes_text(needed):>10}")
+    lines.append(f"  {'space free':22} {'':27} {bytes_text(free):>10}" + ("" if free >= needed else "  NOT ENOUGH"))
     return lines
 
 
@@ -114,7 +114,7 @@ def _placement(resharding: Resharding) -> str:
     different = len(set(resharding.placement.values()))
     if resharding.strategy != "file":
         return resharding.strategy
-    return "the placement of the file" if different == 1 else f"the file's {different} placements of layers"
+    return "the file's placement" if different == 1 else f"the file's {different} placements"
 
 
 def _describe_model(resharding: Resharding) -> list[str]:
@@ -160,22 +160,22 @@ def _serve_line(resharding: Resharding, out: Path) -> str:
 
 
 def resumed_lines(outcome: Outcome) -> list[str]:
-    """A line that says how much an earlier run had done, if it had."""
+    """A line that says how many files an interrupted run had finished, if there was one."""
     if not outcome.resumed:
         return []
     return [f"resumed an interrupted run: {outcome.resumed} files were already complete"]
 
 
 def sharing_lines(outcome: Outcome, source: Path) -> list[str]:
-    """What the user should know of where the bytes lie, and of what was not looked at."""
+    """How much is shared with the source or why nothing is, and how many tensors have no digest."""
     if outcome.why_not_shared:
         lines = [f"copied: {outcome.why_not_shared}"]
     else:
-        lines = [f"{bytes_text(outcome.shared)} of it share disk blocks with {source}"]
+        lines = [f"{bytes_text(outcome.shared)} share disk blocks with {source}"]
     if outcome.undigested:
         lines.append(
-            f"{outcome.undigested} tensors were not read, so have no digest: verify can compare them with the source "
-            "(--src), and finds no later damage to them by itself (--digests all)"
+            f"{outcome.undigested} tensors were not read and have no digest: verify finds damage to them only with "
+            "--src; to give them digests, write with --digests all"
         )
     return lines
 
@@ -185,16 +185,16 @@ def describe_export(exported: Export, out: Path | None) -> str:
     use = exported.use.replace("{file}", str(out) if out else "FILE")
     return (
         f"{exported.strategy} for {exported.ep_size} EP ranks, {len(exported.moe_layers)} MoE layers of "
-        f"{exported.num_experts} experts, as {exported.engine} reads it; for serving the original, "
-        f"{exported.original}:  {use}"
+        f"{exported.num_experts} experts, for {exported.engine}; serve the original, "
+        f"{exported.original}, with:  {use}"
     )
 
 
 def describe_verification(verification: Verification, src: str | None, quick: bool) -> list[str]:
     """The lines of `verify`."""
     lines = [
-        f"{verification.out}: looked at {verification.files} files, {verification.tensors} tensors, read "
-        f"{bytes_text(verification.size)}, in {time_text(verification.seconds)}"
+        f"{verification.out}: checked {verification.files} files and {verification.tensors} tensors, read "
+        f"{bytes_text(verification.size)} in {time_text(verification.seconds)}"
     ]
     if verification.problems:
         return [*lines, *(f"problem: {problem}" for problem in verification.problems[1:])]
@@ -202,18 +202,18 @@ def describe_verification(verification: Verification, src: str | None, quick: bo
         lines.append("sizes, headers, index and configs are what was written; no tensor was read")
     elif verification.unread and verification.routers is None:
         lines.append(
-            f"all but {verification.unread} tensors, which have no digest and were not read, are what was written; "
-            "compare those with --src; headers, index and config agree"
+            f"every file and tensor that has a digest is what was written; {verification.unread} tensors have none and "
+            "were not read: compare them with --src; headers, index and config agree"
         )
     else:
         lines.append("every file and tensor is what was written; headers, index and config agree")
-    of_ranks = ""
+    for_ranks = ""
     if verification.staged_ranks is not None:
-        of_ranks = f" that EP ranks {describe_ranks(verification.staged_ranks)} need"
-        lines.append(f"staged: it holds what EP ranks {describe_ranks(verification.staged_ranks)} need")
+        for_ranks = f" that EP ranks {describe_ranks(verification.staged_ranks)} need"
+        lines.append(f"staged: it has all files that EP ranks {describe_ranks(verification.staged_ranks)} need")
     if src is not None and verification.routers is not None:
         routers = verification.routers
-        lines.append(f"every tensor of {src}{of_ranks} is in it, bit for bit")
+        lines.append(f"every tensor of {src}{for_ranks} is in the output, bit for bit")
         lines.append(
             f"{routers.routers} routers on {routers.tokens} random hidden states each: the same logical experts "
             "and weights" + (f" ({routers.ties} choices between equal scores left out)" if routers.ties else "")
@@ -246,7 +246,7 @@ def describe_inspection(inspection: Inspection) -> list[str]:
     lines.append(f"  placement    {inspection.strategy} for {inspection.ep_size} EP ranks" + _uniformity(inspection))
     if inspection.staged_ranks is not None:
         here = describe_ranks(inspection.staged_ranks)
-        lines.append(f"  staged       EP ranks {here}; the files of the others are not here")
+        lines.append(f"  staged       EP ranks {here}; the other ranks' files are not here")
     lines.append("    rank   expert bytes   logical experts, in physical order")
     for rank in inspection.ranks:
         experts = " ".join(map(str, rank.experts))
@@ -255,7 +255,7 @@ def describe_inspection(inspection: Inspection) -> list[str]:
 
 
 def _uniformity(inspection: Inspection) -> str:
-    return ", the same in every layer" if inspection.uniform else f"; that of {inspection.moe_layers[0]}, layers differ"
+    return ", the same in every layer" if inspection.uniform else f"; layers differ, this is {inspection.moe_layers[0]}"
 
 
 def bytes_text(size: int) -> str:
@@ -282,13 +282,13 @@ def describe_trace(info: TraceInfo) -> list[str]:
         experts = f" of {stream.num_experts}" if stream.num_experts else ""
         lines += [
             f"  {stream.where}",
-            f"    by {stream.by}",
+            f"    recorded by {stream.by}",
             f"    {stream.tokens} tokens, {len(stream.busiest)} MoE layers, top {stream.top_k}{experts} experts",
         ]
         if stream.busiest:
-            layer, most = max(stream.busiest.items(), key=lambda item: item[1])
-            middle = sorted(stream.busiest.values())[len(stream.busiest) // 2]
+            layer, highest = max(stream.busiest.items(), key=lambda item: item[1])
+            median = sorted(stream.busiest.values())[len(stream.busiest) // 2]
             lines.append(
-                f"    busiest expert over mean: {middle:.2f} in the middle layer, at most {most:.2f} ({layer})"
+                f"    busiest expert over mean: {median:.2f} in the median layer, at most {highest:.2f} ({layer})"
             )
     return lines

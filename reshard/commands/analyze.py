@@ -1,4 +1,4 @@
-"""What placements would do to a checkpoint's load, before anything is written: `reshard analyze`."""
+"""`reshard analyze`: how placements would load the ranks of a checkpoint, before anything is written."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 RANDOM_TOKENS = 4096
 BATCH_SIZES = tuple(2**exponent for exponent in range(13))
-MAX_RANGES = 32  # of experts in a heat map; nobody can see more
+MAX_RANGES = 32  # of experts in the heat map; nobody could tell more apart
 
 
 @dataclass(frozen=True, slots=True)
-class _Judged:
-    """The choices that candidates are judged by, and what `Analysis` says of them."""
+class _EvaluationTraffic:
+    """The traffic that candidates are measured on, and how `Analysis` describes it."""
 
     ids: dict[str, Tensor]
     tokens: int
-    words: str
+    description: str
     lower_bound: bool
     unrecorded: tuple[str, ...] = ()
 
@@ -46,25 +46,25 @@ def analyze(
     seed: int = 0,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> Analysis:
-    """See how placements would spread what the gates of the checkpoint `src` choose.
+    """Measure how placements would load the EP ranks of the checkpoint `src`.
 
-    Reads the gates and no other weights, and routes random hidden states through them; with `trace` reads none, and
-    takes the choices recorded there.
+    Reads the gates and no other weights, and routes random hidden states through them. With `trace`, reads no weights
+    at all and takes the recorded choices.
 
     Parameters:
         src: directory, or repository id in the Hugging Face cache
         strategies: all for the same number of EP ranks
-        nodes: that these are spread over
+        nodes: the number of nodes that these ranks are spread over
         trace: directory of a trace
-        tokens: how many at most; None for RANDOM_TOKENS, or traffic.choices.MAX_TOKENS with a trace
-        batch_sizes: in tokens; those larger than what there is are left out
+        tokens: the most tokens to measure; None for RANDOM_TOKENS, or traffic.choices.MAX_TOKENS with a trace
+        batch_sizes: in tokens; batches larger than the traffic are left out
         seed: of the random hidden states
         progress: called with the number of layers routed
 
     Raises:
         CheckpointError, UnsupportedError: as `plan_placement` does
-        TraceError: the trace is none, or another model's
-        OutputError: ranks, nodes or tokens do not fit, or none of the strategies does
+        TraceError: `trace` cannot be read, or is another model's
+        OutputError: ranks, nodes or tokens do not fit, or no strategy does
 
     """
     original = read_original(src)
@@ -75,18 +75,19 @@ def analyze(
         raise OutputError(f"{root}: --nodes must divide the {ep_size} EP ranks, found {nodes}")
     placements, unfit = _place_all(strategies, original)
     if trace is None:
-        judged = _random(original, tokens or RANDOM_TOKENS, seed, progress)
+        traffic = _random(original, tokens or RANDOM_TOKENS, seed, progress)
     else:
-        made_from = [found for found in strategies if isinstance(found, Balanced) and found.name in placements]
-        judged = _recorded(Path(trace), original, tokens or MAX_TOKENS, made_from)
-    sizes = tuple(size for size in batch_sizes if 1 <= size <= judged.tokens)
+        fitted = [strategy for strategy in strategies if isinstance(strategy, Balanced) and strategy.name in placements]
+        traffic = _recorded(Path(trace), original, tokens or MAX_TOKENS, fitted)
+    sizes = tuple(size for size in batch_sizes if 1 <= size <= traffic.tokens)
     if not sizes:
         raise OutputError(
-            f"{root}: no batch of {', '.join(map(str, batch_sizes))} tokens can be had from {judged.tokens}"
+            f"{root}: {traffic.tokens} tokens are too few for a batch of {', '.join(map(str, batch_sizes))}; "
+            "choose a smaller --batch or more --tokens"
         )
     candidates = []
     for name, placement in placements.items():
-        layers = {layer: effect(ids, placement[layer], ep_size, nodes, sizes) for layer, ids in judged.ids.items()}
+        layers = {layer: effect(ids, placement[layer], ep_size, nodes, sizes) for layer, ids in traffic.ids.items()}
         candidates.append(Candidate(name, mean_effect(list(layers.values())), layers))
     return Analysis(
         path=root,
@@ -97,19 +98,19 @@ def analyze(
         topk_group=routing.topk_group,
         ep_size=ep_size,
         nodes=nodes,
-        tokens=judged.tokens,
-        traffic=judged.words,
-        lower_bound=judged.lower_bound,
-        unrecorded=judged.unrecorded,
+        tokens=traffic.tokens,
+        traffic=traffic.description,
+        lower_bound=traffic.lower_bound,
+        unrecorded=traffic.unrecorded,
         unfit=unfit,
         batch_sizes=sizes,
         candidates=tuple(candidates),
-        together=_together(judged, routing, ep_size),
+        together=_together(traffic, routing, ep_size),
     )
 
 
 def _place_all(strategies: Sequence[Strategy], original: Original) -> tuple[dict[str, Placement], dict[str, str]]:
-    """The placements of the strategies that fit, and why others do not. OutputError if none fits."""
+    """The placements of the strategies that fit, and why the others do not. OutputError if none fits."""
     placements: dict[str, Placement] = {}
     unfit: dict[str, str] = {}
     for strategy in strategies:
@@ -122,31 +123,33 @@ def _place_all(strategies: Sequence[Strategy], original: Original) -> tuple[dict
     return placements, unfit
 
 
-def _random(original: Original, tokens: int, seed: int, progress: Callable[[int], None]) -> _Judged:
-    words = "random hidden states through the checkpoint's own gates; text is less even, so this is a lower bound"
+def _random(original: Original, tokens: int, seed: int, progress: Callable[[int], None]) -> _EvaluationTraffic:
+    description = (
+        "random hidden states through the checkpoint's own gates; text is less even, so imbalance is a lower bound"
+    )
     traffic = random_traffic(original.checkpoint, original.model, tokens, seed, progress)
-    return _Judged(traffic.ids, tokens, words, lower_bound=True)
+    return _EvaluationTraffic(traffic.ids, tokens, description, lower_bound=True)
 
 
-def _recorded(trace: Path, original: Original, wanted: int, made_from: Sequence[Balanced]) -> _Judged:
-    """At most `wanted` of the tokens that no strategy was made from."""
+def _recorded(trace: Path, original: Original, max_tokens: int, fitted: Sequence[Balanced]) -> _EvaluationTraffic:
+    """At most `max_tokens` recorded tokens, none of which a strategy in `fitted` made its placement from."""
     model = original.model
-    first = max((strategy.share for strategy in made_from), default=0.0)
-    traffic = recorded_traffic(trace, model, original.root, wanted, start=first)
-    words = f"tokens recorded in {trace}"
-    if first:
-        names = " and ".join(strategy.name for strategy in made_from)
-        words += f" after the first {first:.0%}, from which {names} was made"
+    start = max((strategy.share for strategy in fitted), default=0.0)
+    traffic = recorded_traffic(trace, model, original.root, max_tokens, start=start)
+    description = f"tokens recorded in {trace}"
+    if start:
+        names = " and ".join(strategy.name for strategy in fitted)
+        description += f" after the first {start:.0%}, which {names} was made from"
     if traffic.tokens < traffic.of:
-        words += f", spread evenly over the {traffic.of} there"
+        description += f", sampled evenly from {traffic.of}"
     unrecorded = tuple(layer.name for layer in model.layers if layer.name not in traffic.ids)
-    return _Judged(traffic.ids, traffic.tokens, words, lower_bound=False, unrecorded=unrecorded)
+    return _EvaluationTraffic(traffic.ids, traffic.tokens, description, lower_bound=False, unrecorded=unrecorded)
 
 
-def _together(judged: _Judged, routing: Routing, ep_size: int) -> Together:
+def _together(traffic: _EvaluationTraffic, routing: Routing, ep_size: int) -> Together:
     are_groups = 1 < routing.n_group <= MAX_RANGES
     count = routing.n_group if are_groups else min(ep_size, MAX_RANGES)
-    layers = {name: coselection(ids, routing.num_experts, count) for name, ids in judged.ids.items()}
+    layers = {name: coselection(ids, routing.num_experts, count) for name, ids in traffic.ids.items()}
     return Together(
         ranges=tuple((experts.start, experts.stop - 1) for experts in rank_slots(routing.num_experts, count)),
         are_groups=are_groups,

@@ -21,7 +21,7 @@ FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
 
 @dataclass(frozen=True, slots=True)
 class PlacedLayer:
-    """A MoE layer: its module's name, and its number among all layers, where those of MTP follow the last of the model.
+    """A MoE layer: its module's name, and its number among all layers. MTP layers are numbered after the model's last.
 
     `physical_to_logical` [E]: the expert in each slot.
     """
@@ -35,8 +35,8 @@ class PlacedLayer:
 class PlacedModel:
     """Where the experts of the checkpoint `original` go, by its own ids.
 
-    `ep_size` (R) divides `num_experts` (E): rank `r` owns the slots from `r * E / R` on. `layers` are in the model's
-    order, those of MTP last: their numbers begin at `num_layers`.
+    `ep_size` (R) divides `num_experts` (E); rank `r` owns the E / R slots from `r * E / R` on. `layers` are in the
+    model's order. MTP layers come last, and their numbers begin at `num_layers`.
     """
 
     original: str
@@ -50,10 +50,11 @@ class PlacedModel:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """An engine's form of a placement: how it is written, and how the engine is told of the file.
+    """An engine's format for a placement: how to write it, and how to give the file to the engine.
 
-    `mtp`: whether it places the experts of MTP layers by it, or leaves them where they are. Where `suffix` is not
-    empty, it refuses or misreads a file whose name ends in anything else.
+    `mtp`: whether the engine places the experts of MTP layers by the file, or leaves them where they are. If `suffix`
+    is not empty, the engine refuses or misreads a file whose name ends in anything else. `even`:
+    whether all ranks must have the same number of experts.
     """
 
     engine: str
@@ -80,9 +81,9 @@ def _vllm(model: PlacedModel) -> str:
 
 
 def _sglang(model: PlacedModel) -> str:
-    """One row [E] for every layer but those of MTP; nothing looks at the row of a layer without experts.
+    """One row [E] for every layer but those of MTP. SGLang ignores the row of a layer without experts.
 
-    Any other key in the file is an error to SGLang.
+    SGLang refuses a file with any other key.
     """
     rows = [list(range(model.num_experts)) for _ in range(model.num_layers)]
     for layer in model.layers:
@@ -91,9 +92,9 @@ def _sglang(model: PlacedModel) -> str:
 
 
 def _vllm_ascend(model: PlacedModel) -> str:
-    """Each rank's experts, for the MoE layers alone, numbered from 0 in the order in which the engine builds them.
+    """Each rank's experts, for MoE layers only, numbered from 0 in the order in which the engine builds them.
 
-    Those of MTP are built last. Without them in the file, the first would be placed linearly and a second refused.
+    The engine builds MTP layers last. If the file lacked them, it would place the first linearly and refuse a second.
     """
     layers = [
         {
@@ -109,10 +110,10 @@ def _vllm_ascend(model: PlacedModel) -> str:
 
 
 def _trtllm(model: PlacedModel) -> str:
-    """One list [num_slots] for each MoE layer, by its number: YAML, since that is a number, which JSON has no keys of.
+    """One list [num_slots] for each MoE layer, by its number. YAML, because JSON has no integer keys.
 
-    A layer that is asked for and not there is an error to TensorRT-LLM, so those of MTP are in it; it numbers them as
-    `PlacedLayer` does. `layer_updates_per_iter` 0: what is placed stays so.
+    TensorRT-LLM fails if a layer that it asks for is missing, so MTP layers are included; it numbers them as
+    `PlacedLayer` does. `layer_updates_per_iter` 0 keeps the placement fixed.
     """
     return "\n".join(
         [
@@ -128,7 +129,7 @@ def _trtllm(model: PlacedModel) -> str:
 def _eplb(model: PlacedModel) -> str:
     """`physical_to_logical_map` [num_moe_layers, num_replicas], as `rebalance_experts` returns it.
 
-    What that function's caller knows is beside it: `num_gpus`, and which layer each row is of.
+    Adds what that function's caller knows: `num_gpus`, and the layer of each row.
     """
     return (
         json.dumps(

@@ -1,9 +1,9 @@
-"""The placement without the resharding: the file from which another engine places the *original*'s experts.
+"""Writes a placement, without resharding, as the file from which another engine places the *original*'s experts.
 
 The engines of `FORMATS` can be told where each expert goes. They load the original, route by its ids and look up where
-an expert is, so such a file changes no answer, and group-limited models need no plugin. It is made for a checkpoint, as
-zigzag would place its experts, or taken from the manifest of an output: then too it is for the original, in the
-original's ids. With the output itself it would place experts that are placed already.
+an expert is. So the file changes no answer, and group-limited models need no plugin. A strategy makes the placement for
+a checkpoint, or it comes from an output's manifest. Either way, the file has the original's ids and is for serving the
+original; with the output, the engine would place experts a second time.
 
 `engine_files` has the forms.
 """
@@ -34,9 +34,9 @@ MAX_LAYERS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What `export` made: `content` is the file, which places the experts of `moe_layers`.
+    """What `export` made. `content` is the text of the file, which places the experts of `moe_layers`.
 
-    `use` says how it is given to the engine, where {file} is its name.
+    `use` says how to give the file to the engine; {file} stands for its name.
     """
 
     format: FormatName
@@ -56,14 +56,14 @@ def export(
     ep_size: int | None = None,
     strategy: Callable[[int], Strategy] = Zigzag,
 ) -> Export:
-    """Put a placement into an engine's form. Reads no weights, writes nothing.
+    """Put a placement into an engine's format. Reads no weights, writes nothing.
 
     Parameters:
-        src: a checkpoint directory or a repository in the Hugging Face cache, to be placed by `strategy`; or an output
-            of reshard, whose placement its manifest has
+        src: a checkpoint directory or a repository in the Hugging Face cache, which `strategy` places; or an output of
+            reshard, whose manifest has the placement
         to: the engine, one of `FORMATS`
-        ep_size: R, 2 to E, a divisor of E; for an output it may be left out
-        strategy: where experts shall live on so many EP ranks; for an output none but zigzag may be asked for
+        ep_size: R, 2 to E, a divisor of E; may be left out for an output
+        strategy: makes the strategy for a number of EP ranks; leave the default for an output
 
     Raises:
         CheckpointError, UnsupportedError: as `plan_placement` does
@@ -72,11 +72,11 @@ def export(
 
     """
     if to not in FORMATS:
-        raise OutputError(f"{src}: no format is called {to!r:.80}; known are {', '.join(FORMATS)}")
+        raise OutputError(f"{src}: unknown format {to!r:.80}; known are {', '.join(FORMATS)}")
     root = find_source(src)
     if is_output(root):
         if strategy is not Zigzag:
-            raise OutputError(f"{root}: an output has its placement: leave out --strategy, or export from the original")
+            raise OutputError(f"{root}: this output has a placement: leave out --strategy, or export the original")
         model = _of_output(root, ep_size)
     else:
         model = _of_checkpoint(src, ep_size, strategy)
@@ -102,10 +102,10 @@ def export(
 
 
 def write_export(exported: Export, out: Path) -> None:
-    """Write the file; OutputError where `out` is there already, or has a name that the engine would not read."""
+    """Write the file. OutputError if `out` exists, or has a name that the engine would not read."""
     suffix = FORMATS[exported.format].suffix
     if not out.name.endswith(suffix):
-        raise OutputError(f"{out}: {exported.engine} reads only a file whose name ends in {suffix}; name it so")
+        raise OutputError(f"{out}: {exported.engine} only reads a file whose name ends in {suffix}; rename it")
     write_new_file(out, exported.content)
 
 
@@ -113,7 +113,7 @@ def _of_checkpoint(src: str | Path, ep_size: int | None, make: Callable[[int], S
     original = read_original(src)
     root = original.root
     if ep_size is None:
-        raise OutputError(f"{root}: a checkpoint, not an output of reshard: say for how many EP ranks with --ep")
+        raise OutputError(f"{root}: a checkpoint, not an output of reshard; give the number of EP ranks with --ep")
     check_ep_size(ep_size, original)
     strategy = make(ep_size)
     header = PlacedModel(str(root), strategy.name, ep_size, original.num_experts, original.model.model_type)
@@ -156,7 +156,7 @@ def _number_layers(model: PlacedModel, root: Path, by_layer: Placement, config: 
 
 
 def _num_layers(config: Mapping[str, Any], root: Path) -> int:
-    """How many layers the model has, those of MTP not counted."""
+    """The number of layers of the model, without MTP layers."""
     texts = [config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict)]
     values = [section["num_hidden_layers"] for section in (*texts, config) if "num_hidden_layers" in section]
     value = values[0] if values else None

@@ -1,4 +1,4 @@
-"""What a checkpoint is, seen from its experts: a source by its headers, an output by its manifest."""
+"""Describes a checkpoint and its experts: a source by its headers, an output by its manifest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .original import Original, check_ep_size, is_output, read_original
 
 @dataclass(frozen=True, slots=True)
 class RankShare:
-    """What an EP rank gets under linear placement: its logical experts of a layer, the bytes of all its experts."""
+    """What an EP rank owns: its logical experts in a layer, and the bytes of its experts in all layers."""
 
     rank: int
     experts: tuple[int, ...]
@@ -28,11 +28,12 @@ class RankShare:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What `inspect` found. Sizes are bytes of tensors of the source: all, of experts, of routers.
+    """What `inspect` found. Sizes are bytes of the source's tensors: of all, of experts, of routers.
 
-    `staged_ranks` is None but for a staged directory; all else then describes the whole output it was staged from.
-    `strategy`, `ep_size` and `ranks` are of the output, or of what `zigzag` would do for the `ep_size` asked about,
-    else None and empty. `uniform` says that every MoE layer places its experts alike, else `ranks` shows the first.
+    For an output, `strategy`, `ep_size` and `ranks` are its own. For a source, they are what `zigzag` would make of it
+    for the requested `ep_size`, or None and empty without one. If `uniform`, every MoE layer has the same placement;
+    otherwise `ranks` shows the first layer's. `staged_ranks` is None unless the directory is staged; all else then
+    describes the whole output that it was staged from.
     """
 
     path: str
@@ -60,18 +61,18 @@ class Inspection:
 
 
 def inspect(directory: str | Path, ep_size: int | None = None) -> Inspection:
-    """Describe the checkpoint or the output in `directory`, with `ep_size` also what `zigzag` would make of it.
+    """Describe the checkpoint or output in `directory`. With `ep_size`, add what `zigzag` would make of a checkpoint.
 
-    Raises CheckpointError and UnsupportedError as `plan_placement` does, IntegrityError for a damaged manifest,
-    OutputError where `ep_size` does not fit.
+    Raises CheckpointError and UnsupportedError as `plan_placement` does, IntegrityError if the manifest is damaged, and
+    OutputError if `ep_size` does not fit or `directory` is an output.
     """
     root = find_source(directory)
     return _of_output(root, ep_size) if is_output(root) else _of_original(read_original(directory), ep_size)
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """What both kinds of directory tell: their tensors by the original's names, and the placement, {} if none."""
+class _Facts:
+    """What both kinds of directory provide: tensors by the original's names, and the placement, {} if none."""
 
     root: Path
     family: str
@@ -92,7 +93,7 @@ def _of_original(original: Original, ep_size: int | None) -> Inspection:
     if ep_size is not None:
         check_ep_size(ep_size, original)
     return _describe(
-        _Seen(
+        _Facts(
             root=original.root,
             family=model.family.name,
             model_type=model.model_type,
@@ -110,12 +111,12 @@ def _of_original(original: Original, ep_size: int | None) -> Inspection:
 def _of_output(root: Path, ep_size: int | None) -> Inspection:
     manifest = read_manifest(root)
     if ep_size is not None:
-        raise OutputError(f"{root}: an output for {manifest.ep_size} EP ranks already; --ep is for an original")
+        raise OutputError(f"{root}: an output for {manifest.ep_size} EP ranks; leave out --ep, which is for originals")
     headers = (
         parse_header(unpack(file.header), file.size, Path(file.name)) for file in manifest.source.files if file.header
     )
     return _describe(
-        _Seen(
+        _Facts(
             root=root,
             family=manifest.family,
             model_type=manifest.model_type,
@@ -132,19 +133,20 @@ def _of_output(root: Path, ep_size: int | None) -> Inspection:
     )
 
 
-def _describe(seen: _Seen) -> Inspection:
-    routing = seen.routing
+def _describe(facts: _Facts) -> Inspection:
+    routing = facts.routing
     sizes = {
-        kind: sum(tensor.size for tensor in seen.tensors if kind_of(tensor.name, seen.layers) is kind) for kind in Kind
+        kind: sum(tensor.size for tensor in facts.tensors if kind_of(tensor.name, facts.layers) is kind)
+        for kind in Kind
     }
     return Inspection(
-        path=str(seen.root),
-        resharded=seen.resharded,
-        family=seen.family,
-        model_type=seen.model_type,
-        files=seen.files,
-        tensors=len(seen.tensors),
-        moe_layers=seen.layers,
+        path=str(facts.root),
+        resharded=facts.resharded,
+        family=facts.family,
+        model_type=facts.model_type,
+        files=facts.files,
+        tensors=len(facts.tensors),
+        moe_layers=facts.layers,
         num_experts=routing.num_experts,
         top_k=routing.top_k,
         scoring=routing.scoring,
@@ -155,11 +157,11 @@ def _describe(seen: _Seen) -> Inspection:
         router_size=sizes[Kind.ROUTER],
         plugin_required=routing.group_limited,
         plugin=why_plugin(routing),
-        strategy=seen.strategy,
-        ep_size=seen.ep_size,
-        staged_ranks=seen.staged_ranks,
-        uniform=len(set(seen.placement.values())) <= 1,
-        ranks=() if seen.ep_size is None else tuple(_ranks(seen.tensors, seen.placement, seen.ep_size)),
+        strategy=facts.strategy,
+        ep_size=facts.ep_size,
+        staged_ranks=facts.staged_ranks,
+        uniform=len(set(facts.placement.values())) <= 1,
+        ranks=() if facts.ep_size is None else tuple(_ranks(facts.tensors, facts.placement, facts.ep_size)),
     )
 
 
@@ -167,13 +169,13 @@ def _ranks(tensors: Iterable[Tensor], placement: Placement, ep_size: int) -> Ite
     tables = {layer: invert(physical_to_logical) for layer, physical_to_logical in placement.items()}
     first = next(iter(placement.values()))
     slots = rank_slots(len(first), ep_size)
-    of_slot = [0] * len(first)
+    slot_sizes = [0] * len(first)
     fused = 0
     for tensor in tensors:
         if expert := parse_expert_name(tensor.name, tables):
-            of_slot[tables[expert.layer][expert.expert]] += tensor.size
+            slot_sizes[tables[expert.layer][expert.expert]] += tensor.size
         elif kind_of(tensor.name, tables) is Kind.EXPERT:
             fused += tensor.size
     for rank, owned in enumerate(slots):
-        size = sum(of_slot[slot] for slot in owned) + fused * len(owned) // len(first)
+        size = sum(slot_sizes[slot] for slot in owned) + fused * len(owned) // len(first)
         yield RankShare(rank, tuple(first[slot] for slot in owned), size)

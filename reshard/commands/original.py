@@ -1,6 +1,6 @@
-"""The original, as every command that takes one reads it: found, read, understood, and refused if it is an output.
+"""Reads the original, for every command that takes one: finds it, parses it, and refuses an output of reshard.
 
-`--src` enters here. What leaves is an `Original`; no later step looks at the path again to decide what it is.
+`--src` enters here and leaves as an `Original`. No later step looks at the path again to decide what it is.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Original:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """E, the experts of a layer."""
         return self.model.routing.num_experts
 
     @property
     def shape(self) -> MoeShape:
-        """What a strategy has to know of it."""
+        """What a strategy needs to know of it."""
         routing = self.model.routing
         layers = tuple(layer.name for layer in self.model.layers)
         return MoeShape(str(self.root), layers, routing.num_experts, routing.n_group, routing.group_limited)

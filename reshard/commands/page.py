@@ -12,7 +12,7 @@ from ..traffic.page import render
 
 
 def refuse_page(out: Path, src: str | Path) -> None:
-    """OutputError if no page may be written to `out`: it is there already, or lies in the checkpoint `src`."""
+    """OutputError if no page may be written to `out`, because it exists or lies in the checkpoint `src`."""
     root = find_source(src)
     folders = [str(found.relative_to(root)) for found in root.rglob("*") if found.is_dir()] if root.is_dir() else []
     refuse_inside(out, root, folders, "--html")
@@ -20,6 +20,6 @@ def refuse_page(out: Path, src: str | Path) -> None:
 
 
 def write_page(analysis: Analysis, out: Path) -> None:
-    """Write the page. Raises OutputError if `out` is there already or lies in the checkpoint."""
+    """Write the page. Raises OutputError if `out` exists or lies in the checkpoint."""
     refuse_page(out, analysis.path)
     write_new_file(out, render(analysis))

@@ -32,9 +32,9 @@ def plan_placement(
 
     Parameters:
         src: a checkpoint directory, or the id of a repository in the Hugging Face cache
-        strategy: where experts shall live; its ep_size R is 2 to E and need not divide E
+        strategy: decides where experts go; its ep_size R is 2 to E and need not divide E
         out: absent, empty, or an unfinished run; this function only checks whether it can share blocks with `src`
-        layout: "ranks" for files by EP rank; "source" for the files of the source
+        layout: "ranks" writes files by EP rank; "source" writes a file for each file of the source
         max_shard_size: the most bytes of tensors in a file; with layout "source" files are as large as the source's
         reflink: "auto" shares disk blocks with the source if the file system can; "always" refuses if it cannot
         digests: which tensors to checksum; None for all, or with layout "source" for those that are copied
@@ -72,11 +72,11 @@ def place(
     workers: int | None = None,
     progress: Progress = lambda written: None,
 ) -> Outcome:
-    """Rewrite the checkpoint `src` into `out` so that linear placement is the one that `strategy` makes.
+    """Rewrite the checkpoint `src` into `out` so that linear placement becomes the placement of `strategy`.
 
-    Interrupted, the same call takes up where it stopped; with `restart` it begins afresh. `progress` is told the bytes
-    that are done, as they are. The other parameters and what is raised are those of `plan_placement`; OutputError also
-    where `out` is refused or cannot be written.
+    Call it again to resume after an interruption; `restart` starts over. Calls `progress` with the number of bytes just
+    done. The other parameters and errors are those of `plan_placement`; also raises OutputError if `out` is refused or
+    cannot be written.
     """
     resharding = plan_placement(
         src, strategy, out, layout=layout, max_shard_size=max_shard_size, reflink=reflink, digests=digests

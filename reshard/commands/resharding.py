@@ -37,7 +37,7 @@ from ..record.manifest import (
 from .original import Original
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
-_NAME_OF_RANK = re.compile(r"model-ep\d+-of-\d+-")
+_RANK_FILE_NAME = re.compile(r"model-ep\d+-of-\d+-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Writing:
     """How an output is written: which files, how large, what is shared with the source, what gets a digest."""
 
     layout: Layout = "ranks"
-    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE  # bytes of tensors in a file; with layout "source" not used
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE  # bytes of tensors in a file; unused with layout "source"
     sharing: Sharing = NOTHING_SHARED
     digests: Digests = Digests.ALL
 
@@ -54,8 +54,8 @@ class Writing:
 class Resharding:
     """All that is decided before the first byte is written.
 
-    `index` and `config` are the bytes of the two files that come last; `originals` has the source's bytes of the small
-    files that are rewritten.
+    `index` and `config` are the bytes of the two files that are written last. `originals` has the source's bytes of
+    each small file that is rewritten.
     """
 
     checkpoint: Checkpoint
@@ -75,7 +75,7 @@ class Resharding:
 def plan_resharding(
     original: Original, strategy: str, ep_size: int, placed: Placed, writing: Writing | None = None
 ) -> Resharding:
-    """Decide how `original` is rewritten for the placement that `strategy`, or whoever, made for `ep_size` ranks.
+    """Decide how `original` is rewritten for the placement `placed` on `ep_size` ranks; `strategy` names its maker.
 
     Raises:
         CheckpointError: the original has files or keys that only an output has
@@ -85,7 +85,7 @@ def plan_resharding(
     """
     checkpoint, model, placement = original.checkpoint, original.model, placed.placement
     writing = writing or Writing()
-    _refuse_marks(checkpoint)
+    _refuse_output_config(checkpoint)
     check_placement(placement, original.shape)
     contract = None
     if model.routing.group_limited:
@@ -124,17 +124,17 @@ def plan_resharding(
     )
 
 
-def _refuse_marks(checkpoint: Checkpoint) -> None:
-    """CheckpointError if config.json is an output's, although there is no manifest beside it."""
-    ours = "a model type of reshard" if str(checkpoint.config.get("model_type")).startswith("reshard_") else None
-    if mark := CONTRACT_KEY if CONTRACT_KEY in checkpoint.config else ours:
+def _refuse_output_config(checkpoint: Checkpoint) -> None:
+    """CheckpointError if config.json is an output's, even without a manifest beside it."""
+    locked = "a model type of reshard" if str(checkpoint.config.get("model_type")).startswith("reshard_") else None
+    if mark := CONTRACT_KEY if CONTRACT_KEY in checkpoint.config else locked:
         raise CheckpointError(f"{checkpoint.root / CONFIG}: has {mark}: already resharded; start from the original")
 
 
 def _weights(
     original: Original, placement: Placement, ep_size: int, writing: Writing
 ) -> tuple[list[OutputFile], Sharing]:
-    """The weight files of the output, and whether they share blocks after all."""
+    """The weight files of the output, and which blocks they really share."""
     checkpoint, model, sharing = original.checkpoint, original.model, writing.sharing
     if writing.layout == "source":
         files = as_source(checkpoint, model, placement, block_size=sharing.block_size, digests=writing.digests)
@@ -153,7 +153,7 @@ def _weights(
     files = cut(block_size=sharing.block_size)
     if sharing.block_size and (why := why_not_shared(files, checkpoint, ep_size, sharing.block_size)):
         if sharing.required:
-            raise OutputError(f"{checkpoint.root}: its blocks cannot be shared by rank: {why}; try --layout source")
+            raise OutputError(f"{checkpoint.root}: files by rank cannot share its blocks: {why}; try --layout source")
         return cut(block_size=None), Sharing(None, why)
     return files, sharing
 
@@ -169,15 +169,15 @@ def _rewritten_configs(
 
 def _refuse_collisions(checkpoint: Checkpoint, weights: Sequence[OutputFile]) -> None:
     for file in weights:
-        if file.rank is None and _NAME_OF_RANK.match(file.name):
+        if file.rank is None and _RANK_FILE_NAME.match(file.name):
             raise CheckpointError(
-                f"{checkpoint.root / file.name}: named like a file of one EP rank, and would be read by that one only; "
+                f"{checkpoint.root / file.name}: named like a file of one EP rank, so only that rank would read it; "
                 "rename it in the source, or leave out --layout source"
             )
     kept = {file.name for file in checkpoint.other_files}
     for file in weights:
         if file.name in kept:
-            raise CheckpointError(f"{checkpoint.root / file.name}: the output has a file of this name; move it away")
+            raise CheckpointError(f"{checkpoint.root / file.name}: the output needs this name; move the file away")
 
 
 def _notes(checkpoint: Checkpoint, model: MoeModel) -> list[str]:
@@ -190,12 +190,12 @@ def _notes(checkpoint: Checkpoint, model: MoeModel) -> list[str]:
         if Path(file.name).suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") and file.size > 1 << 20
     ]
     if other_weights:
-        notes.append(f"copied as they are, not resharded: {', '.join(other_weights)}")
+        notes.append(f"copied unchanged, not resharded: {', '.join(other_weights)}")
     return notes
 
 
 def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:
-    """The manifest of an output whose files are `records`; its digest is not filled in yet."""
+    """The manifest of an output with the files `records`. Its digest is still empty."""
     checkpoint, model, routing = resharding.checkpoint, resharding.model, resharding.model.routing
     identity = identify(checkpoint.root)
     source = Source(

@@ -1,4 +1,4 @@
-"""The source back from an output, every file byte-identical: a plan in the other direction, from the manifest alone."""
+"""Rebuilds the source from an output, every file byte-identical. The manifest is enough to plan it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ..plan.files import (
 from ..plan.sharing import Reflink
 from ..record.manifest import MANIFEST, FileRecord, Manifest, SourceFile, find_files, read_manifest, unpack
 
-MIN_BLOCK = 512  # bytes; XFS allows blocks as small as this
+MIN_BLOCK_SIZE = 512  # bytes; XFS allows blocks as small as this
 
 
 def restore(
@@ -46,10 +46,10 @@ def restore(
 ) -> Outcome:
     """Rebuild in `out` the source that the output `resharded` was made from: the same files, bytes and sub-folders.
 
-    Every byte taken from `resharded` is checked against the manifest's digests, where it has them. Blocks are shared
-    where the file system can and `reflink` allows it. Interrupted, the same call takes up where it stopped; with
-    `restart` it begins afresh. `progress` is told the bytes that are done. Raises IntegrityError where `resharded` is
-    damaged or incomplete, OutputError where `out` is refused or cannot be written.
+    Checks every byte taken from `resharded` against the manifest's digests, if it has them. Shares disk blocks if the
+    file system can and `reflink` allows it. Call it again to resume after an interruption; `restart` starts over. Calls
+    `progress` with the number of bytes just done. Raises IntegrityError if `resharded` is damaged or incomplete, and
+    OutputError if `out` is refused or cannot be written.
     """
     root = Path(resharded)
     manifest = read_manifest(root)
@@ -81,7 +81,7 @@ def restore(
 
 
 class _Restoration:
-    """Where in the output `root` each byte of the source is."""
+    """Finds each byte of the source in the output `root`."""
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self._root = root
@@ -103,16 +103,16 @@ class _Restoration:
             return literal_file(file.name, unpack(file.content))
         if file.header is None:
             if file.name not in self._records or self._records[file.name].size != file.size:
-                raise IntegrityError(f"{self._root / MANIFEST}: {file.name} of the source is nowhere in the output")
+                raise IntegrityError(f"{self._root / MANIFEST}: no file of the output holds {file.name} of the source")
             return whole_file(file.name, file.size)
         raw = unpack(file.header)
         header = parse_header(raw, file.size, Path(file.name))
         return OutputFile(file.name, (Part(None, Literal(raw)), *map(self._part, header.tensors)))
 
     def check_rewritten(self) -> None:
-        """IntegrityError unless all that cannot be checked while it is copied is what was written.
+        """IntegrityError if a tensor that is reordered, or a copied config.json, differs from what was written.
 
-        That is every tensor that is brought into another order on the way back, and config.json, which comes last.
+        `check` cannot find this: reordered bytes have another digest, and config.json is written after it.
         """
         with SourceFiles(self._root, self.source_files).open() as opened:
             for name in (*self._rows, *self._expert_ids):
@@ -125,7 +125,7 @@ class _Restoration:
                 raise self._damaged_file(CONFIG)
 
     def check(self, records: list[FileRecord]) -> None:
-        """IntegrityError unless all that was copied is what was once written; `records` are of the restored files."""
+        """IntegrityError if copied bytes differ from what was written. `records` describe the restored files."""
         for record in records:
             if record.name in self._copied and record.digest != self._records[record.name].digest:
                 raise self._damaged_file(record.name)
@@ -136,7 +136,7 @@ class _Restoration:
                         raise self._damaged(tensor)
 
     def _header(self, record: FileRecord) -> Header:
-        """The header of an output file; where tensors have no digest, it alone says which bytes are whose."""
+        """Read an output file's header and check its digest: it alone says which bytes belong to which tensor."""
         header = read_header(self._root / record.name)
         if blake3(header.raw).hexdigest() != record.header:
             raise IntegrityError(f"{self._root / record.name}: damaged: its header is not the one that was written")
@@ -159,7 +159,7 @@ class _Restoration:
         name = original.name
         if tensor.size != original.size:
             raise IntegrityError(
-                f"{self._root / tensor.file}: tensor {tensor.name}: {tensor.size} bytes, {name} had {original.size}"
+                f"{self._root / tensor.file}: tensor {tensor.name}: {tensor.size} bytes, but {name} had {original.size}"
             )
         if name in self._rows:
             return Rows(tensor.file, tensor.offset, tensor.size, self._to_physical[self._rows[name]])
@@ -170,7 +170,7 @@ class _Restoration:
 
     def _find(self, name: str) -> Tensor:
         if name not in self._tensors or name not in self._digests:
-            raise IntegrityError(f"{self._root / MANIFEST}: tensor {name} is in none of the files that it lists")
+            raise IntegrityError(f"{self._root / MANIFEST}: none of the files that it lists has tensor {name}")
         return self._tensors[name]
 
     def _damaged_file(self, name: str) -> IntegrityError:
@@ -183,12 +183,12 @@ class _Restoration:
 
 
 def _may_be_shared(original: Tensor, content: Content) -> bool:
-    """Whether some bytes of the tensor lie on disk blocks as they do in the source, in the smallest block there is."""
+    """Whether some bytes of the tensor have the same offset in a block of MIN_BLOCK_SIZE as in the source."""
     match content:
         case Range(_, offset, _):
-            return (offset - original.offset) % MIN_BLOCK == 0
+            return (offset - original.offset) % MIN_BLOCK_SIZE == 0
         case Rows(_, offset, size, order):
             row_size = size // len(order)
             moved = ((row - number) * row_size for number, row in enumerate(order))
-            return any((offset + distance - original.offset) % MIN_BLOCK == 0 for distance in moved)
+            return any((offset + distance - original.offset) % MIN_BLOCK_SIZE == 0 for distance in moved)
     return False

@@ -35,8 +35,9 @@ class Together:
 class Analysis:
     """What was measured. `traffic` says in words where the choices come from.
 
-    The first candidate is the one that the others are compared with. `unrecorded` are the MoE layers that the trace
-    lacks; they are left out. `unfit` has the strategies that do not fit the model, the ranks or the trace, and why.
+    The other candidates are compared with the first. `lower_bound` is true for random traffic, because text loads
+    ranks less evenly. `unrecorded` names the MoE layers that the trace lacks; they are not measured. `unfit` has each
+    strategy that does not fit the model, the ranks or the trace, and why.
     """
 
     path: Path

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .._version import __version__
 from .analysis import Analysis
-from .report import WHERE, compare, describe_analysis, headlines, typical_batch
+from .report import WHAT_COUNTS, compare, describe_analysis, headlines, typical_batch
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -28,7 +28,7 @@ def render(analysis: Analysis) -> str:
     words = {
         "headlines": headlines(analysis),
         "compare": compare(analysis),
-        "where": WHERE,
+        "where": WHAT_COUNTS,
         "typical_batch": typical_batch(analysis),
         "version": __version__,
     }
@@ -37,7 +37,7 @@ def render(analysis: Analysis) -> str:
         "title": html.escape(f"{analysis.path.absolute().name}: placements on {analysis.ep_size} EP ranks"),
         "script": _digest(template, "script"),
         "style": _digest(template, "style"),
-        # inside a script element only "<" can end it or open a comment
+        # only "<" can end a script element or open a comment in it
         "data": data.replace("<", "\\u003c"),
         "text": html.escape("\n".join(describe_analysis(analysis, by_layer=True))),
     }
@@ -45,6 +45,6 @@ def render(analysis: Analysis) -> str:
 
 
 def _digest(template: str, element: str) -> str:
-    """What a content security policy calls the content of the template's only `element` without attributes."""
+    """The hash that a content security policy wants for the template's only `element` without attributes."""
     (content,) = re.findall(rf"<{element}>(.*?)</{element}>", template, re.DOTALL)
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"

@@ -205,11 +205,11 @@ def test_the_table_has_the_numbers_and_says_what_they_mean(source: Path) -> None
     for mean in (linear, zigzag_):
         row = f"{mean['imbalance'][0]:9.3f} {mean['ranks']:9.2f}{mean['nodes']:8.2f}".split()
         assert row in [line.split()[1:] for line in text.splitlines()]
-    more = [f"{100 * (mean['imbalance'][0] - 1):.1f} %" for mean in (zigzag_, linear)]
-    assert f"{more[0]} more time than in perfect balance, not {more[1]}, in batches of 64 tokens" in text
+    load = [f"{mean['imbalance'][0]:.2f}x" for mean in (zigzag_, linear)]
+    assert f"at 64 tokens the busiest rank has {load[0]} the mean load (linear: {load[1]})" in text
     change = 100 * (zigzag_["ranks"] / linear["ranks"] - 1)
     assert change < -1
-    assert f"{zigzag_['ranks']:.2f} ranks a token, not {linear['ranks']:.2f}: {-change:.0f} % less to send" in text
+    assert f"reaches {zigzag_['ranks']:.2f} ranks (linear: {linear['ranks']:.2f}): {-change:.0f} % less data" in text
     assert "across nodes" in text
 
 
@@ -235,7 +235,7 @@ def test_the_placements_are_those_asked_for_and_the_first_is_what_others_are_com
 def test_a_placement_needs_its_option(name: str, option: str, source: Path) -> None:
     result = run("analyze", source, "--ep", RANKS, "--placement", name)
     assert result.exit_code == 2
-    assert f"--placement {name} takes {option}" in result.output
+    assert f"--placement {name} needs {option}" in result.output
 
 
 def test_a_model_without_groups_is_told_apart_by_as_many_runs_as_ranks(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_of_a_longer_trace_a_part_is_used_and_that_is_said(traces: Traces, sourc
     arguments = ("analyze", source, "--ep", RANKS, "--trace", tmp_path, "--tokens", 300, "--batch", 100, "--json")
     found = json.loads(run_well(*arguments))
     assert found["tokens"] == 300
-    assert found["traffic"].endswith(", spread evenly over the 1000 there")
+    assert found["traffic"].endswith(", sampled evenly from 1000")
     loads = found["candidates"][0]["layers"][traces.layers[0]]["loads"]
     assert loads == pytest.approx([2.0, 2.0, 0.0, 0.0]), "as many of each half"
 
@@ -366,7 +366,7 @@ def test_a_placement_from_a_file_is_one_more_row(source: Path, tmp_path: Path) -
     [
         (["--ep", 1], 1, "--ep must be from 2 to the 16 experts"),
         (["--ep", 4, "--nodes", 3], 1, "--nodes must divide the 4 EP ranks"),
-        (["--ep", 4, "--tokens", 4, "--batch", 8, "--batch", 64], 1, "no batch of 8, 64 tokens can be had from 4"),
+        (["--ep", 4, "--tokens", 4, "--batch", 8, "--batch", 64], 1, "4 tokens are too few for a batch of 8, 64"),
         (["--ep", 4, "--tokens", 0], 2, "--tokens"),
         ([], 2, "--ep"),
     ],

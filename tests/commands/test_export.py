@@ -310,8 +310,8 @@ def test_the_file_goes_to_stdout_and_a_line_to_stderr_that_says_it_is_for_the_or
         assert result.exit_code == 0, result.output
         assert result.stdout == export(v3 / "source", to, 4).content
         layers = 3 if to == "sglang" else 4  # without that of MTP, which it leaves as it is
-        assert result.stderr.startswith(f"zigzag for 4 EP ranks, {layers} MoE layers of 16 experts, as ")
-        assert f"for serving the original, {v3 / 'source'}:  " in result.stderr
+        assert result.stderr.startswith(f"zigzag for 4 EP ranks, {layers} MoE layers of 16 experts, for ")
+        assert f"serve the original, {v3 / 'source'}, with:  " in result.stderr
         assert result.stderr.count("\n") == 1
         assert run("export", *words, "--to", to, "--quiet").stderr == ""
 
@@ -347,7 +347,7 @@ def test_a_format_that_is_none_is_refused_with_those_that_are(v3: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["source"], "say for how many EP ranks with --ep"),
+        (["source"], "give the number of EP ranks with --ep"),
         (["source", "--ep", 1], "--ep must be from 2 to the 16 experts"),
         (["source", "--ep", 17], "--ep must be from 2 to the 16 experts"),
         (["output", "--ep", 2], "an output for 4 EP ranks, not 2; leave --ep out, or export from the original"),
@@ -377,7 +377,7 @@ def test_ranks_of_different_size_are_refused_by_engines_that_cannot_have_them(
 
 def test_ranks_may_differ_by_one_expert_in_vllm(v3: Path, tmp_path: Path) -> None:
     run_well("export", v3 / "source", "--to", "vllm", "--ep", 3, "--out", tmp_path / "placement.json")
-    model = served(Spec("deepseek_v3", experts=16), 3)
+    model = served(V3, 3)
     assert vllm(tmp_path / "placement.json", model) == in_zigzag(model)
 
 

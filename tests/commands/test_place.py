@@ -97,7 +97,7 @@ def test_what_was_placed_is_said(source: Path, tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text(json.dumps({"physical_to_logical": random_map(source)}))
     arguments = ("place", "--src", source, "--ep", 4, "--out", tmp_path / "out")
     by_file = run_well(*arguments, "--strategy", "file", "--map", tmp_path / "map.json", "--dry-run")
-    assert f"the file's {len(modules(source))} placements of layers for 4 EP ranks" in by_file
+    assert f"the file's {len(modules(source))} placements for 4 EP ranks" in by_file
     by_node = run_well(*arguments, "--strategy", "node-zigzag", "--nodes", 2)
     assert "node-zigzag for 4 EP ranks" in by_node
     assert "node-zigzag for 4 EP ranks" in run_well("inspect", tmp_path / "out")

@@ -92,7 +92,7 @@ def test_a_part_of_a_row_at_the_end_is_passed_over(tmp_path: Path, model: MoeMod
         path.write_bytes(whole[:-cut])
         assert as_lists(traffic(tmp_path, model)) == expected(ids[:9])
     path.write_bytes(b"")
-    with pytest.raises(TraceError, match="no token is recorded there"):
+    with pytest.raises(TraceError, match="has no recorded tokens"):
         traffic(tmp_path, model)
 
 
@@ -293,16 +293,16 @@ def test_a_dump_that_holds_code_is_not_run(tmp_path: Path) -> None:
     ("line", "fault"),
     [
         (b"\x89PNG", "expected a line of JSON"),
-        (b"[]\n", "no trace of reshard"),
-        (b"{}\n", "no trace of reshard"),
-        (b"[" * 100_000 + b"\n", "no trace of reshard"),
-        (json.dumps({"reshard_trace": 2}).encode() + b"\n", "no trace of reshard"),
+        (b"[]\n", "not a trace of reshard"),
+        (b"{}\n", "not a trace of reshard"),
+        (b"[" * 100_000 + b"\n", "not a trace of reshard"),
+        (json.dumps({"reshard_trace": 2}).encode() + b"\n", "not a trace of reshard"),
         ({"reshard_trace": 2}, "a trace of version 2"),
-        ({"layers": []}, "the names of its layers"),
-        ({"layers": ["a", "a"]}, "the names of its layers"),
-        ({"top_k": 0}, "cannot be"),
-        ({"num_experts": 1 << 20}, "cannot be"),
-        ({"physical_to_logical": [0, 1]}, "has not 8 experts"),
+        ({"layers": []}, "distinct names of layers"),
+        ({"layers": ["a", "a"]}, "distinct names of layers"),
+        ({"top_k": 0}, "is impossible"),
+        ({"num_experts": 1 << 20}, "is impossible"),
+        ({"physical_to_logical": [0, 1]}, "does not have 8 experts"),
         ({"physical_to_logical": [0] * 8}, "expected a permutation"),
         ({"physical_to_logical": {"a": [0]}}, "an entry for each"),
     ],
@@ -322,8 +322,8 @@ def test_a_file_that_is_no_trace_is_refused_in_one_line(line: Any, fault: str, t
 @pytest.mark.parametrize(
     ("other", "fault"),
     [
-        ({"num_experts": 16}, "recorded with 16 experts in a layer"),
-        ({"top_k": 1}, "recorded with 1 experts of a token"),
+        ({"num_experts": 16}, "recorded with 16 experts per layer"),
+        ({"top_k": 1}, "recorded with 1 experts per token"),
         ({"layers": ("model.layers.1.mlp", "model.layers.7.mlp")}, "has no such MoE layer"),
     ],
 )
@@ -365,4 +365,4 @@ def test_nothing_recorded_is_said(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         refused = run("trace", "info", path)
         assert refused.exit_code == 1
-        assert "RESHARD_TRACE" in refused.output or "no token is recorded" in refused.output
+        assert "RESHARD_TRACE" in refused.output or "has no recorded tokens" in refused.output
