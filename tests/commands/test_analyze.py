@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ from command_line import run, run_well
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import owner
+from torch import Tensor
 from traces import write_trace
 
 import reshard.traffic.effect
 from reshard.checkpoint.directory import read_checkpoint
 from reshard.model.layers import read_model
 from reshard.placement.permutations import zigzag
-from reshard.placement.strategies import STRATEGIES, Offer, Zigzag
+from reshard.placement.strategies import STRATEGIES, Balanced, MoeShape, Offer, Placed, Zigzag
 from reshard.traffic.effect import Coselection, Effect, coselection, effect, mean_coselection, mean_effect
 
 EXPERTS, RANKS, GROUP = 16, 4, 4
@@ -296,20 +298,25 @@ def test_of_a_longer_trace_a_part_is_used_and_that_is_said(traces: Traces, sourc
 def test_tokens_that_a_placement_was_made_from_do_not_judge_it(
     traces: Traces, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Made(Zigzag):
+    class Made(Balanced):  # of any trace, however short
         name = "made"
-        share = 0.5
+
+        def place(self, model: MoeShape, traffic: Mapping[str, Tensor]) -> Placed:
+            return Zigzag(self.ep_size).place(model)
+
+    def offer(share: float) -> Offer:
+        return Offer(lambda ep_size, options: Made(ep_size, tmp_path, share=share), needs=("trace",))
 
     arguments = ("analyze", source, "--ep", RANKS, "--trace", tmp_path, "--json")
     traces.put([[0, 1]] * 50 + [[4, 5]] * 51)
     assert json.loads(run_well(*arguments))["tokens"] == 101
-    monkeypatch.setitem(STRATEGIES, "made", Offer(lambda ep_size, options: Made(ep_size), needs=("trace",)))
+    monkeypatch.setitem(STRATEGIES, "made", offer(0.5))
     found = json.loads(run_well(*arguments))
     assert [candidate["strategy"] for candidate in found["candidates"]] == ["linear", "zigzag", "made"]
     assert found["tokens"] == 50
     assert found["traffic"].endswith("after the first 50%, which made was made from")
     assert found["candidates"][0]["layers"][traces.layers[0]]["loads"] == [0.0, 4.0, 0.0, 0.0]
-    Made.share = 1.0
+    monkeypatch.setitem(STRATEGIES, "made", offer(1.0))
     result = run(*arguments)
     assert result.exit_code == 1
     assert "record more" in result.output
