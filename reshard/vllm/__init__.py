@@ -20,7 +20,7 @@ def register() -> None:
     """What the entry point calls, once or many times in a process; imports nothing of vLLM before vLLM does."""
     import os
 
-    from . import configs, loading, placed_weights, recording, request, routing
+    from . import configs, eplb, loading, placed_weights, recording, request, routing, weight_filter, worker
     from .patching import when_imported
 
     configs.install()
@@ -30,6 +30,10 @@ def register() -> None:
     when_imported("vllm.model_executor.layers.fused_moe.layer", routing.install)
     when_imported("vllm.model_executor.model_loader.base_loader", loading.install_check)
     when_imported("vllm.model_executor.model_loader.default_loader", loading.install_file_choice)
+    when_imported("vllm.model_executor.model_loader.default_loader", weight_filter.install_choice)
+    when_imported("vllm.model_executor.model_loader.weight_utils", weight_filter.install_question)
+    when_imported("vllm.distributed.eplb.eplb_state", eplb.install)
+    when_imported("vllm.v1.worker.gpu_worker", worker.install)
     if os.environ.get(recording.VARIABLE):
         when_imported("vllm.v1.worker.gpu_worker", recording.install)
 

@@ -14,11 +14,12 @@ from typing import Any
 from ..errors import OutputError, UnsupportedError
 from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
 from ..placement.permutations import rank_slots
-from .patching import replace_once
+from .patching import replace_if_there, replace_once
 from .routing import LogicalOrder
 from .runners import lets_kernel_route, moe_runners
 from .served import ServedPlacement, served_placement
 from .support import what_is_wrong_with_hook
+from .worker import is_proved
 
 RANK_FILE = re.compile(r"model-ep(\d{2,})-of-(\d{2,})-(\d{5})-of-(\d{5})\.safetensors")
 # Load formats in which the ranks share out all files and pass the tensors round: each has to name the same files.
@@ -43,7 +44,7 @@ def install_file_choice(default_loader: ModuleType) -> None:
 def install_check(base_loader: ModuleType) -> None:
     """Look at every router after a model was loaded."""
     replace_once(base_loader, "process_weights_after_loading", _with_check)
-    replace_once(base_loader, "initialize_model", _with_agreement)
+    replace_if_there(base_loader, "initialize_model", _with_agreement)
 
 
 def choose_files(named: list[str], present: list[str], num_experts: int, parallel: Parallel) -> list[str]:
@@ -148,6 +149,7 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
             from .proof import check_kernels  # imports torch
 
             check_kernels(model, served, served.ep_size)
+            is_proved(served)
         elif (contract := _contract_on_disk(model_config)) is not None:
             check_model(model, contract, is_draft, pipelined)
         return result

@@ -22,7 +22,7 @@ import torch
 from ..errors import UnsupportedError
 from ..placement.permutations import invert
 from .fused import Fused, fused_in_place_of
-from .patching import replace_once
+from .patching import replace_if_there
 from .placed_weights import Filling
 from .served import ServedPlacement
 
@@ -140,7 +140,7 @@ def placed_router(router: Any, served: ServedPlacement, arguments: dict[str, Any
 
 def install_runner(module: ModuleType) -> None:
     """Make each MoE layer hand its router's placement to its experts; `module` defines MoERunner."""
-    replace_once(module.MoERunner, "__init__", _then_join)
+    replace_if_there(module.MoERunner, "__init__", _then_join)
 
 
 def _then_join(init: Callable[..., None]) -> Callable[..., None]:

@@ -54,6 +54,7 @@ class Result:
     raw_logprobs: list[list[dict[str, str]]]  # as `float.hex`, of generated tokens
     raw_prompt_logprobs: list[list[dict[str, str]]] | None
     accepted_drafts: int
+    routed: list[Any]
 
     @property
     def logprobs(self) -> Logprobs:
@@ -206,6 +207,7 @@ class Serving:
             raw_logprobs=answer.get("logprobs", []),
             raw_prompt_logprobs=answer.get("prompt_logprobs"),
             accepted_drafts=int(answer.get("accepted_drafts", 0)),
+            routed=answer.get("routed", []),
         )
 
     def complete(self, model: Path, prompt: str, max_tokens: int, *, ranks: int, placement: str = "linear") -> str:
