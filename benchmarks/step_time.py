@@ -1,4 +1,4 @@
-"""How long a decoding and a prefill step take with an output, or with RESHARD_TRACE, beside the original on one GPU.
+"""How long a step takes with an output, with RESHARD_TRACE or RESHARD_PLACEMENT, beside the original on one GPU.
 
 Both are loaded, each in a process of its own, and they take turns; only one of them runs at a time. The GPU times a
 step that is one CUDA graph, as decoding is, from the start to the end of that, others from their first to their last
@@ -6,6 +6,7 @@ operation. The clock on the wall is given beside it.
 
 python step_time.py ORIGINAL OUTPUT [--json FILE] [--rounds N]
 python step_time.py ORIGINAL ORIGINAL --record [--json FILE] [--rounds N]
+python step_time.py ORIGINAL ORIGINAL --placed [--json FILE] [--rounds N]
 """
 
 from __future__ import annotations
@@ -178,6 +179,7 @@ if __name__ == "__main__":
     parser.add_argument("original", type=Path, nargs="?")
     parser.add_argument("other", type=Path, nargs="?")
     parser.add_argument("--record", action="store_true", help="the other one with RESHARD_TRACE")
+    parser.add_argument("--placed", action="store_true", help="the other one with RESHARD_PLACEMENT=zigzag")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=21)
@@ -189,10 +191,11 @@ if __name__ == "__main__":
         announce(site, {"reshard": "reshard.vllm:register"})
         paths = [site, Path(__file__).parents[1], *filter(None, [os.environ.get("PYTHONPATH")])]
         plugin = {"PYTHONPATH": ":".join(map(str, paths))}
-        other = "recorded" if arguments.record else "output"
+        other = "recorded" if arguments.record else "placed" if arguments.placed else "output"
+        more = {"recorded": {"RESHARD_TRACE": str(trace)}, "placed": {"RESHARD_PLACEMENT": "zigzag"}}.get(other, {})
         served = {
             "original": Served(arguments.original, plugin),
-            other: Served(arguments.other, plugin | ({"RESHARD_TRACE": str(trace)} if arguments.record else {})),
+            other: Served(arguments.other, plugin | more),
         }
         for one in served.values():
             one.wait()

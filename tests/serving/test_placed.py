@@ -1,7 +1,7 @@
 """Originals served placed by real vLLM on the CPU: RESHARD_PLACEMENT, and not one byte of the checkpoint rewritten.
 
 "Equal" and "close" are as in `test_serving`. Two ranks under zigzag do the sums of stock round-robin in the same order,
-and those of a baked output of the same placement; any other placement does them in another. At EP 1 nothing is summed
+and those of a baked output with a contract; any other placement does them in another. At EP 1 nothing is summed
 in another order, so the original's bits come back.
 """
 
@@ -90,10 +90,11 @@ def test_zigzag_with_drafts_and_uneven_ranks_equals_stock_round_robin(serving: S
 
 
 @pytest.mark.parametrize("model", [kimi, qwen3], ids=["Kimi-K2", "Qwen3-MoE"])
-def test_without_groups_zigzag_equals_its_baked_output(model: Model, serving: Serving) -> None:
+def test_without_groups_zigzag_answers_as_its_baked_output_and_the_original(model: Model, serving: Serving) -> None:
     source = model(serving)
     answer = serving.generate(source, ranks=2, environment=ZIGZAG)
-    assert_equal(answer, serving.generate(serving.resharded(source, 2), ranks=2, plugins=SHIM_ONLY))
+    # not to the bit: where nothing knows of a placement, the order of a token's experts is that of physical ids
+    assert_close(answer, serving.generate(serving.resharded(source, 2), ranks=2, plugins=SHIM_ONLY))
     assert_close(answer, serving.generate(source, plugins=SHIM_ONLY))
 
 
