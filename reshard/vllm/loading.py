@@ -148,7 +148,8 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
         if served is not None:
             from .proof import check_kernels  # imports torch
 
-            check_kernels(model, served, served.ep_size)
+            kernels = check_kernels(model, served, served.ep_size)
+            _log().info("placed experts are computed by %s", ", ".join(sorted(kernels)) or "none here")
             is_proved(served)
         elif (contract := _contract_on_disk(model_config)) is not None:
             check_model(model, contract, is_draft, pipelined)
@@ -158,13 +159,11 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_filled(model: Any, served: ServedPlacement, config: Any, is_draft: bool, pipelined: bool) -> None:
-    from vllm.logger import init_logger
-
     from .proof import check_filled  # imports torch
 
     dummy = str(config.load_config.load_format) == "dummy"
     placed = check_filled(model, served, is_draft=is_draft, pipelined=pipelined, dummy=dummy)
-    init_logger("vllm.plugins.reshard").info(
+    _log().info(
         "%s%d MoE layers are placed: %s, digest %s%s",
         "draft: " if is_draft else "",
         placed,
@@ -172,6 +171,12 @@ def _check_filled(model: Any, served: ServedPlacement, config: Any, is_draft: bo
         served.digest[:12],
         "" if dummy else "; every slot was seen to be filled with its expert",
     )
+
+
+def _log() -> Any:
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.plugins.reshard")
 
 
 def _with_agreement(initialize: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ Where `fused` has a kernel for the router, and nobody wants logical ids of it, t
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ from .served import ServedPlacement
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_places: weakref.WeakSet[ExpertPlace] = weakref.WeakSet()
 
 
 class ExpertPlace(torch.nn.Module):
@@ -46,6 +50,11 @@ class ExpertPlace(torch.nn.Module):
         self.logical_to_physical = invert(physical_to_logical)
         table = torch.tensor([*self.logical_to_physical, -1], dtype=torch.int32, device=device)
         self.register_buffer("_expert_map", table, persistent=False)
+        _places.add(self)
+
+    def restore(self) -> None:
+        """Write the buffer anew, where it is: its memory was lost, and CUDA graphs still read there."""
+        self._expert_map.data.copy_(torch.tensor([*self.logical_to_physical, -1], dtype=torch.int32))
 
     @property
     def place_E(self) -> Tensor:  # noqa: N802 - tensors carry their shape in their name
@@ -59,6 +68,12 @@ class ExpertPlace(torch.nn.Module):
 
             return map_ids(ids_TK, self._expert_map)
         return self._expert_map[ids_TK.long()].to(ids_TK.dtype)
+
+
+def restore_places() -> None:
+    """Write the buffers of all layers of this process anew, a draft's too: not every vLLM saves those."""
+    for place in list(_places):
+        place.restore()
 
 
 class Placed:

@@ -40,6 +40,7 @@ PLACING_HOOKS = (
     ("vllm.v1.worker.gpu_worker", "Worker.load_model", ()),
     ("vllm.v1.worker.gpu_worker", "Worker.reload_weights", ()),
     ("vllm.v1.worker.gpu_worker", "Worker.sleep", ("level",)),
+    ("vllm.v1.worker.gpu_worker", "Worker.wake_up", ("tags",)),
     ("vllm.distributed.eplb.eplb_state", "EplbState.add_model", ("model", "model_config")),
 )
 # What is put in front of a router calls these of it.

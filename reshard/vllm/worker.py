@@ -29,6 +29,7 @@ def install(module: ModuleType) -> None:
     replace_if_there(module.Worker, "load_model", _proved_load)
     replace_if_there(module.Worker, "reload_weights", _checked_reload)
     replace_if_there(module.Worker, "sleep", _checked_sleep)
+    replace_if_there(module.Worker, "wake_up", _restoring)
     for name in SAVING:
         replace_if_there(module.Worker, name, _refused)
 
@@ -96,6 +97,18 @@ def _checked_sleep(sleep: Callable[..., None]) -> Callable[..., None]:
         sleep(worker, level, *args, **kwargs)
 
     return sleep_or_refuse
+
+
+def _restoring(wake_up: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(wake_up)
+    def wake_up_and_restore(worker: Any, tags: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        wake_up(worker, tags, *args, **kwargs)
+        if served_placement(worker.vllm_config) is not None and (tags is None or "weights" in tags):
+            from .placed import restore_places  # imports torch
+
+            restore_places()
+
+    return wake_up_and_restore
 
 
 def _refused(save: Callable[..., None]) -> Callable[..., None]:
