@@ -17,7 +17,7 @@ from ..placement.permutations import rank_slots
 from .patching import replace_if_there, replace_once
 from .routing import LogicalOrder
 from .runners import lets_kernel_route, moe_runners
-from .served import ServedPlacement, served_placement
+from .served import ServedPlacement, building, served_placement
 from .support import what_is_wrong_with_hook
 from .worker import is_proved
 
@@ -186,7 +186,8 @@ def _with_agreement(initialize: Callable[..., Any]) -> Callable[..., Any]:
 
         served = served_placement(vllm_config)
         agree(None if served is None else served.digest)
-        return initialize(vllm_config, *args, **kwargs)
+        with building(draft=getattr(kwargs.get("model_config"), "runner_type", None) == "draft"):
+            return initialize(vllm_config, *args, **kwargs)
 
     return initialize_model
 

@@ -25,7 +25,7 @@ from ..placement.permutations import invert
 from .fused import Fused, fused_in_place_of
 from .patching import replace_if_there
 from .placed_weights import Filling
-from .served import ServedPlacement
+from .served import ServedPlacement, builds_draft
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +143,7 @@ def placed_router(router: Any, served: ServedPlacement, arguments: dict[str, Any
             f"{served.asked}: layer {prefix}: its router cannot be placed: {fault}; use other options, or serve "
             "without a placement"
         )
-    order = served.order(prefix, arguments["global_num_experts"])
+    order = served.order(prefix, arguments["global_num_experts"], draft=builds_draft())
     if order is None:
         return router
     place = ExpertPlace(order, get_current_vllm_config().device_config.device)

@@ -38,7 +38,8 @@ def check_filled(model: Any, served: ServedPlacement, *, is_draft: bool, pipelin
         filling: Filling | None = runner.routed_experts.__dict__.get("reshard_filling")
         if (name in placed) != (filling is not None):
             raise _refuse(served, f"layer {name}: only one of its router and its experts is placed")
-        if filling is None and not (is_draft and served.order(name, runner.routed_experts.global_num_experts) is None):
+        experts = runner.routed_experts.global_num_experts
+        if filling is None and not (is_draft and served.order(name, experts, draft=True) is None):
             raise _refuse(served, f"layer {name} has a router that vLLM's factory did not make")
         if filling is not None and not dummy and (fault := filling.fault(runner.routed_experts)):
             raise _refuse(served, f"layer {name}: {fault}")

@@ -73,6 +73,7 @@ def test_a_file_is_served_to_the_model_that_it_was_made_for(tmp_path: Path) -> N
     assert served.order("model.layers.2.mlp.experts.5.w1.weight", 8) == zigzag(8, 4)
     assert served.order("model.layers.3.mtp_block.mlp.experts", 8) == tuple(range(8)), "the draft's"
     assert served.order("model.layers.4.mtp_block.mlp.experts", 8) is None, "a draft that it does not know"
+    assert served.order("model.layers.0.mlp.experts", 8, draft=True) is None, "one of another directory"
     with pytest.raises(UnsupportedError, match=r"layer model\.layers\.0.* is not in the placement; .*reshard export"):
         served.order("model.layers.0.mlp.experts", 8)
     with pytest.raises(UnsupportedError, match="has 16 experts, the placement 8"):
