@@ -1,4 +1,4 @@
-"""Compare decoding and prefill steps of an output, or of the original with RESHARD_TRACE, with the original's on a GPU.
+"""Compare the steps of an output, or of the original recorded or placed, with those of the original on a GPU.
 
 Each model is loaded in a process of its own. The processes take turns; only one serves at a time. If a step is one CUDA
 graph, as a decoding step is, the GPU times that graph; otherwise it times the step from its first to its last
@@ -6,6 +6,7 @@ operation. Wall-clock times are given too.
 
 python step_time.py ORIGINAL OUTPUT [--json FILE] [--rounds N]
 python step_time.py ORIGINAL ORIGINAL --record [--json FILE] [--rounds N]
+python step_time.py ORIGINAL ORIGINAL --placed [--json FILE] [--rounds N]
 """
 
 from __future__ import annotations
@@ -178,6 +179,7 @@ if __name__ == "__main__":
     parser.add_argument("original", type=Path, nargs="?")
     parser.add_argument("other", type=Path, nargs="?")
     parser.add_argument("--record", action="store_true", help="serve the second model with RESHARD_TRACE")
+    parser.add_argument("--placed", action="store_true", help="serve the second model with RESHARD_PLACEMENT=zigzag")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=21)
@@ -188,10 +190,11 @@ if __name__ == "__main__":
         site, trace = Path(temporary, "site"), Path(temporary, "trace")
         announce(site, {"reshard": "reshard.vllm:register"})
         plugin = {"PYTHONPATH": python_path(site, Path(__file__).parents[1])}
-        other = "recorded" if arguments.record else "output"
+        other = "recorded" if arguments.record else "placed" if arguments.placed else "output"
+        more = {"recorded": {"RESHARD_TRACE": str(trace)}, "placed": {"RESHARD_PLACEMENT": "zigzag"}}.get(other, {})
         served = {
             "original": Served(arguments.original, plugin),
-            other: Served(arguments.other, plugin | ({"RESHARD_TRACE": str(trace)} if arguments.record else {})),
+            other: Served(arguments.other, plugin | more),
         }
         for model in served.values():
             model.wait()

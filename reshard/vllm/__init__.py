@@ -1,4 +1,4 @@
-"""The vLLM plugin: routes a resharded group-limited model as the original, and lets a rank read only its files.
+"""The vLLM plugin: serves originals placed, and routes a resharded group-limited model as the original.
 
 vLLM loads it in every process through the entry point group `vllm.general_plugins`. What it changes in vLLM:
 
@@ -7,8 +7,16 @@ vLLM loads it in every process through the entry point group `vllm.general_plugi
     loading    a rank opens the shared files and its own ranks' only; nothing serves before every router was checked
     recording  where RESHARD_TRACE names a directory, and of any MoE model: which experts each token chose
 
-Models without a contract, and directories that are no output, go the way they always went. A vLLM that this does not
-fit is told so when a group-limited output is loaded, and not before.
+and of an original, where RESHARD_PLACEMENT asks for it:
+
+    request, served       what is asked for, resolved or refused, and how it travels to every process
+    placed                routers answer physical ids; `map_ids`, `fused` and `grouped_topk` do that on a GPU
+    placed_weights, proof experts are loaded to their places, and that is proved before anything serves
+    agreement             all ranks serve the same placement
+    weight_filter, eplb, worker   vLLM's own ways to read, move and change experts, with a placement
+
+Models without a contract or a placement, and directories that are no output, go the way they always went. A vLLM that
+this does not fit is told so when a group-limited output is loaded, or a placement asked for, and not before.
 """
 
 from __future__ import annotations
@@ -20,7 +28,7 @@ def register() -> None:
     """What the entry point calls, once or many times in a process; imports nothing of vLLM before vLLM does."""
     import os
 
-    from . import configs, loading, placed_weights, recording, request, routing
+    from . import configs, eplb, loading, placed_weights, recording, request, routing, weight_filter, worker
     from .patching import when_imported
 
     configs.install()
@@ -30,6 +38,10 @@ def register() -> None:
     when_imported("vllm.model_executor.layers.fused_moe.layer", routing.install)
     when_imported("vllm.model_executor.model_loader.base_loader", loading.install_check)
     when_imported("vllm.model_executor.model_loader.default_loader", loading.install_file_choice)
+    when_imported("vllm.model_executor.model_loader.default_loader", weight_filter.install_choice)
+    when_imported("vllm.model_executor.model_loader.weight_utils", weight_filter.install_question)
+    when_imported("vllm.distributed.eplb.eplb_state", eplb.install)
+    when_imported("vllm.v1.worker.gpu_worker", worker.install)
     if os.environ.get(recording.VARIABLE):
         when_imported("vllm.v1.worker.gpu_worker", recording.install)
 

@@ -14,11 +14,12 @@ from typing import Any
 from ..errors import OutputError, UnsupportedError
 from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
 from ..placement.permutations import rank_slots
-from .patching import replace_once
+from .patching import replace_if_there, replace_once
 from .routing import LogicalOrder
 from .runners import lets_kernel_route, moe_runners
-from .served import ServedPlacement, served_placement
+from .served import ServedPlacement, building, served_placement
 from .support import what_is_wrong_with_hook
+from .worker import is_proved
 
 RANK_FILE = re.compile(r"model-ep(\d{2,})-of-(\d{2,})-(\d{5})-of-(\d{5})\.safetensors")
 # Load formats in which the ranks share out all files and pass the tensors round: each has to name the same files.
@@ -43,7 +44,7 @@ def install_file_choice(default_loader: ModuleType) -> None:
 def install_check(base_loader: ModuleType) -> None:
     """Look at every router after a model was loaded."""
     replace_once(base_loader, "process_weights_after_loading", _with_check)
-    replace_once(base_loader, "initialize_model", _with_agreement)
+    replace_if_there(base_loader, "initialize_model", _with_agreement)
 
 
 def choose_files(named: list[str], present: list[str], num_experts: int, parallel: Parallel) -> list[str]:
@@ -147,7 +148,9 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
         if served is not None:
             from .proof import check_kernels  # imports torch
 
-            check_kernels(model, served, served.ep_size)
+            kernels = check_kernels(model, served, served.ep_size)
+            _log().info("placed experts are computed by %s", ", ".join(sorted(kernels)) or "none here")
+            is_proved(served)
         elif (contract := _contract_on_disk(model_config)) is not None:
             check_model(model, contract, is_draft, pipelined)
         return result
@@ -156,13 +159,11 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_filled(model: Any, served: ServedPlacement, config: Any, is_draft: bool, pipelined: bool) -> None:
-    from vllm.logger import init_logger
-
     from .proof import check_filled  # imports torch
 
     dummy = str(config.load_config.load_format) == "dummy"
     placed = check_filled(model, served, is_draft=is_draft, pipelined=pipelined, dummy=dummy)
-    init_logger("vllm.plugins.reshard").info(
+    _log().info(
         "%s%d MoE layers are placed: %s, digest %s%s",
         "draft: " if is_draft else "",
         placed,
@@ -172,6 +173,12 @@ def _check_filled(model: Any, served: ServedPlacement, config: Any, is_draft: bo
     )
 
 
+def _log() -> Any:
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.plugins.reshard")
+
+
 def _with_agreement(initialize: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(initialize)
     def initialize_model(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -179,7 +186,8 @@ def _with_agreement(initialize: Callable[..., Any]) -> Callable[..., Any]:
 
         served = served_placement(vllm_config)
         agree(None if served is None else served.digest)
-        return initialize(vllm_config, *args, **kwargs)
+        with building(draft=getattr(kwargs.get("model_config"), "runner_type", None) == "draft"):
+            return initialize(vllm_config, *args, **kwargs)
 
     return initialize_model
 

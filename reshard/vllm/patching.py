@@ -30,6 +30,12 @@ def replace_once(owner: object, name: str, wrap: Callable[[Callable[..., Any]], 
         setattr(owner, name, new)
 
 
+def replace_if_there(owner: object, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """The same, and nothing where there is no such function: another vLLM goes on, and is refused where it matters."""
+    if callable(getattr(owner, name, None)):
+        replace_once(owner, name, wrap)
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, install: Install) -> None:
         self._name = name

@@ -13,6 +13,7 @@ Where `fused` has a kernel for the router, and nobody wants logical ids of it, t
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,15 @@ import torch
 from ..errors import UnsupportedError
 from ..placement.permutations import invert
 from .fused import Fused, fused_in_place_of
-from .patching import replace_once
+from .patching import replace_if_there
 from .placed_weights import Filling
-from .served import ServedPlacement
+from .served import ServedPlacement, builds_draft
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_places: weakref.WeakSet[ExpertPlace] = weakref.WeakSet()
 
 
 class ExpertPlace(torch.nn.Module):
@@ -46,6 +50,11 @@ class ExpertPlace(torch.nn.Module):
         self.logical_to_physical = invert(physical_to_logical)
         table = torch.tensor([*self.logical_to_physical, -1], dtype=torch.int32, device=device)
         self.register_buffer("_expert_map", table, persistent=False)
+        _places.add(self)
+
+    def restore(self) -> None:
+        """Write the buffer anew, where it is: its memory was lost, and CUDA graphs still read there."""
+        self._expert_map.data.copy_(torch.tensor([*self.logical_to_physical, -1], dtype=torch.int32))
 
     @property
     def place_E(self) -> Tensor:  # noqa: N802 - tensors carry their shape in their name
@@ -59,6 +68,12 @@ class ExpertPlace(torch.nn.Module):
 
             return map_ids(ids_TK, self._expert_map)
         return self._expert_map[ids_TK.long()].to(ids_TK.dtype)
+
+
+def restore_places() -> None:
+    """Write the buffers of all layers of this process anew, a draft's too: not every vLLM saves those."""
+    for place in list(_places):
+        place.restore()
 
 
 class Placed:
@@ -128,7 +143,7 @@ def placed_router(router: Any, served: ServedPlacement, arguments: dict[str, Any
             f"{served.asked}: layer {prefix}: its router cannot be placed: {fault}; use other options, or serve "
             "without a placement"
         )
-    order = served.order(prefix, arguments["global_num_experts"])
+    order = served.order(prefix, arguments["global_num_experts"], draft=builds_draft())
     if order is None:
         return router
     place = ExpertPlace(order, get_current_vllm_config().device_config.device)
@@ -140,7 +155,7 @@ def placed_router(router: Any, served: ServedPlacement, arguments: dict[str, Any
 
 def install_runner(module: ModuleType) -> None:
     """Make each MoE layer hand its router's placement to its experts; `module` defines MoERunner."""
-    replace_once(module.MoERunner, "__init__", _then_join)
+    replace_if_there(module.MoERunner, "__init__", _then_join)
 
 
 def _then_join(init: Callable[..., None]) -> Callable[..., None]:

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .patching import replace_once
+from .patching import replace_if_there
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+ROUTER_TENSORS = ("e_score_correction_bias", "hash_indices_table")  # seen here too; they stay in the original's order
 SAMPLE = 64  # values of each slot that are looked at to see whether a parameter was changed
 
 
@@ -44,7 +45,8 @@ class Filling:
         local = list(range(len(logical_to_physical))) if expert_map is None else expert_map.tolist()
         slots = {local[physical]: logical for logical, physical in enumerate(logical_to_physical)}
         slots.pop(-1, None)
-        samples = {name: sample(parameter) for name, parameter in experts.named_parameters(recurse=False)}
+        own = (item for item in experts.named_parameters(recurse=False) if item[0] not in ROUTER_TENSORS)
+        samples = {name: sample(parameter) for name, parameter in own}
         return cls(logical_to_physical, tuple(slots[slot] for slot in range(len(slots))), samples=samples)
 
     def note(self, parameter: str, part: str, expert: int, whole: bool) -> None:
@@ -94,8 +96,8 @@ def sample(parameter: Tensor) -> Tensor | None:
 
 def install(module: ModuleType) -> None:
     """Put the placement into the seam; `module` defines RoutedExperts."""
-    replace_once(module.RoutedExperts, "_map_global_expert_id_to_local_expert_id", _by_place)
-    replace_once(module.RoutedExperts, "weight_loader", _noted)
+    replace_if_there(module.RoutedExperts, "_map_global_expert_id_to_local_expert_id", _by_place)
+    replace_if_there(module.RoutedExperts, "weight_loader", _noted)
 
 
 def _by_place(map_id: Callable[..., int]) -> Callable[..., int]:

@@ -33,17 +33,20 @@ def check_filled(model: Any, served: ServedPlacement, *, is_draft: bool, pipelin
     runners = moe_runners(model)
     placed = {name: runner for name, runner in runners.items() if isinstance(runner.router, Placed)}
     for name, runner in runners.items():
+        if (fault := _misfit(runner, served)) and not is_draft:
+            raise _refuse(served, f"layer {name}: {fault}")
         filling: Filling | None = runner.routed_experts.__dict__.get("reshard_filling")
         if (name in placed) != (filling is not None):
             raise _refuse(served, f"layer {name}: only one of its router and its experts is placed")
-        if filling is None and not (is_draft and served.order(name, runner.routed_experts.global_num_experts) is None):
+        experts = runner.routed_experts.global_num_experts
+        if filling is None and not (is_draft and served.order(name, experts, draft=True) is None):
             raise _refuse(served, f"layer {name} has a router that vLLM's factory did not make")
         if filling is not None and not dummy and (fault := filling.fault(runner.routed_experts)):
             raise _refuse(served, f"layer {name}: {fault}")
     known = {id(runner.routed_experts) for runner in runners.values()}
     for name, module in model.named_modules():
         holds = any(parameter.startswith(EXPERT_WEIGHTS) for parameter, _ in module.named_parameters(recurse=False))
-        if (holds or type(module).__name__ == "SubstitutedRoutedExperts") and id(module) not in known:
+        if holds and id(module) not in known:
             raise _refuse(served, f"{name}: its {type(module).__name__} places experts by itself")
     if not is_draft and not pipelined:
         _check_none_is_absent(served, list(placed))
@@ -52,11 +55,13 @@ def check_filled(model: Any, served: ServedPlacement, *, is_draft: bool, pipelin
     return len(placed)
 
 
-def check_kernels(model: Any, served: ServedPlacement, ep_size: int) -> None:
+def check_kernels(model: Any, served: ServedPlacement, ep_size: int) -> set[str]:
     """UnsupportedError where a layer's kernel would route by itself, or count experts in another way than vLLM.
 
-    To be called when weights have been processed: then vLLM has made its kernels.
+    To be called when weights have been processed: then vLLM has made its kernels. Returns their names, for the log:
+    with a kernel that routes by itself left out, vLLM may have taken another than it does for a linear model.
     """
+    names = set()
     for name, runner in moe_runners(model).items():
         if not isinstance(runner.router, Placed):
             continue
@@ -70,6 +75,8 @@ def check_kernels(model: Any, served: ServedPlacement, ep_size: int) -> None:
                 f"layer {name}: {runner.routed_experts.global_num_experts} experts are not the same number on "
                 f"{ep_size} EP ranks, and {type(experts).__name__} takes that for granted",
             )
+        names.add(type(method if experts is None else experts).__name__)
+    return names
 
 
 def counts_by_rank(kernel: type) -> bool:
@@ -84,6 +91,15 @@ def counts_by_rank(kernel: type) -> bool:
         if "ep_rank" in source:
             return True
     return False
+
+
+def _misfit(runner: Any, served: ServedPlacement) -> str | None:
+    """Why a layer is another than the placement was resolved for, in words; None where it is not."""
+    if (ep_size := runner.moe_config.moe_parallel_config.ep_size) != served.ep_size:
+        return f"vLLM spreads it over {ep_size} EP ranks, the placement is for {served.ep_size}"
+    if type(runner.routed_experts).__name__ == "SubstitutedRoutedExperts":
+        return "it substitutes experts"
+    return None
 
 
 def _check_none_is_absent(served: ServedPlacement, placed: list[str]) -> None:

@@ -21,9 +21,9 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..placement.contract import CONTRACT_KEY
 from ..placement.placement_file import PlacementFile, read_placement_file
-from .patching import replace_once
+from .patching import replace_if_there
 from .served import KEY, NODE_ZIGZAG, ZIGZAG, ServedPlacement, served_file, served_placement, served_strategy
-from .support import NEWEST, OLDEST, what_is_wrong
+from .support import VERSIONS, what_is_wrong
 
 VARIABLE = "RESHARD_PLACEMENT"
 MANIFEST = "reshard_manifest.json"
@@ -56,7 +56,7 @@ class Model:
 
 def install(module: ModuleType) -> None:
     """Make VllmConfig resolve what is asked for; `module` is the one that defines it."""
-    replace_once(module.VllmConfig, "__post_init__", _then_resolve)
+    replace_if_there(module.VllmConfig, "__post_init__", _then_resolve)
 
 
 def _then_resolve(post_init: Callable[..., None]) -> Callable[..., None]:
@@ -76,8 +76,8 @@ def resolve_in(config: Any, environment: Mapping[str, str]) -> None:
         return
     if fault := what_is_wrong():
         raise UnsupportedError(
-            f"{VARIABLE}={asked}: reshard can serve a placement with vLLM {OLDEST[0]}.{OLDEST[1]} to "
-            f"{NEWEST[0]}.{NEWEST[1]}: {fault}. Install one of these, or unset {VARIABLE}"
+            f"{VARIABLE}={asked}: a placement can be served with vLLM {VERSIONS}: {fault}. Install one of these, or "
+            f"unset {VARIABLE}"
         )
     model = _model_of(config)
     served = resolve(asked, model)

@@ -7,7 +7,9 @@ ModuleNotFoundError, where it would serve linear beside ranks that are placed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from ..errors import UnsupportedError
@@ -17,6 +19,7 @@ from ..placement.placement_file import PlacementFile, placement_digest
 
 KEY = "reshard"  # in additional_config
 ZIGZAG, NODE_ZIGZAG = "zigzag", "node-zigzag"
+_builds_draft: ContextVar[bool] = ContextVar("builds_draft", default=False)
 
 
 class ServedPlacement(dict[str, Any]):
@@ -42,12 +45,13 @@ class ServedPlacement(dict[str, Any]):
         """Layers of the model itself; those from there on are a draft's."""
         return int(self["num_layers"])
 
-    def order(self, layer: str, num_experts: int) -> tuple[int, ...] | None:
+    def order(self, layer: str, num_experts: int, *, draft: bool = False) -> tuple[int, ...] | None:
         """The placement of one layer.
 
         Parameters:
             layer: its name in vLLM or in the checkpoint, or the name of a tensor in it
             num_experts: E of that layer
+            draft: whether it is known to be a draft's, whatever its name
 
         Returns:
             physical_to_logical [E]; None for a draft's layer that the placement does not know, which stays linear
@@ -67,7 +71,7 @@ class ServedPlacement(dict[str, Any]):
             order = orders[name] if isinstance(orders, dict) else orders
         if order is not None and len(order) == num_experts:
             return tuple(order)
-        if layer_key(layer, self.num_layers).kind == "draft":
+        if draft or layer_key(layer, self.num_layers).kind == "draft":
             return None
         found = f"has {num_experts} experts, the placement {len(order)}" if order else "is not in the placement"
         raise UnsupportedError(f"{self.asked}: layer {layer} {found}; {self['make']}")
@@ -111,6 +115,21 @@ def served_file(asked: str, file: PlacementFile, ep_size: int, num_layers: int, 
         digest=placement_digest(orders, ep_size),
         make=make,
     )
+
+
+@contextlib.contextmanager
+def building(draft: bool) -> Iterator[None]:
+    """While this lasts, a model is being built, and is a draft or not."""
+    token = _builds_draft.set(draft)
+    try:
+        yield
+    finally:
+        _builds_draft.reset(token)
+
+
+def builds_draft() -> bool:
+    """Whether the model that is being built is a draft: the placement need not know its layers."""
+    return _builds_draft.get()
 
 
 def served_placement(config: Any) -> ServedPlacement | None:

@@ -11,3 +11,7 @@ def install() -> None:
         from vllm.platforms import current_platform
 
         type(current_platform).dist_backend = "gloo"
+    if os.environ.get("ROUTER_FORGETS"):  # where experts are that a placement moved
+        from reshard.vllm import placed
+
+        placed.ExpertPlace.forward = lambda self, ids: ids

@@ -13,6 +13,7 @@ equal text is equal bits: for each prompt and position a mapping from token id, 
     tokens            [prompt][position]
     logprobs          [prompt][position] of the generated tokens
     prompt_logprobs   [prompt][position] of the prompt's tokens after the first; null where `llm` has speculation
+    routed            [prompt][token][layer][choice], where `llm` has enable_return_routed_experts
 """
 
 from __future__ import annotations
@@ -59,10 +60,16 @@ def generate(request: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "logprobs": [to_hex(output.outputs[0].logprobs) for output in outputs],
         "prompt_logprobs": None if speculative else [to_hex(output.prompt_logprobs[1:]) for output in outputs],
+        "routed": [None if found is None else found.tolist() for found in map(routed, outputs)],
         "accepted_drafts": sum(
             metric.value for metric in llm.get_metrics() if metric.name == "vllm:spec_decode_num_accepted_tokens"
         ),
     }
+
+
+def routed(output: Any) -> Any:
+    """The experts of a request's tokens, None where vLLM was not asked for them."""
+    return getattr(output.outputs[0], "routed_experts", None)
 
 
 def to_hex(positions: Any) -> list[dict[str, str]]:

@@ -54,6 +54,7 @@ class Result:
     raw_logprobs: list[list[dict[str, str]]]  # as `float.hex`, of generated tokens
     raw_prompt_logprobs: list[list[dict[str, str]]] | None
     accepted_drafts: int
+    routed: list[Any]
 
     @property
     def logprobs(self) -> Logprobs:
@@ -206,7 +207,42 @@ class Serving:
             raw_logprobs=answer.get("logprobs", []),
             raw_prompt_logprobs=answer.get("prompt_logprobs"),
             accepted_drafts=int(answer.get("accepted_drafts", 0)),
+            routed=answer.get("routed", []),
         )
+
+    def each(
+        self, model: Path, environments: Sequence[Mapping[str, str]], **llm: Any
+    ) -> list[subprocess.CompletedProcess[str]]:
+        """A rank for each environment, started by hand: expert-parallel ranks that a placement does not travel to."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        size = len(environments)
+        llm |= {"tensor_parallel_size": size, "enable_expert_parallel": True}
+        llm |= {"distributed_executor_backend": "external_launcher"}
+        request = json.dumps({"model": str(model), "prompts": [[5]], "max_tokens": 1, "llm": llm})
+        with self._lock(), contextlib.ExitStack() as stack:
+            processes = []
+            for rank, more in enumerate(environments):
+                environment = {
+                    **self._environment(size),
+                    **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)},
+                    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+                    **more,
+                }
+                log = stack.enter_context((self.directory / f"rank{rank}-log").open("w+"))
+                command = [BIN / "python", HERE / "generate.py"]
+                process = stack.enter_context(_process(command, environment, subprocess.PIPE, log))
+                assert process.stdin is not None
+                process.stdin.write(request)
+                process.stdin.close()
+                processes.append((process, log))
+            ended = []
+            for process, log in processes:
+                status = process.wait(TIMEOUT) if not ended else _ended_soon(process)
+                log.seek(0)
+                ended.append(subprocess.CompletedProcess(process.args, status, stderr=log.read()))
+            return ended
 
     def complete(self, model: Path, prompt: str, max_tokens: int, *, ranks: int, placement: str = "linear") -> str:
         """One completion from `vllm serve`, over HTTP, with the model's tokenizer."""
@@ -319,6 +355,14 @@ def _process(
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+def _ended_soon(process: subprocess.Popen[str]) -> int | None:
+    """The status of a rank whose first rank has ended; None for one that waits for it for ever."""
+    try:
+        return process.wait(20)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _opened(path: Path) -> dict[str, set[str]]:

@@ -70,6 +70,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**DEEPSEEK, "norm_topk_prob": False, "routed_scaling_factor": 4.0, "topk_method": "group_limited_greedy"},
         {"scoring_func": "softmax", "moe_layer_freq": 1},
     ),
+    "olmoe": ("olmoe", {**COMMON, "num_experts": 16, "num_attention_heads": 2, "num_key_value_heads": 2}, {}),
     "qwen3_moe": ("qwen3_moe", {**COMMON, "num_experts": 16, "head_dim": 32, "norm_topk_prob": True}, {}),
 }
 

@@ -1,22 +1,33 @@
 """Originals served placed by real vLLM on the CPU: RESHARD_PLACEMENT, and not one byte of the checkpoint rewritten.
 
-"Equal" and "close" are as in `test_serving`: two ranks under zigzag do the sums of stock round-robin in the same order;
-any other placement does them in another. At EP 1 nothing is summed in another order, so the original's bits come back.
+"Equal" and "close" are as in `test_serving`. Two ranks under zigzag do the sums of stock round-robin in the same order,
+and those of a baked output with a contract; any other placement does them in another. At EP 1 nothing is summed
+in another order, so the original's bits come back.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Serving
+from harness import BIN, HERE, PROMPTS, SHIM_ONLY, TIMEOUT, Serving
+from test_served_traffic import recorded, trace
 from test_serving import (
+    MTP,
     Model,
+    assert_answered,
+    assert_close,
     assert_equal,
+    kimi,
+    largest_difference,
+    qwen3,
     round_robin,
+    uneven_mtp,
     v2,
     v3,
 )
@@ -32,11 +43,10 @@ def moe_layers(model: Path) -> tuple[list[str], int]:
     return sorted({layer for layer, _ in experts}), len(numbers)
 
 
-def random_file(serving: Serving, model: Path, ep: int, seed: int = 0, **changes: Any) -> Path:
+def random_file(serving: Serving, model: Path, ep: int, name: str = "random", **changes: Any) -> Path:
     """A placement file for `model` with another random order in each layer."""
     layers, num_experts = moe_layers(model)
-    chance = random.Random(seed)
-    orders = {layer: chance.sample(range(num_experts), num_experts) for layer in layers}
+    chance = random.Random(0)
     content = {
         "reshard_placement": 1,
         "strategy": "random",
@@ -44,20 +54,23 @@ def random_file(serving: Serving, model: Path, ep: int, seed: int = 0, **changes
         "model_type": None,
         "num_experts": num_experts,
         "layers": layers,
-        "physical_to_logical": orders,
+        "physical_to_logical": {layer: chance.sample(range(num_experts), num_experts) for layer in layers},
         **changes,
     }
-    path = serving.directory / f"{model.name}-random{ep}-{seed}-{len(str(content))}.json"
+    path = serving.directory / f"{model.name}-{name}{ep}.json"
     path.write_text(json.dumps(content))
     return path
 
 
-def placed_by(path: Path) -> dict[str, str]:
+def by(path: Path) -> dict[str, str]:
     return {"RESHARD_PLACEMENT": str(path)}
 
 
+# Exact
+
+
 @pytest.mark.parametrize("model", [v3, v2], ids=["V3", "V2"])
-def test_zigzag_of_an_original_equals_stock_round_robin_and_the_log_says_what_was_placed(
+def test_zigzag_of_an_original_equals_stock_round_robin_and_the_log_says_what_is_placed(
     model: Model, serving: Serving
 ) -> None:
     source = model(serving)
@@ -65,3 +78,222 @@ def test_zigzag_of_an_original_equals_stock_round_robin_and_the_log_says_what_wa
     assert_equal(answer, round_robin(serving, source))
     assert "2 MoE layers are placed: zigzag, digest" in answer.log
     assert "every slot was seen to be filled" in answer.log
+
+
+def test_zigzag_with_drafts_and_uneven_ranks_equals_stock_round_robin(serving: Serving) -> None:
+    source = uneven_mtp(serving)
+    original = serving.generate(source, ranks=2, placement="round_robin", plugins=SHIM_ONLY, speculative_config=MTP)
+    answer = serving.generate(source, ranks=2, speculative_config=MTP, environment=ZIGZAG)
+    assert_equal(answer, original)
+    assert answer.accepted_drafts == original.accepted_drafts > 0
+    assert "draft: 1 MoE layers are placed" in answer.log
+
+
+@pytest.mark.parametrize("model", [kimi, qwen3], ids=["Kimi-K2", "Qwen3-MoE"])
+def test_without_groups_zigzag_answers_as_its_baked_output_and_the_original(model: Model, serving: Serving) -> None:
+    source = model(serving)
+    answer = serving.generate(source, ranks=2, environment=ZIGZAG)
+    # not to the bit: where nothing knows of a placement, the order of a token's experts is that of physical ids
+    assert_close(answer, serving.generate(serving.resharded(source, 2), ranks=2, plugins=SHIM_ONLY))
+    assert_close(answer, serving.generate(source, plugins=SHIM_ONLY))
+
+
+def test_layers_placed_each_in_its_own_way_equal_their_baked_output_and_ranks_read_their_experts_only(
+    serving: Serving,
+) -> None:
+    source, out = v3(serving), serving.placed(v3(serving), 2)
+    manifest = out / "reshard_manifest.json"  # a placement file as good as any
+    answer = serving.generate(
+        *(source,), ranks=2, enable_ep_weight_filter=True, environment={**by(manifest), "RECORD_TENSORS": "1"}
+    )
+    assert_equal(answer, serving.generate(out, ranks=2))
+    assert_close(answer, serving.generate(source, ranks=2))
+    placement = json.loads(manifest.read_text())["physical_to_logical"]
+    assert len({tuple(order) for order in placement.values()}) > 1
+    for rank in (0, 1):
+        read = {match.groups() for match in map(EXPERT.match, answer.opened[f"tensors of {rank}"]) if match}
+        assert read == {(layer, str(e)) for layer, order in placement.items() for e in order[8 * rank : 8 * rank + 8]}
+
+
+EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.")
+
+
+def test_on_one_rank_any_placement_equals_the_original_and_chosen_experts_are_logical(serving: Serving) -> None:
+    source = v3(serving)
+    _, original = trace(serving, "v3", source)
+    placement = by(random_file(serving, source, 1))
+    answer, directory = trace(serving, "v3-served", source, environment=placement, enable_return_routed_experts=True)
+    stock = serving.generate(source, plugins=SHIM_ONLY, enable_return_routed_experts=True)
+    assert_equal(answer, stock)
+    assert answer.routed == stock.routed != [None] * len(PROMPTS)
+    assert recorded(directory) == recorded(original) != []
+
+
+def test_the_control_a_router_that_forgets_where_experts_are_gives_other_tokens(serving: Serving) -> None:
+    source = v3(serving)
+    environment = {**by(random_file(serving, source, 1)), "ROUTER_FORGETS": "1"}
+    wrong = serving.generate(source, environment=environment)
+    assert_answered(wrong)
+    assert wrong.tokens != serving.generate(source, plugins=SHIM_ONLY).tokens
+    assert largest_difference(wrong, serving.generate(source, plugins=SHIM_ONLY)) > 0.1
+
+
+def test_a_model_that_reshard_does_not_know_is_served_placed(serving: Serving) -> None:
+    source = serving.model("olmoe")
+    answer = serving.generate(source, ranks=2, environment=by(random_file(serving, source, 2)))
+    assert_close(answer, serving.generate(source, ranks=2, plugins=SHIM_ONLY))
+    assert "3 MoE layers are placed" in answer.log
+
+
+def test_compiled_code_is_kept_for_one_placement_and_answers_the_same(serving: Serving) -> None:
+    source = v3(serving)
+    cache = {"VLLM_CACHE_ROOT": str(serving.directory / "compiled-placed")}
+    placement = by(random_file(serving, source, 1))
+    compiled = serving.generate(source, enforce_eager=False, environment={**cache, **placement})
+    assert_close(compiled, serving.generate(source, plugins=SHIM_ONLY))
+    assert "saved AOT compiled function" in compiled.log
+    linear = serving.generate(source, enforce_eager=False, environment=cache)
+    assert_equal(linear, compiled)
+    assert "saved AOT compiled function" in linear.log, "it took the code of the placed run"
+
+
+# New weights
+
+
+def test_new_weights_go_to_their_places_and_what_cannot_is_refused(serving: Serving) -> None:
+    source, other = v3(serving), serving.model("deepseek_v3", seed=1)
+    request = {
+        "model": str(source),
+        "other": str(other),
+        "output": str(serving.resharded(source, 2)),
+        "prompts": PROMPTS,
+        "max_tokens": 8,
+        "llm": {},
+    }
+    environment = {
+        **serving._environment(),
+        **by(random_file(serving, source, 1)),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    with serving._lock():
+        ran = subprocess.run(
+            [BIN / "python", HERE / "reload.py"],
+            input=json.dumps(request),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=2 * TIMEOUT,
+        )
+    assert ran.returncode == 0, ran.stderr[-6000:]
+    found = json.loads(ran.stdout)
+    stock = [tokens[:8] for tokens in serving.generate(source, plugins=SHIM_ONLY).tokens]
+    assert found["at first"] == stock
+    for step in ("reload", "sleep", "update", "back"):
+        assert found[step] == stock, step
+    for step, fault in (("by slot", "kernel format"), ("an output", "is an output"), ("save", "in their slots")):
+        assert re.match(rf"UnsupportedError: .*refused while the model is served placed: .*{fault}", found[step]), found
+    others = [tokens[:8] for tokens in serving.generate(other, plugins=SHIM_ONLY).tokens]
+    assert found["another model"] == others != stock
+    assert found["sleep without the buffer"] == stock
+    assert found["lost"][0] != stock, "the control: without its buffer the placement is lost"
+
+
+# Refused
+
+
+def configured(serving: Serving, model: Path, cases: dict[str, tuple[str | None, dict[str, Any]]]) -> dict[str, Any]:
+    """What vLLM makes of options with RESHARD_PLACEMENT: the error, or the configuration's hash and placement."""
+    code = (
+        "import json, os, pickle, sys\n"
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "found = {}\n"
+        "for name, (asked, options) in json.loads(sys.argv[2]).items():\n"
+        "    os.environ.pop('RESHARD_PLACEMENT', None)\n"
+        "    if asked:\n"
+        "        os.environ['RESHARD_PLACEMENT'] = asked\n"
+        "    base = dict(model=sys.argv[1], dtype='float32', enforce_eager=True, max_model_len=128,\n"
+        "        attention_backend='CPU_MLA', skip_tokenizer_init=True, tensor_parallel_size=2,\n"
+        "        enable_expert_parallel=True)\n"
+        "    try:\n"
+        "        config = EngineArgs(**{**base, **options}).create_engine_config()\n"
+        "        found[name] = [config.compute_hash(), config.additional_config.get('reshard'),\n"
+        "            pickle.dumps(config.additional_config).hex()]\n"
+        "    except Exception as error:\n"
+        "        found[name] = f'{type(error).__name__}: {error}'\n"
+        "print(json.dumps(found))\n"
+    )
+    ran = serving.python(code, model, json.dumps(cases))
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    found["log"] = ran.stdout + ran.stderr
+    return found
+
+
+def test_what_gets_past_a_placement_is_refused_with_one_line_before_any_process_starts(serving: Serving) -> None:
+    source = v3(serving)
+    copies = random_file(serving, source, 2, "copies", physical_to_logical=[*range(16), 0, 1])
+    other_e = random_file(serving, source, 2, "other-e", num_experts=8, layers=[], physical_to_logical=list(range(8)))
+    inline = {"reshard": {"placement": "zigzag"}}
+    cases: dict[str, tuple[str | None, dict[str, Any], str]] = {
+        "round robin": ("zigzag", {"expert_placement_strategy": "round_robin"}, "leave that option out"),
+        "LoRA": ("zigzag", {"enable_lora": True}, "serve without LoRA"),
+        "sharded": ("zigzag", {"load_format": "sharded_state"}, "load format sharded_state does not load experts"),
+        "output": ("zigzag", {"model": str(serving.resharded(source, 2))}, "an output of reshard"),
+        "plain output": ("zigzag", {"model": str(serving.resharded(kimi(serving), 2))}, "an output of reshard"),
+        "no file": ("zigzagg", {}, "no such file; expected zigzag, node-zigzag:M"),
+        "no nodes": ("node-zigzag", {}, "expected node-zigzag:M with M nodes"),
+        "uneven nodes": ("node-zigzag:3", {}, "2 EP ranks are not the same number on each of 3 nodes"),
+        "copies": (str(copies), {}, "copies cannot be served yet"),
+        "other E": (str(other_e), {}, "made for 8 experts, .* has 16; .*reshard export .* --to vllm --ep 2"),
+        "other EP": (str(random_file(serving, source, 4)), {}, "made for 4 EP ranks, served on 2; .*reshard export"),
+        "EP off": (
+            *(str(random_file(serving, source, 2)), {"enable_expert_parallel": False}),
+            "served on 1 .expert parallelism is off",
+        ),
+        "key": (None, {"additional_config": {"reshard": {"placement": "zigzag", "x": 1}}}, "unknown key 'x'"),
+        "shape": (None, {"additional_config": {"reshard": "zigzag"}}, "additional_config.reshard is 'zigzag'"),
+        "both": ("node-zigzag:2", {"additional_config": inline}, "give one, or both the same"),
+    }
+    served = {
+        "zigzag": ("zigzag", {}),
+        "inline": (None, {"additional_config": inline}),
+        "file": (str(random_file(serving, source, 2)), {}),
+        "idle": ("zigzag", {"enable_expert_parallel": False}),
+        "linear": (None, {}),
+    }
+    asked = {name: case[:2] for name, case in cases.items()}
+    found = configured(serving, source, {**asked, **served})
+    for name, (_, _, fault) in cases.items():
+        assert isinstance(found[name], str), f"{name} was not refused"
+        assert re.match(rf"(Unsupported|Checkpoint)Error: .*{fault}", found[name]), found[name]
+        assert "\n" not in found[name]
+    assert found["zigzag"][:2] == found["inline"][:2], "the same request in two ways"
+    assert len({found[name][0] for name in served}) == 4, "each placement has compiled code of its own"
+    assert len({found[name][1]["digest"] for name in ("zigzag", "file", "idle")}) == 3
+    assert "the placement is idle" in found["log"]
+    assert found["linear"][1] is None
+    code = "import pickle, sys; sys.modules['reshard'] = None; print(pickle.loads(bytes.fromhex(sys.argv[1])))"
+    arrived = serving.python(code, found["zigzag"][2])
+    assert arrived.returncode != 0
+    assert "ModuleNotFoundError" in arrived.stderr, "a worker without reshard would serve linear"
+
+
+def test_a_rank_without_the_plugin_is_named(serving: Serving) -> None:
+    soon = {**ZIGZAG, "RESHARD_AGREEMENT_SECONDS": "45"}
+    one, _ = serving.each(v3(serving), [soon, {"VLLM_PLUGINS": SHIM_ONLY}])
+    assert one.returncode != 0
+    assert re.search(r"ranks 1 did not say within 45 s which placement they serve", one.stderr), one.stderr[-4000:]
+
+
+def test_a_rank_with_another_placement_is_named_by_each(serving: Serving) -> None:
+    source = v3(serving)
+    one, other = serving.each(source, [ZIGZAG, by(random_file(serving, source, 2))])
+    for rank, ended in enumerate((one, other)):
+        assert ended.returncode != 0
+        assert re.search(rf"ranks {1 - rank} serve another placement than this one", ended.stderr), ended.stderr[-4000:]
+
+
+def test_a_vllm_whose_hooks_are_others_is_refused_where_a_placement_is_asked_for(serving: Serving) -> None:
+    refusal = serving.generate(v3(serving), environment={**ZIGZAG, "HOOK_IS_GONE": "1"})
+    assert refusal.status != 0
+    assert re.search(r"create_fused_moe_router.*a placement can be served with vLLM 0\.26 to 0\.33", refusal.log)

@@ -2,6 +2,7 @@
 
 python interpreted.py route CASE      a line of JSON in, a line of JSON out: see `route`
 python interpreted.py sum CASE        the same: see `sum_rows`
+python interpreted.py map CASE        the same: see `map_some_ids`
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ def route(case: list[Any]) -> list[Any]:
     physical_logits, physical_bias = torch.empty_like(logits), torch.empty_like(bias)
     physical_logits[:, place], physical_bias[place] = logits, bias
     weights, ids = module.grouped_topk(physical_logits, physical_bias if biased else None, place.int(), choice)
+    # the variant for originals: the same bits in, in logical order, give the same bits out
+    again = module.grouped_topk(logits, bias if biased else None, place.int(), choice, logical=True)
+    assert torch.equal(weights.view(torch.int32), again[0].view(torch.int32))
+    assert torch.equal(ids, again[1])
     values = scores + bias if biased else scores
     return [found.tolist() for found in (place, values, ids, weights, scores)]
 
@@ -78,5 +83,18 @@ def sum_rows(case: list[Any]) -> list[Any]:
     return [[[number.hex() for number in row] for row in rows.tolist()], [total.hex() for total in totals.tolist()]]
 
 
+def map_some_ids(case: list[Any]) -> list[Any]:
+    """Random ids, some of them negative, where experts stand, and what `map_ids` makes of the ids."""
+    from reshard.vllm.map_ids import map_ids
+
+    tokens, top_k, experts, dtype = case
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(-1, experts, (tokens, top_k), generator=generator).to(getattr(torch, dtype))
+    place = torch.randperm(experts, generator=generator).int()
+    mapped = map_ids(ids.t().contiguous().t(), place)  # not contiguous, as some routers' ids are not
+    assert mapped.dtype == ids.dtype
+    return [ids.tolist(), place.tolist(), mapped.tolist()]
+
+
 if __name__ == "__main__":
-    print(json.dumps({"route": route, "sum": sum_rows}[sys.argv[1]](json.loads(sys.argv[2]))))
+    print(json.dumps({"route": route, "sum": sum_rows, "map": map_some_ids}[sys.argv[1]](json.loads(sys.argv[2]))))

@@ -40,7 +40,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Callable[[torc
     """By name what the stand-in for the kernel answers; a name is a choice."""
     kernels = {"right": right, "by one bit": by_one_bit, "only where infinite": only_where_infinite}
 
-    def grouped_topk(logits: torch.Tensor, bias: Any, place: Any, choice: str) -> Answer:
+    def grouped_topk(logits: torch.Tensor, bias: Any, place: Any, choice: str, logical: bool) -> Answer:
         return kernels[choice](logits)
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -121,3 +121,9 @@ def test_the_control_each_order_gives_other_sums() -> None:
 def sums(*case: Any) -> tuple[list[list[float]], list[float]]:
     rows, totals = interpreted("sum", *case)
     return [list(map(float.fromhex, row)) for row in rows], list(map(float.fromhex, totals))
+
+
+@pytest.mark.parametrize("case", [(1, 8, 256, "int32"), (100, 6, 160, "int64"), (0, 8, 16, "int32")], ids=str)
+def test_ids_of_an_original_are_mapped_and_padding_stays_padding(case: tuple[Any, ...]) -> None:
+    ids, place, mapped = interpreted("map", *case)
+    assert mapped == [[place[expert] if expert >= 0 else expert for expert in row] for row in ids]

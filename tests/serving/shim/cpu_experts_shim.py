@@ -6,7 +6,8 @@ expert 0, whose output counts nothing). The order in which a token's experts are
 
 Where OPENED_SAFETENSORS_LOG names a file, each process appends to it a line of JSON for each safetensors file it opens.
 Where NODES is a JSON list of directories, rank i reads its weights from the i-th, as on a node of its own. VLLM_IS and
-HOOK_IS_GONE make vLLM look like one that reshard's plugin does not fit.
+HOOK_IS_GONE make vLLM look like one that reshard's plugin does not fit. RECORD_TENSORS notes the tensors that are read,
+too. ROUTER_FORGETS lets routers of a model that is served placed answer as if experts were where they always were.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ def install() -> None:
         _record_opened(path)
     if nodes := os.environ.get("NODES"):
         _read_from_nodes(json.loads(nodes))
+    if "ROUTER_FORGETS" in os.environ:
+        from reshard.vllm import placed
+
+        placed.ExpertPlace.forward = lambda self, ids: ids
     if version := os.environ.get("VLLM_IS"):
         vllm.__version__ = version
     if "HOOK_IS_GONE" in os.environ:
@@ -103,20 +108,45 @@ def _record_opened(path: str) -> None:
     import safetensors.torch
     from vllm.model_executor.model_loader import weight_utils
 
+    def note(who: str, what: str) -> None:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else None
+        line = json.dumps(
+            {"pid": os.getpid(), "rank": rank if not who or rank is None else f"{who}{rank}", "file": what}
+        )
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(descriptor, f"{line}\n".encode())
+        os.close(descriptor)
+
     def record(name: object) -> None:
         if isinstance(name, (str, os.PathLike)) and os.fspath(name).endswith(".safetensors"):
-            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else None
-            line = json.dumps({"pid": os.getpid(), "rank": rank, "file": Path(name).name})
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            os.write(descriptor, f"{line}\n".encode())
-            os.close(descriptor)
+            note("", Path(name).name)
 
     safe_open = safetensors.safe_open
+
+    class Noting:
+        """An open file that notes which tensors are read."""
+
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def __enter__(self) -> Noting:
+            return Noting(self._file.__enter__())
+
+        def __exit__(self, *args: Any) -> Any:
+            return self._file.__exit__(*args)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def get_tensor(self, name: str) -> Any:
+            note("tensors of ", name)
+            return self._file.get_tensor(name)
 
     @functools.wraps(safe_open, updated=())
     def recording_safe_open(filename: Any, *args: Any, **kwargs: Any) -> Any:
         record(filename)
-        return safe_open(filename, *args, **kwargs)
+        file = safe_open(filename, *args, **kwargs)
+        return Noting(file) if "RECORD_TENSORS" in os.environ else file
 
     for module in (safetensors, safetensors.torch, weight_utils):
         setattr(module, "safe_open", recording_safe_open)  # noqa: B010

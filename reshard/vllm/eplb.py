@@ -1,0 +1,123 @@
+"""EPLB that starts from a placement, layer by layer, redundant experts included.
+
+vLLM starts EPLB from one list for all layers, and its loader stops after the first local copy of an expert. So
+experts are loaded where vLLM expects them. Then its own `rearrange_expert_weights_inplace` moves them, and the maps are
+committed: before warm-up, in the tensors that layers already share. From there on EPLB works as ever.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from ..errors import UnsupportedError
+from ..placement.permutations import rank_slots
+from .patching import replace_if_there
+from .served import ServedPlacement, current_placement
+from .worker import is_proved
+
+
+def install(module: ModuleType) -> None:
+    """Move experts once EPLB knows a model; `module` defines EplbState."""
+    replace_if_there(module.EplbState, "add_model", _then_place)
+
+
+def with_copies(order: Sequence[int], ep_size: int, num_redundant: int) -> tuple[int, ...]:
+    """A placement with redundant experts: the same ranks' experts, and copies behind them.
+
+    The first `num_redundant` logical experts get one copy more each, in turn, as vLLM has it. A copy goes to a rank
+    that has a slot left and no copy of that expert yet: of those to the one with the most slots left.
+
+    Parameters:
+        order: physical_to_logical [E], a permutation
+        ep_size: R, EP ranks
+        num_redundant: S, redundant experts; R divides E + S
+
+    Returns:
+        physical_to_logical [E + S], as many slots on each rank
+
+    Raises:
+        UnsupportedError: R does not divide E + S, or a copy would have to stand beside another of its expert
+    """
+    num_experts, slots = len(order), len(order) + num_redundant
+    if slots % ep_size:
+        raise UnsupportedError(f"{num_experts} + {num_redundant} redundant experts are not as many on {ep_size} ranks")
+    held = [list(order[own.start : own.stop]) for own in rank_slots(num_experts, ep_size)]
+    size = slots // ep_size
+    for copy in range(num_redundant):
+        expert = copy % num_experts
+        fitting = [rank for rank, experts in enumerate(held) if len(experts) < size and expert not in experts]
+        if fitting:
+            held[min(fitting, key=lambda rank: (len(held[rank]), rank))].append(expert)
+            continue
+        # ranks with room hold the expert already: one that does not gives a copy away to make room
+        room = next(rank for rank, experts in enumerate(held) if len(experts) < size)
+        for experts in held:
+            movable = [other for other in experts if other not in held[room]]
+            if expert not in experts and movable:
+                experts[experts.index(movable[-1])] = expert
+                held[room].append(movable[-1])
+                break
+        else:
+            raise UnsupportedError(
+                f"{num_redundant} redundant experts on {ep_size} ranks: a copy of expert {expert} would stand beside "
+                "another; use fewer"
+            )
+    return tuple(expert for experts in held for expert in experts)
+
+
+def _then_place(add_model: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(add_model)
+    def add_model_placed(state: Any, model: Any, model_config: Any, *args: Any, **kwargs: Any) -> None:
+        known = set(state.model_states)
+        add_model(state, model, model_config, *args, **kwargs)
+        served = current_placement()
+        if served is None:
+            return
+        for key in state.model_states.keys() - known:
+            place(state.model_states[key], served, is_draft=getattr(model_config, "runner_type", None) == "draft")
+
+    return add_model_placed
+
+
+def place(model_state: Any, served: ServedPlacement, *, is_draft: bool) -> None:
+    """Move the experts of an EplbModelState to their places, and commit its maps.
+
+    UnsupportedError where a layer is not in the placement, or the maps are not what was asked for afterwards.
+    """
+    import torch
+    from vllm.distributed.eplb import eplb_state
+    from vllm.distributed.parallel_state import get_ep_group
+
+    model, old = model_state.model, model_state.physical_to_logical_map
+    names = [layer.layer_name for layer in model.moe_layers]
+    redundant = model.num_redundant_experts
+    wanted = []
+    for name, before in zip(names, old.tolist(), strict=True):
+        order = served.order(name, model.num_logical_experts)
+        wanted.append(list(before) if order is None else list(with_copies(order, served.ep_size, redundant)))
+    new = torch.tensor(wanted, dtype=old.dtype, device=old.device)
+    eplb_state.rearrange_expert_weights_inplace(
+        old,
+        new,
+        model.expert_weights,
+        model_state.expert_buffer,
+        get_ep_group().device_group,
+        model_state.communicator,
+    )
+    eplb_state._commit_eplb_maps(model_state, new_physical_to_logical_map=new)
+    if model_state.physical_to_logical_map.tolist() != wanted:
+        raise UnsupportedError(f"{served.asked}: vLLM's EPLB did not take the placement over; serve without EPLB")
+    is_proved(served)
+    from vllm.logger import init_logger
+
+    init_logger("vllm.plugins.reshard").info(
+        "%sEPLB starts from the placement %s in %d MoE layers, %d redundant experts, digest %s",
+        "draft: " if is_draft else "",
+        served.asked,
+        len(names),
+        redundant,
+        served.digest[:12],
+    )

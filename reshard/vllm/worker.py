@@ -1,0 +1,125 @@
+"""What a worker may do with an original that is served placed: load it by the hooks that were read, and no other way.
+
+New weights that name whole tensors by the original's ids go through the same seam as loading: `reload_weights` from
+disk, and updates that vLLM hands to `load_weights`. What knows slots only would put experts where others are, or write
+a placed model to a file that does not say so. That is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import UnsupportedError
+from .patching import replace_if_there
+from .request import MANIFEST
+from .served import ServedPlacement, served_placement
+from .support import VERSIONS, what_is_wrong_with_placing
+
+SAVING = ("save_sharded_state", "save_tensorized_model")
+WITH_EPLB = "with EPLB the maps of experts lie in the memory of the weights, and would be lost: serve without EPLB"
+_proved: list[str] = []  # digests of the placements that models of this process were seen to have
+
+
+def install(module: ModuleType) -> None:
+    """Watch over the Worker of the module."""
+    replace_if_there(module.Worker, "load_model", _proved_load)
+    replace_if_there(module.Worker, "reload_weights", _checked_reload)
+    replace_if_there(module.Worker, "sleep", _checked_sleep)
+    replace_if_there(module.Worker, "wake_up", _restoring)
+    for name in SAVING:
+        replace_if_there(module.Worker, name, _refused)
+
+
+def is_proved(served: ServedPlacement) -> None:
+    """A model of this process has the placement: `proof` or `eplb` saw it."""
+    _proved.append(served.digest)
+
+
+def _proved_load(load_model: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(load_model)
+    def load_and_look(worker: Any, *args: Any, **kwargs: Any) -> None:
+        served = served_placement(worker.vllm_config)
+        if served is None:
+            load_model(worker, *args, **kwargs)
+            return
+        if fault := what_is_wrong_with_placing():
+            raise UnsupportedError(f"{served.asked}: {fault}; a placement can be served with vLLM {VERSIONS}")
+        before = len(_proved)
+        load_model(worker, *args, **kwargs)
+        if len(_proved) == before:
+            raise UnsupportedError(
+                f"{served.asked}: the model was loaded in a way that reshard does not see; a placement can be served "
+                f"with vLLM {VERSIONS}, in its usual load formats"
+            )
+
+    return load_and_look
+
+
+def _checked_reload(reload: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(reload)
+    def reload_weights(
+        worker: Any,
+        weights_iterator: Any = None,
+        weights_path: str | None = None,
+        is_checkpoint_format: bool = True,
+        **more: Any,
+    ) -> None:
+        if (served := served_placement(worker.vllm_config)) is not None:
+            eplb = worker.vllm_config.parallel_config.enable_eplb
+            if fault := reload_fault(weights_path, is_checkpoint_format, eplb):
+                raise _refuse(served, "reload_weights", fault)
+        reload(worker, weights_iterator, weights_path, is_checkpoint_format, **more)
+
+    return reload_weights
+
+
+def reload_fault(weights_path: str | None, is_checkpoint_format: bool, eplb: bool) -> str | None:
+    """Why such a reload would put experts where they do not belong, and what to do; None where it would not."""
+    if eplb:
+        return WITH_EPLB
+    if not is_checkpoint_format:
+        return "weights in kernel format are by slot; send them in the checkpoint's format"
+    if weights_path is not None and Path(weights_path, MANIFEST).is_file():
+        return f"{weights_path} is an output of reshard, in other ids; reload an original"
+    return None
+
+
+def _checked_sleep(sleep: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(sleep)
+    def sleep_or_refuse(worker: Any, level: int = 1, *args: Any, **kwargs: Any) -> None:
+        served = served_placement(worker.vllm_config)
+        if served is not None and level == 2 and worker.vllm_config.parallel_config.enable_eplb:
+            raise _refuse(served, "sleep level 2", WITH_EPLB)
+        sleep(worker, level, *args, **kwargs)
+
+    return sleep_or_refuse
+
+
+def _restoring(wake_up: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(wake_up)
+    def wake_up_and_restore(worker: Any, tags: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        wake_up(worker, tags, *args, **kwargs)
+        if served_placement(worker.vllm_config) is not None and (tags is None or "weights" in tags):
+            from .placed import restore_places  # imports torch
+
+            restore_places()
+
+    return wake_up_and_restore
+
+
+def _refused(save: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(save)
+    def save_or_refuse(worker: Any, *args: Any, **kwargs: Any) -> None:
+        if (served := served_placement(worker.vllm_config)) is not None:
+            raise _refuse(served, save.__name__, "it would write experts in their slots; serve linear to save")
+        save(worker, *args, **kwargs)
+
+    return save_or_refuse
+
+
+def _refuse(served: ServedPlacement, what: str, fault: str) -> UnsupportedError:
+    return UnsupportedError(f"{served.asked}: {what} is refused while the model is served placed: {fault}")

@@ -1,0 +1,214 @@
+"""Originals served placed by real vLLM with its CUDA kernels: RESHARD_PLACEMENT beside stock vLLM.
+
+"Identical" is to the last bit of all tokens and log-probabilities. At EP 1 any placement is identical to the original:
+no sum is in another order. EP ranks under zigzag are identical to stock ones under round-robin. Where EPLB or data
+parallelism sums in another order, only each prompt's first token is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import EAGER, EXPERT_PARALLEL, GRAPHS, HERE, PROMPTS, TIMEOUT, Gpu, together
+from test_gpu import (
+    REPEATS,
+    Model,
+    _small,
+    agreeing,
+    assert_by_the_kernel,
+    assert_identical,
+    r1,
+    same_first_tokens,
+    uneven,
+    v2,
+    v3,
+)
+
+ZIGZAG = {"RESHARD_PLACEMENT": "zigzag"}
+
+
+def without_groups(gpu: Gpu) -> Path:
+    """256 experts in one group, as Kimi-K2 has them: their ids are mapped by a kernel of its own."""
+    return _small(gpu, "deepseek_v3", n_group=1, topk_group=1)
+
+
+def random_placement(gpu: Gpu, model: Path, ep: int) -> dict[str, str]:
+    """A placement file with another random order in each layer, as the environment that serves it."""
+    names = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
+    experts = [name.split(".experts.") for name in names if ".experts." in name]
+    layers = sorted({layer for layer, _ in experts})
+    count = len({rest.split(".")[0] for _, rest in experts})
+    chance = random.Random(0)
+    path = gpu.directory / f"{model.name}-random{ep}.json"
+    orders = {layer: chance.sample(range(count), count) for layer in layers}
+    path.write_text(json.dumps({"physical_to_logical": orders, "ep_size": ep}))
+    return {"RESHARD_PLACEMENT": str(path)}
+
+
+def assert_placed(log: str, layers: int = 2) -> None:
+    assert re.search(rf"\b{layers} MoE layers are placed: .*digest .*every slot was seen", log)
+
+
+@pytest.mark.parametrize("model", [v3, v2, without_groups])
+def test_ep_1_with_torch_compile_and_cuda_graphs_is_identical_in_any_placement(model: Model, gpu: Gpu) -> None:
+    source = model(gpu)
+    placement = random_placement(gpu, source, 1)
+    answer, expected = together(
+        lambda: gpu.answer(source, GRAPHS, environment=placement), lambda: gpu.answer(source, GRAPHS)
+    )
+    assert_identical(answer, expected)
+    assert_placed(answer.log)
+    if model is not without_groups:
+        assert_by_the_kernel(answer)
+
+
+@pytest.mark.parametrize(("model", "ranks"), [(v3, 2), (v3, 4), (v3, 8), (v2, 2), (v2, 8), (uneven, 8)])
+def test_ep_is_identical_to_stock_round_robin(model: Model, ranks: int, gpu: Gpu) -> None:
+    source = model(gpu)
+    original = {**EXPERT_PARALLEL, "expert_placement_strategy": "round_robin"}
+    answer, expected = together(
+        lambda: gpu.answer(source, EXPERT_PARALLEL, ranks=ranks, environment=ZIGZAG),
+        lambda: gpu.answer(source, original, ranks=ranks),
+    )
+    assert "round_robin" in expected.log
+    assert_identical(answer, expected)
+    assert_placed(answer.log)
+    assert_by_the_kernel(answer)
+
+
+def test_a_random_placement_of_each_layer_is_identical_to_its_baked_output(gpu: Gpu) -> None:
+    source = v3(gpu)
+    placement = random_placement(gpu, source, 2)
+
+    def make(out: Path) -> None:
+        arguments = ["place", "--src", source, "--ep", "2", "--out", out, "--quiet", "--strategy", "file"]
+        command = [sys.executable, "-m", "reshard", *arguments, "--map", placement["RESHARD_PLACEMENT"]]
+        subprocess.run(command, env=gpu.environment, check=True, timeout=TIMEOUT)
+
+    output = gpu.made("v3-random2", make)
+    answer, expected = together(
+        lambda: gpu.answer(source, EXPERT_PARALLEL, ranks=2, environment=placement),
+        lambda: gpu.answer(output, EXPERT_PARALLEL, ranks=2),
+    )
+    assert_identical(answer, expected)
+    assert_placed(answer.log)
+
+
+def test_mtp_drafts_are_placed_and_accepted_as_often(gpu: Gpu) -> None:
+    source = _small(gpu, "deepseek_v3", mtp=True, num_hidden_layers=2)
+    drafting = {**EAGER, "speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+    placement = random_placement(gpu, source, 1)
+    answer, expected = together(
+        lambda: gpu.answer(source, drafting, environment=placement), lambda: gpu.answer(source, drafting)
+    )
+    assert_identical(answer, expected)
+    assert answer.drafts == expected.drafts
+    assert "draft: 1 MoE layers are placed" in answer.log
+
+
+@pytest.mark.parametrize("how", [EAGER, GRAPHS], ids=["eager", "graphs"])
+def test_fp8_blocks_at_the_size_of_r1_s_layers_are_identical_at_ep_1(how: dict[str, Any], gpu: Gpu) -> None:
+    source = r1(gpu)
+    placement = random_placement(gpu, source, 1)
+    answer, expected = together(
+        lambda: gpu.answer(source, how, repeats=REPEATS, environment=placement),
+        lambda: gpu.answer(source, how, repeats=REPEATS),
+    )
+    assert_identical(answer, expected)
+    assert answer.digests == expected.digests
+    assert_placed(answer.log)
+
+
+def test_returned_experts_are_logical(gpu: Gpu) -> None:
+    source = v3(gpu)
+    returning = {**EAGER, "enable_return_routed_experts": True}
+    placement = random_placement(gpu, source, 1)
+    answer, expected = together(
+        lambda: gpu.answer(source, returning, environment=placement), lambda: gpu.answer(source, returning)
+    )
+    assert_identical(answer, expected)
+    assert answer.routed == expected.routed != [None] * len(PROMPTS)
+
+
+def test_sleep_level_2_and_reload_keep_the_placement(gpu: Gpu) -> None:
+    source = v3(gpu)
+    placement = random_placement(gpu, source, 1)
+    request = json.dumps({"model": str(source), "prompts": PROMPTS[:4], "max_tokens": 16, "llm": GRAPHS})
+    found = []
+    for more in (placement, {}):
+        command, environment = [sys.executable, HERE / "sleep.py"], {**gpu.environment, **more}
+        ran = subprocess.run(
+            command, env=environment, input=request, capture_output=True, text=True, timeout=2 * TIMEOUT
+        )
+        assert ran.returncode == 0, ran.stderr[-6000:]
+        found.append(json.loads(ran.stdout.splitlines()[-1]))
+    placed, stock = found
+    assert placed["at first"] == stock["at first"]
+    for step in ("reload", "sleep 2 and reload"):
+        assert stock[step] == stock["at first"], f"vLLM itself does not keep its weights over {step}"
+        assert placed[step] == placed["at first"], step
+
+
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_eplb_starts_from_the_placement_and_answers_stay_right(redundant: int, gpu: Gpu) -> None:
+    source = v3(gpu)
+    steps = {"window_size": 4, "step_interval": 8, "use_async": False, "communicator": "torch_gloo"}
+    balancing = {
+        **EXPERT_PARALLEL,
+        "enable_eplb": True,
+        "eplb_config": {**steps, "num_redundant_experts": redundant},
+    }
+    placement = random_placement(gpu, source, 2)
+    answer, expected = together(
+        lambda: gpu.answer(source, balancing, ranks=2, environment=placement),
+        lambda: gpu.answer(source, EXPERT_PARALLEL, ranks=2),
+    )
+    assert answer.status == 0, answer.log[-8000:]
+    assert re.search(rf"EPLB starts from the placement .* in 2 MoE layers, {redundant} redundant", answer.log)
+    assert re.search(r"Rearranged experts\s+in", answer.log), "and it goes on from there"
+    same = same_first_tokens(answer, expected)
+    print(f"EPLB: the first token of {same} of {len(answer.tokens)} prompts agrees with the original's without it")
+    assert same >= len(answer.tokens) - 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL, which vLLM needs for this, wants a GPU for each rank")
+def test_data_parallel_answers_stay_right(gpu: Gpu) -> None:
+    each_its_own = {**EXPERT_PARALLEL, "tensor_parallel_size": 1, "data_parallel_size": 2}
+    source = v3(gpu)
+    placement = random_placement(gpu, source, 2)
+    answer, expected = together(
+        lambda: gpu.answer(source, each_its_own, ranks=2, environment=placement),
+        lambda: gpu.answer(source, each_its_own, ranks=2),
+    )
+    for one in (answer, expected):
+        assert one.status == 0, one.log[-8000:]
+    assert_placed(answer.log)
+    assert same_first_tokens(answer, expected) >= len(expected.tokens) - 1
+
+
+def test_the_control_a_router_that_forgets_gives_other_tokens(gpu: Gpu) -> None:
+    source = without_groups(gpu)
+    placement = {**random_placement(gpu, source, 1), "ROUTER_FORGETS": "1"}
+    spoilt, expected = together(
+        lambda: gpu.answer(source, EAGER, environment=placement), lambda: gpu.answer(source, EAGER)
+    )
+    assert agreeing(spoilt, expected) < len(expected.flat) // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_are_mapped_as_by_indexing(dtype: torch.dtype) -> None:
+    from reshard.vllm.map_ids import map_ids
+
+    for tokens in (1, 7, 64, 4096):
+        ids = torch.randint(-1, 256, (tokens, 8), device="cuda").to(dtype)
+        place = torch.randperm(256, device="cuda").int()
+        expected = torch.where(ids >= 0, place[ids.clamp(min=0).long()].to(dtype), ids)
+        assert torch.equal(map_ids(ids, place), expected)

@@ -1,0 +1,91 @@
+"""New weights for a served model, and memory that is lost, by vLLM's own means. Runs in vLLM's environment.
+
+Reads one JSON object from standard input: `model`, `prompts`, `max_tokens`, `llm` as generate.py does, and `other`,
+another checkpoint of the same shape, and `output`, what reshard made of one. Prints one line of JSON: the tokens that
+were generated after each step, or the error that it ended in.
+
+CPUs have no sleep mode. `sleep` does here what a GPU's worker does for level 2: buffers of modules are saved, all
+memory of the model is lost, buffers are restored, and the weights are loaded again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import generate
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """Answer a request."""
+    import torch
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=request["model"], **{**generate.FIXED, **request["llm"]})
+    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, detokenize=False)
+
+    def tokens() -> list[list[int]]:
+        prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+        return [list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, sampling, use_tqdm=False)]
+
+    def sleep(worker: Any, restore: bool = True) -> None:
+        model = worker.model_runner.get_model()
+        saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data.zero_()
+        for name, buffer in model.named_buffers():
+            if restore or "_expert_map" not in name:
+                buffer.data.copy_(saved[name])
+        worker.reload_weights()
+        if not restore:  # what it would be without them, and back again
+            lost.append(tokens())
+            for name, buffer in model.named_buffers():
+                buffer.data.copy_(saved[name])
+
+    def update(worker: Any) -> None:
+        from vllm.model_executor.model_loader import get_model_loader
+
+        runner = worker.model_runner
+        loader = get_model_loader(runner.vllm_config.load_config)
+        tensors = [(name, tensor.clone()) for name, tensor in loader.get_all_weights(runner.model_config, runner.model)]
+        for parameter in runner.get_model().parameters():
+            parameter.data.zero_()
+        worker.reload_weights(weights_iterator=iter(tensors))
+
+    def by_slot(worker: Any) -> None:
+        worker.reload_weights(weights_iterator=iter([]), is_checkpoint_format=False)
+
+    lost: list[list[list[int]]] = []
+    steps: dict[str, Callable[[Any], Any]] = {
+        "at first": lambda worker: None,
+        "reload": lambda worker: worker.reload_weights(),
+        "sleep": sleep,
+        "update": update,
+        "by slot": by_slot,
+        "an output": lambda worker: worker.reload_weights(weights_path=request["output"]),
+        "save": lambda worker: worker.save_sharded_state("/nowhere"),
+        "another model": lambda worker: worker.reload_weights(weights_path=request["other"]),
+        "back": lambda worker: worker.reload_weights(weights_path=request["model"]),
+        "sleep without the buffer": lambda worker: sleep(worker, restore=False),
+    }
+    found: dict[str, Any] = {}
+    with torch.inference_mode():
+        for name, step in steps.items():
+            try:
+                llm.collective_rpc(step)
+            except Exception as error:
+                found[name] = f"{type(error).__name__}: {error}"
+                continue
+            found[name] = tokens()
+    return {**found, "lost": lost}
+
+
+if __name__ == "__main__":
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    line = json.dumps(run(json.load(sys.stdin)))
+    os.write(answers, f"{line}\n".encode())
+    os._exit(0)

@@ -1,0 +1,317 @@
+"""The parts of serving an original placed, without vLLM: what is asked for, where experts go, the proof, the ranks."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from reshard.errors import UnsupportedError
+from reshard.placement.permutations import invert, node_zigzag, rank_slots, zigzag
+from reshard.placement.placement_file import PlacementFile, encode_placement_file
+from reshard.vllm.agreement import compare, publish
+from reshard.vllm.eplb import with_copies
+from reshard.vllm.placed import ExpertPlace
+from reshard.vllm.placed_weights import Filling, install
+from reshard.vllm.request import Model, asked_for, resolve
+from reshard.vllm.served import ServedPlacement, served_file, served_strategy
+from reshard.vllm.weight_filter import PlacedExperts, install_question
+from reshard.vllm.worker import reload_fault
+
+LAYERS = ["model.layers.1.mlp", "model.layers.2.mlp", "model.layers.3.mlp"]
+ORDERS = {layer: list(order) for layer, order in zip(LAYERS, (zigzag(8, 2), zigzag(8, 4), range(8)), strict=True)}
+FILE = PlacementFile(
+    strategy="balanced", ep_size=2, model_type=None, num_experts=8, layers=LAYERS, physical_to_logical=ORDERS
+)
+MODEL = Model(
+    name="org/model",
+    num_experts=8,
+    num_layers=3,
+    n_group=4,
+    ep_size=2,
+    expert_parallel=True,
+    is_output=False,
+    strategy="linear",
+    load_format="auto",
+    lora=False,
+    elastic=False,
+    transfer=None,
+)
+
+
+def changed(**values: Any) -> Model:
+    return Model(**{**{name: getattr(MODEL, name) for name in Model.__dataclass_fields__}, **values})
+
+
+# What is asked for
+
+
+@pytest.mark.parametrize(
+    ("environment", "more", "expected"),
+    [
+        ({}, {}, None),
+        ({"RESHARD_PLACEMENT": ""}, {"other": 1}, None),
+        ({"RESHARD_PLACEMENT": "zigzag"}, None, "zigzag"),
+        ({}, {"reshard": {"placement": "zigzag"}}, "zigzag"),
+        ({"RESHARD_PLACEMENT": "zigzag"}, {"reshard": {"placement": "zigzag"}}, "zigzag"),
+    ],
+)
+def test_a_placement_is_asked_for_in_two_ways(environment: dict[str, str], more: Any, expected: str | None) -> None:
+    assert asked_for(environment, more) == expected
+
+
+def test_a_file_is_served_to_the_model_that_it_was_made_for(tmp_path: Path) -> None:
+    path = tmp_path / "placement.json"
+    path.write_bytes(encode_placement_file(FILE))
+    served = resolve(str(path), MODEL)
+    assert served.order("model.layers.1.mlp.experts", 8) == zigzag(8, 2)
+    assert served.order("model.layers.2.mlp.experts.5.w1.weight", 8) == zigzag(8, 4)
+    assert served.order("model.layers.3.mtp_block.mlp.experts", 8) == tuple(range(8)), "the draft's"
+    assert served.order("model.layers.4.mtp_block.mlp.experts", 8) is None, "a draft that it does not know"
+    assert served.order("model.layers.0.mlp.experts", 8, draft=True) is None, "one of another directory"
+    with pytest.raises(UnsupportedError, match=r"layer model\.layers\.0.* is not in the placement; .*reshard export"):
+        served.order("model.layers.0.mlp.experts", 8)
+    with pytest.raises(UnsupportedError, match="has 16 experts, the placement 8"):
+        served.order("model.layers.1.mlp.experts", 16)
+    command = "reshard export org/model --to vllm --ep {} --strategy balanced --trace DIR --out FILE"
+    for model, fault in (
+        (changed(ep_size=4), f"made for 2 EP ranks, served on 4; .*{command.format(4)}"),
+        (changed(num_experts=6), f"made for 8 experts, org/model has 6; .*{command.format(2)}"),
+        (changed(ep_size=1, expert_parallel=False), "served on 1 .expert parallelism is off: --enable-expert-parallel"),
+    ):
+        with pytest.raises(UnsupportedError, match=fault):
+            resolve(str(path), model)
+
+
+def test_strategies_fit_any_layer_and_the_number_of_ranks_that_is_served() -> None:
+    served = resolve("zigzag", changed(ep_size=4))
+    assert served.order("whatever", 8) == zigzag(8, 4)
+    assert served.order("a draft's", 6) == zigzag(6, 4)
+    nodes = resolve("node-zigzag:2", changed(ep_size=4))
+    assert nodes.order("whatever", 8) == node_zigzag(8, 4, 2)
+    assert nodes.digest != served.digest
+    assert resolve("node-zigzag:1", changed(ep_size=4)).digest == served.digest
+
+
+def test_a_placement_travels_as_json_and_by_pickle_and_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[bool] = []
+    monkeypatch.setattr("reshard.vllm.register", lambda: registered.append(True))
+    served = served_strategy("zigzag", 1, 8, 2, 3)
+    arrived = pickle.loads(pickle.dumps(served))
+    assert type(arrived) is ServedPlacement
+    assert arrived == served
+    assert registered, "the process that it arrives in has the plugin from then on"
+    assert b"reshard.vllm.served" in pickle.dumps(served), "it cannot arrive where reshard is not"
+
+
+# Where experts go
+
+
+class Experts(torch.nn.Module):
+    """Stands for vLLM's RoutedExperts, of EP rank 1 of 2, with 8 experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert_map_manager = SimpleNamespace(expert_map=torch.tensor([-1, -1, -1, -1, 0, 1, 2, 3]))
+        self.w13_weight = torch.nn.Parameter(torch.zeros(4, 2, 3))
+        self.w2_weight = torch.nn.Parameter(torch.zeros(4, 3))
+        self.w2_bias = torch.nn.Parameter(torch.zeros(4, 3))
+        self.e_score_correction_bias = torch.nn.Parameter(torch.zeros(4))
+        self.reshard_filling = Filling.of(self, invert(zigzag(8, 2)))
+
+    def _map_global_expert_id_to_local_expert_id(self, expert_id: int) -> int:
+        return int(self.expert_map_manager.expert_map[expert_id])
+
+    def weight_loader(
+        self, param: Any, loaded_weight: Any, weight_name: str, shard_id: str, expert_id: int, return_success: bool
+    ) -> bool | None:
+        slot = self._map_global_expert_id_to_local_expert_id(expert_id)
+        if slot < 0:
+            return False if return_success else None
+        target = param.data[slot] if shard_id == "w2" else param.data[slot, ["w1", "w3"].index(shard_id)]
+        target.fill_(float(loaded_weight))
+        return True if return_success else None
+
+
+install(SimpleNamespace(RoutedExperts=Experts))  # type: ignore[arg-type]
+PARTS = (("w13_weight", "w1"), ("w13_weight", "w3"), ("w2_weight", "w2"))
+
+
+def loaded(skip: tuple[int, str] | None = None) -> Experts:
+    """Experts that were loaded from a checkpoint in which expert `e` holds the number `e`."""
+    experts = Experts()
+    for expert in range(8):
+        for name, part in PARTS:
+            if (expert, part) != skip:
+                weight = torch.tensor(float(expert))
+                experts.weight_loader(getattr(experts, name), weight, f"layer.{name}", part, expert, False)
+    return experts
+
+
+def test_experts_go_to_their_places_and_that_is_proved() -> None:
+    experts = loaded()
+    assert experts.w2_weight[:, 0].tolist() == [1, 3, 5, 7], "what rank 1 of 2 owns under zigzag"
+    assert experts.reshard_filling.expected == (1, 3, 5, 7)
+    assert experts.reshard_filling.fault(experts) is None
+    experts.e_score_correction_bias.data.fill_(1.0)
+    assert experts.reshard_filling.fault(experts) is None, "a router's tensor stays in the original's order"
+
+
+def test_a_slot_that_was_not_filled_is_found() -> None:
+    experts = loaded(skip=(5, "w3"))
+    assert experts.reshard_filling.fault(experts) == "w13_weight: slot 2, of expert 5, was not filled (w3)"
+
+
+def test_a_slot_that_got_another_expert_is_found() -> None:
+    experts = loaded()
+    experts.reshard_filling.filled["w2_weight"][1]["w2"] = 6
+    assert "slot 1 was filled with expert 6, expected 3" in str(experts.reshard_filling.fault(experts))
+
+
+def test_what_is_filled_past_the_seam_is_found() -> None:
+    experts = loaded()
+    experts.w2_bias.data[2].fill_(1.0)
+    assert experts.reshard_filling.fault(experts) == "w2_bias was filled, and not by expert"
+    untouched = Experts()
+    assert untouched.reshard_filling.fault(untouched) == "no tensor of w13 was loaded by expert"
+    whole = loaded()
+    whole.reshard_filling.note("w13_weight", "w1", 4, whole=True)
+    assert "as one tensor of all experts" in str(whole.reshard_filling.fault(whole))
+    blind = loaded()
+    blind.reshard_filling.asked = None
+    blind.reshard_filling.note("w13_weight", "w1", 4, whole=False)
+    assert "as one tensor of all experts" in str(blind.reshard_filling.fault(blind))
+
+
+def test_ids_are_mapped_and_padding_stays_padding() -> None:
+    place = ExpertPlace(zigzag(8, 2), "cpu")
+    ids = torch.tensor([[0, 3, -1], [7, 1, 2]], dtype=torch.int32)
+    assert place(ids).tolist() == [[0, 5, -1], [7, 4, 1]]
+    assert place(ids).dtype == torch.int32
+    assert place.place_E.tolist() == list(invert(zigzag(8, 2)))
+    assert not place.state_dict(), "nothing that a reload could overwrite"
+    assert [name for name, _ in place.named_buffers()] == ["_expert_map"], "what sleep saves"
+
+
+def test_a_rank_reads_its_own_experts_layer_by_layer() -> None:
+    weight_utils = SimpleNamespace(should_skip_weight=lambda name, ids: int(name.split(".")[-3]) not in ids)
+    install_question(weight_utils)  # type: ignore[arg-type]
+    served = served_file("file", FILE, 2, 3, "make it")
+    own = PlacedExperts({4, 5, 6, 7}, served, 8, rank=1)
+    for layer, order in ORDERS.items():
+        names = [f"{layer}.experts.{expert}.w1.weight" for expert in range(8)]
+        read = {expert for expert, name in enumerate(names) if not weight_utils.should_skip_weight(name, own)}
+        assert read == set(order[4:])
+    name = "model.layers.9.mlp.experts.3.w1.weight"
+    assert weight_utils.should_skip_weight(name, own), "a draft that is linear: vLLM's own set"
+    assert not weight_utils.should_skip_weight(name, {3})
+
+
+# Ranks
+
+
+def test_ranks_that_agree_go_on_and_others_are_named() -> None:
+    store: Any = torch.distributed.HashStore()
+    publish(store, 0, 0, "a" * 64)
+    publish(store, 0, 1, "a" * 64)
+    compare(store, 0, range(2), "a" * 64, seconds=1)
+    publish(store, 1, 0, "a" * 64)
+    publish(store, 1, 1, None)
+    publish(store, 1, 2, "b" * 64)
+    with pytest.raises(UnsupportedError, match=r"ranks 1-2 serve another placement than this one \(linear on rank 1"):
+        compare(store, 1, range(3), "a" * 64, seconds=1)
+    with pytest.raises(UnsupportedError, match=r"ranks 3-4 did not say within 1 s which placement they serve"):
+        compare(store, 1, range(5), "a" * 64, seconds=1)
+
+
+# EPLB
+
+
+@pytest.mark.parametrize(
+    ("experts", "ranks", "redundant"), [(8, 2, 2), (16, 4, 8), (256, 8, 32), (15, 4, 1), (6, 4, 6)]
+)
+def test_copies_stand_behind_a_ranks_experts_and_never_beside_each_other(
+    experts: int, ranks: int, redundant: int
+) -> None:
+    order = zigzag(experts, ranks)
+    found = with_copies(order, ranks, redundant)
+    size = (experts + redundant) // ranks
+    assert len(found) == experts + redundant
+    assert sorted(found) == sorted([*range(experts), *(copy % experts for copy in range(redundant))])
+    for rank, own in enumerate(rank_slots(experts, ranks)):
+        held = found[rank * size : (rank + 1) * size]
+        assert len(set(held)) == size, "copies of one expert on one rank"
+        if redundant <= ranks:
+            assert held[: len(own)] == order[own.start : own.stop]
+
+
+def test_copies_that_cannot_be_apart_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="are not as many on 4 ranks"):
+        with_copies(zigzag(8, 4), 4, 2)
+    with pytest.raises(UnsupportedError, match="would stand beside another"):
+        with_copies(zigzag(2, 2), 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("path", "checkpoint_format", "eplb", "fault"),
+    [
+        (None, True, False, None),
+        (None, False, False, "kernel format"),
+        (None, True, True, "with EPLB"),
+        ("original", True, False, None),
+        ("output", True, False, "is an output of reshard"),
+    ],
+)
+def test_a_reload_that_would_misplace_experts_is_refused(
+    path: str | None, checkpoint_format: bool, eplb: bool, fault: str | None, tmp_path: Path
+) -> None:
+    for name in ("original", "output"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "output" / "reshard_manifest.json").write_text("{}")
+    found = reload_fault(str(tmp_path / path) if path else None, checkpoint_format, eplb)
+    assert (fault in found) if fault and found else found == fault
+
+
+def test_a_router_is_placed_in_front_of_its_own_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Router:
+        capture_fn: Any = None
+
+        def _select_experts(self, hidden: Any, logits: torch.Tensor, dtype: Any = None, **more: Any) -> Any:
+            weights, ids = logits.topk(2, dim=1)
+            if self.capture_fn is not None:
+                self.capture_fn(ids)
+            return weights, self._apply_eplb_mapping(ids)
+
+        def _apply_eplb_mapping(self, ids: torch.Tensor) -> torch.Tensor:
+            return ids
+
+    module = SimpleNamespace(
+        get_current_vllm_config=lambda: SimpleNamespace(device_config=SimpleNamespace(device="cpu"))
+    )
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(config=module))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm.config", module)  # type: ignore[arg-type]
+    from reshard.vllm.placed import placed_router
+
+    served = served_strategy("zigzag", 1, 8, 2, 3)
+    placed = placed_router(Router(), served, {"global_num_experts": 8}, "model.layers.1.mlp.experts")
+    assert isinstance(placed, Router)
+    logits, captured = torch.tensor([[0.0, 0.1, 0.9, 0.2, 0.3, 0.8, 0.4, 0.5]]), []
+    placed.capture_fn = captured.append
+    weights, ids = placed._select_experts(None, logits)
+    assert [zigzag(8, 2)[physical] for physical in ids[0].tolist()] == [2, 5]
+    assert weights.tolist() == logits[:, [2, 5]].tolist()
+    assert captured[0].tolist() == [[2, 5]], "what is captured is logical"
+    assert not placed.supports_monolithic_kernels
+    for arguments, fault in (
+        ({"zero_expert_type": "copy"}, "zero experts"),
+        ({"num_fused_shared_experts": 1}, "fused"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"its router cannot be placed: .*{fault}"):
+            placed_router(Router(), served, {"global_num_experts": 8, **arguments}, "layer")
+    with pytest.raises(UnsupportedError, match="does not map its ids"):
+        placed_router(object(), served, {"global_num_experts": 8}, "layer")
