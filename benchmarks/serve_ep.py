@@ -59,7 +59,7 @@ from reporting import gpus, installed, say, write_json
 from torch import Tensor
 
 from reshard import __version__
-from reshard.vllm.patching import replace_once, when_imported
+from reshard.vllm.patching import replace_once
 
 ROOT = Path(__file__).parents[1]
 GPU_MODELS, TINY_MODELS = ROOT / "tests" / "gpu" / "models.py", ROOT / "tests" / "serving" / "models.py"
@@ -326,7 +326,9 @@ def bench(address: str, tokenizer: Path, workload: Workload, concurrency: int, s
 
 def install() -> None:
     """The plugin for vLLM that makes every rank log how long it loaded its weights."""
-    when_imported("vllm.model_executor.model_loader.default_loader", _log_load_time)
+    from wrapt import register_post_import_hook
+
+    register_post_import_hook(_log_load_time, "vllm.model_executor.model_loader.default_loader")
 
 
 def _log_load_time(default_loader: ModuleType) -> None:
