@@ -1,8 +1,9 @@
-"""The header of a safetensors file: read, judged by the format's own rule, written. Never tensor data.
+"""Reads, checks and writes the headers of safetensors files. Never tensor data.
 
-A file is 8 bytes (the header's length, u64 little endian), the header (JSON), then the tensors' bytes. It is sound
-when the tensors, sorted by offset, cover those bytes without hole or overlap and each has the size that its shape and
-dtype give. The rule is ``validate`` in safetensors/src/tensor.rs; stricter here in one thing: a name twice is refused.
+A file is 8 bytes (the header's length, u64 little endian), the header (JSON), then the tensors' bytes. It is valid if
+the tensors, sorted by offset, cover those bytes without hole or overlap, and each has the size that its shape and dtype
+give. The rule is ``validate`` in safetensors/src/tensor.rs; stricter here in one point: a name that appears twice is
+refused.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from ..errors import CheckpointError
 
 MAX_HEADER_SIZE = 100_000_000
-MAX_DEPTH = 126  # objects and lists within a tensor's entry, itself counted, where safetensors stops reading
+MAX_DEPTH = 126  # levels of objects and lists in a tensor's entry, itself included; safetensors reads no deeper
 ALIGNMENT = 8
 U64_MAX = 2**64 - 1
 _ODD_INTEGER = re.compile(rb"-0|[0-9]{300}")
@@ -46,7 +47,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A sound header: its bytes as they stand in the file (length prefix included), and what they say."""
+    """A valid header: its bytes as in the file (length prefix included), and what they say."""
 
     raw: bytes
     metadata: dict[str, str]
@@ -54,7 +55,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of the safetensors file at `path`; CheckpointError names what is wrong with it."""
+    """The header of the safetensors file at `path`; CheckpointError says what is wrong with it."""
     try:
         return _read_header(path)
     except OSError as error:
@@ -70,8 +71,8 @@ def _read_header(path: Path) -> Header:
         (length,) = struct.unpack("<Q", prefix)
         if length > MAX_HEADER_SIZE:
             raise CheckpointError(
-                f"{path}: not a safetensors file: it announces a header of {length} bytes, at most "
-                f"{MAX_HEADER_SIZE} are allowed"
+                f"{path}: not a safetensors file: its first 8 bytes give a header of {length} bytes, the format allows "
+                f"{MAX_HEADER_SIZE}"
             )
         if 8 + length > file_size:
             raise CheckpointError(
@@ -83,7 +84,7 @@ def _read_header(path: Path) -> Header:
 
 
 def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
-    """The header `raw` (length prefix included) of a file of `file_size` bytes; `path` is for messages and names."""
+    """The header `raw` (length prefix included) of a file of `file_size` bytes; errors and tensors name `path`."""
     entries = _decode(raw[8:], path)
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
@@ -114,8 +115,8 @@ def build_header(
 ) -> bytes:
     """The header bytes (length prefix included) of a file that holds `tensors` one after the other, in this order.
 
-    Their `file` and `offset` are not looked at. Padded with spaces so that the data begins `start` bytes after a
-    multiple of `alignment`.
+    Their `file` and `offset` are ignored. Spaces pad the header so that the data begins `start` bytes after a multiple
+    of `alignment`.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -131,14 +132,13 @@ def build_header(
     if len(text) > MAX_HEADER_SIZE:
         raise CheckpointError(
             f"a header of {len(text)} bytes for {len(entries)} tensors exceeds what safetensors allows "
-            f"({MAX_HEADER_SIZE}); "
-            "choose a smaller --max-shard-size"
+            f"({MAX_HEADER_SIZE}); choose a smaller --max-shard-size"
         )
     return struct.pack("<Q", len(text)) + text
 
 
 def _depth(value: Any) -> int:
-    """How many objects and lists stand one in the other."""
+    """How many levels of objects and lists `value` has."""
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1
@@ -158,7 +158,7 @@ def _decode(text: bytes, path: Path) -> dict[str, Any]:
             parse_constant=_no_constant,
         )
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not sound JSON: {error}") from error
+        raise CheckpointError(f"{path}: the header is not valid JSON: {error}") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object")
     return entries
@@ -168,12 +168,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in it twice")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} appears twice")
     return entries
 
 
 def _integers(text: bytes) -> Callable[[str], int] | None:
-    # serde takes -0 for a float and refuses what no float holds; looking for these costs nothing where they are not
+    # serde reads -0 as a float and refuses integers beyond a float's range. A hook for each integer is slow, so we set
+    # it only if a quick scan finds a candidate.
     return _serde_integer if _ODD_INTEGER.search(text) else None
 
 
@@ -205,7 +206,7 @@ def _tensor(name: str, info: Any, data_start: int, path: Path) -> Tensor:
     shape: Any = info.get("shape")
     offsets: Any = info.get("data_offsets")
     if len(info) > 3 and _depth(info) > MAX_DEPTH:
-        raise CheckpointError(f"{where}: nested more than {MAX_DEPTH} deep, which safetensors does not read")
+        raise CheckpointError(f"{where}: nested more than {MAX_DEPTH} levels deep, which safetensors does not read")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(f"{where}: unknown dtype {dtype!r:.80}; known are {', '.join(DTYPE_BITS)}")
     if not _is_sizes(shape):
@@ -218,7 +219,7 @@ def _tensor(name: str, info: Any, data_start: int, path: Path) -> Tensor:
     if bits is None:
         raise CheckpointError(f"{where}: shape {shape!r:.80} overflows 64 bits")
     if bits % 8:
-        raise CheckpointError(f"{where}: shape {shape!r:.80} of {dtype} ends inside a byte")
+        raise CheckpointError(f"{where}: shape {shape!r:.80} of {dtype} does not fill whole bytes")
     begin, end = offsets
     if end - begin != bits // 8:
         raise CheckpointError(
@@ -247,7 +248,7 @@ def _is_sizes(value: Any) -> bool:
 
 
 def _bits(shape: list[int], bits_per_element: int) -> int | None:
-    # multiplied as safetensors does, from the left: a zero at the end does not excuse an overflow before it
+    # multiplied from the left, as safetensors does: an overflow is an error even if a later dimension is 0
     product = 1
     for factor in (*shape, bits_per_element):
         product *= factor

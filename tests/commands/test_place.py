@@ -126,8 +126,8 @@ def test_options_that_do_not_go_together_are_refused(
 @pytest.mark.parametrize(
     ("family", "ep", "nodes", "words"),
     [
-        ("deepseek_v3", 4, 3, "4 EP ranks are not the same number on each of 3 nodes"),
-        ("deepseek_v3", 6, 3, "4 expert groups are not the same number on each of 3 nodes"),
+        ("deepseek_v3", 4, 3, "4 EP ranks cannot be divided evenly among 3 nodes"),
+        ("deepseek_v3", 6, 3, "4 expert groups cannot be divided evenly among 3 nodes"),
         ("deepseek_v3", 6, 2, ""),
         ("qwen3_moe", 4, 2, "no expert groups"),
     ],
@@ -144,7 +144,7 @@ def test_nodes_that_groups_do_not_fill_evenly_are_refused(
         assert not (tmp_path / "out").exists()
     else:  # three ranks for each node's four experts: 2, 1, 1 on the one and 2, 1, 1 on the other is not linear's rule
         assert result.exit_code == 1
-        assert "make nodes of [5, 3] experts" in result.output
+        assert "the nodes would hold [5, 3] experts" in result.output
 
 
 GOOD = {"model.layers.1.mlp": list(range(EXPERTS)), "model.layers.2.mlp": list(range(EXPERTS))}
@@ -154,7 +154,7 @@ GOOD = {"model.layers.1.mlp": list(range(EXPERTS)), "model.layers.2.mlp": list(r
     ("text", "words"),
     [
         (None, "no such file"),
-        ("{", "not sound JSON"),
+        ("{", "not valid JSON"),
         ("[]", "expected a JSON object"),
         ("{}", "expected a list"),
         (json.dumps({"physical_to_logical": 3}), "expected a list of the 8 logical experts"),
@@ -164,7 +164,10 @@ GOOD = {"model.layers.1.mlp": list(range(EXPERTS)), "model.layers.2.mlp": list(r
         ),
         (json.dumps({"physical_to_logical": [0, 1, 2, 3]}), "permutation of 0 to 7, found [0, 1, 2, 3]"),
         (json.dumps({"physical_to_logical": [True, 0, 2, 3, 4, 5, 6, 7]}), "expected a list"),
-        (json.dumps({"physical_to_logical": {**GOOD, "model.layers.0.mlp": [0]}}), "'model.layers.0.mlp' is no MoE"),
+        (
+            json.dumps({"physical_to_logical": {**GOOD, "model.layers.0.mlp": [0]}}),
+            "'model.layers.0.mlp' is not a MoE layer",
+        ),
         (json.dumps({"physical_to_logical": dict([*GOOD.items()][:1])}), "'model.layers.2.mlp' has no placement"),
         (json.dumps({"physical_to_logical": {}}), "'model.layers.1.mlp' has no placement"),
     ],
