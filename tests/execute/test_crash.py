@@ -168,7 +168,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_room_lets_it_go_on(
             _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
         assert len(errors.splitlines()) == 1
-        assert "No space left on device; the same command takes up from here" in errors
+        assert "No space left on device; rerun the command to resume" in errors
         assert not (out / "config.json").exists()
         filler.unlink()
         run_well("zigzag", "--src", source, "--out", out, *OPTIONS)
