@@ -1,9 +1,9 @@
-"""The header of a safetensors file: read, judged by the format's own rule, written. Never tensor data.
+"""Reads, checks and writes the headers of safetensors files. Never tensor data.
 
-A file is 8 bytes (the header's length, u64 little endian), the header (JSON), then the tensors' bytes. It is sound
-when the tensors, sorted by offset, cover those bytes without hole or overlap and each has the size that its shape and
-dtype give. The rule is ``validate`` in safetensors/src/tensor.rs, and one thing is stricter here: a name that occurs
-twice is refused. After that the safetensors library is asked about every file, so whatever it refuses is refused too.
+A file is 8 bytes (the header's length, u64 little endian), the header (JSON), then the tensors' bytes. It is valid if
+the tensors, sorted by offset, cover those bytes without hole or overlap, and each has the size that its shape and dtype
+give. The rule is ``validate`` in safetensors/src/tensor.rs; stricter here in one point: a name that appears twice is
+refused. After that, the safetensors library is asked about every file, and what it refuses is refused.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A sound header: its bytes as they stand in the file (length prefix included), and what they say."""
+    """A valid header: its bytes as in the file (length prefix included), and what they say."""
 
     raw: bytes
     metadata: dict[str, str]
@@ -51,7 +51,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of the safetensors file at `path`; CheckpointError names what is wrong with it."""
+    """The header of the safetensors file at `path`; CheckpointError says what is wrong with it."""
     try:
         return _read_header(path)
     except OSError as error:
@@ -84,8 +84,8 @@ def _parse_file(path: Path) -> Header:
         (length,) = struct.unpack("<Q", prefix)
         if length > MAX_HEADER_SIZE:
             raise CheckpointError(
-                f"{path}: not a safetensors file: it announces a header of {length} bytes, at most "
-                f"{MAX_HEADER_SIZE} are allowed"
+                f"{path}: not a safetensors file: its first 8 bytes give a header of {length} bytes, the format allows "
+                f"{MAX_HEADER_SIZE}"
             )
         if 8 + length > file_size:
             raise CheckpointError(
@@ -97,7 +97,7 @@ def _parse_file(path: Path) -> Header:
 
 
 def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
-    """The header `raw` (length prefix included) of a file of `file_size` bytes; `path` is for messages and names."""
+    """The header `raw` (length prefix included) of a file of `file_size` bytes; errors and tensors name `path`."""
     entries = _decode(raw[8:], path)
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
@@ -128,8 +128,8 @@ def build_header(
 ) -> bytes:
     """The header bytes (length prefix included) of a file that holds `tensors` one after the other, in this order.
 
-    Their `file` and `offset` are not looked at. Padded with spaces so that the data begins `start` bytes after a
-    multiple of `alignment`.
+    Their `file` and `offset` are ignored. Spaces pad the header so that the data begins `start` bytes after a multiple
+    of `alignment`.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -145,8 +145,7 @@ def build_header(
     if len(text) > MAX_HEADER_SIZE:
         raise CheckpointError(
             f"a header of {len(text)} bytes for {len(entries)} tensors exceeds what safetensors allows "
-            f"({MAX_HEADER_SIZE}); "
-            "choose a smaller --max-shard-size"
+            f"({MAX_HEADER_SIZE}); choose a smaller --max-shard-size"
         )
     return struct.pack("<Q", len(text)) + text
 
@@ -157,7 +156,7 @@ def _decode(text: bytes, path: Path) -> dict[str, Any]:
     try:
         entries = json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not sound JSON: {error}") from error
+        raise CheckpointError(f"{path}: the header is not valid JSON: {error}") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object")
     return entries
@@ -167,7 +166,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in it twice")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} appears twice")
     return entries
 
 
@@ -192,7 +191,7 @@ def _tensor(name: str, info: Any, data_start: int, path: Path) -> Tensor:
     if bits is None:
         raise CheckpointError(f"{where}: shape {shape!r:.80} overflows 64 bits")
     if bits % 8:
-        raise CheckpointError(f"{where}: shape {shape!r:.80} of {dtype} ends inside a byte")
+        raise CheckpointError(f"{where}: shape {shape!r:.80} of {dtype} does not fill whole bytes")
     begin, end = offsets
     if end - begin != bits // 8:
         raise CheckpointError(
@@ -221,7 +220,7 @@ def _is_sizes(value: Any) -> bool:
 
 
 def _bits(shape: list[int], bits_per_element: int) -> int | None:
-    # multiplied as safetensors does, from the left: a zero at the end does not excuse an overflow before it
+    # multiplied from the left, as safetensors does: an overflow is an error even if a later dimension is 0
     product = 1
     for factor in (*shape, bits_per_element):
         product *= factor

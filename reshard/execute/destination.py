@@ -1,4 +1,4 @@
-"""The directory that a run writes to: may it be written, is there room, and do new names in it survive a power cut."""
+"""Checks a run's output directory (may it be written, is there space), and makes new names survive a power cut."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ..errors import OutputError
 
 JOURNAL = ".reshard-journal"
 PARTIAL = ".partial"
-SPARE_SPACE = 16 << 20  # bytes that stay free
+SPARE_SPACE = 16 << 20  # bytes that must stay free
 
 
 def refuse_inside(out: Path, root: Path, directories: Iterable[str], option: str = "--out") -> None:
-    """OutputError where `out` is `root` or lies in it; one of its `directories` may be a link to somewhere else."""
+    """OutputError if `out` is or lies in `root` or one of its `directories`, which may be links to elsewhere."""
     resolved = out.resolve()
     for folder in ("", *directories):
         if resolved.is_relative_to((root / folder).resolve()):
             raise OutputError(
-                f"{out}: is {root / folder} or lies in it; choose another {option}: the source is never written to"
+                f"{out}: is {root / folder} or inside it; choose another {option}: the source is never written to"
             )
 
 
@@ -39,11 +39,11 @@ def check_out(out: Path) -> None:
     if not out.is_dir():
         raise OutputError(f"{out}: not a directory; choose another --out")
     if any(out.iterdir()) and not (out / JOURNAL).is_file():
-        raise OutputError(f"{out}: not empty, and no unfinished run of reshard; choose another --out or empty it")
+        raise OutputError(f"{out}: not empty, and holds no unfinished run of reshard; choose another --out or empty it")
 
 
 def make_directory(directory: Path) -> None:
-    """Make `directory` and those above it, so that they last a power loss."""
+    """Create `directory` and its parents so that they survive a power cut."""
     absent = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     for path in absent:
@@ -51,7 +51,7 @@ def make_directory(directory: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in `directory` last a power loss."""
+    """Make the names in `directory` survive a power cut."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -60,5 +60,5 @@ def sync_directory(directory: Path) -> None:
 
 
 def free_space(out: Path) -> int:
-    """Bytes free where `out` is or would be."""
+    """Free bytes on the file system of `out`, which need not exist yet."""
     return shutil.disk_usage(nearest_directory(out)).free

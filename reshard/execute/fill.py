@@ -1,4 +1,4 @@
-"""Writes one file of a plan: shares what it can, copies the rest, and takes digests of what it sees."""
+"""Writes one file of a plan: shares what it can, copies the rest, and computes digests of the bytes it reads."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .id_tables import map_expert_ids
 from .journal import Written
 from .sources import BLOCK_SIZE, ZEROS, OpenSources, SourceFiles
 
-WRITE_BEHIND = 8 * BLOCK_SIZE  # how far the disk may lag behind before we wait for it
+WRITE_BEHIND = 8 * BLOCK_SIZE  # bytes by which the disk may lag behind before we wait for it
 
 Progress = Callable[[int], None]
-"""Told the number of bytes that are done since the last call."""
+"""Called with the number of bytes done since the last call."""
 
 
 def write_file(file: OutputFile, sources: SourceFiles, sharing: Sharing, out: Path, progress: Progress) -> Written:
-    """Write one file of a plan below `out`, complete and on disk when this returns."""
+    """Write one file of a plan below `out`. It is complete and on disk when this returns."""
     path, partial = out / file.name, out / f"{file.name}{PARTIAL}"
     try:
         with sources.open() as opened, partial.open("wb", buffering=0) as target:
@@ -43,9 +43,7 @@ def write_file(file: OutputFile, sources: SourceFiles, sharing: Sharing, out: Pa
         partial.rename(path)
         sync_directory(path.parent)
     except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror}; the same command takes up from here"
-        ) from error
+        raise OutputError(f"{path}: cannot be written: {error.strerror}; rerun the command to resume") from error
     tensors = {part.tensor: digest for part, digest in zip(file.parts, digests, strict=True) if part.tensor is not None}
     header = digests[0] if tensors else None
     record = FileRecord(file.name, file.size, file.rank, filler.digest(), header=header, tensors=tensors)
@@ -53,7 +51,7 @@ def write_file(file: OutputFile, sources: SourceFiles, sharing: Sharing, out: Pa
 
 
 def _share(file: OutputFile, opened: OpenSources, target: int, sharing: Sharing) -> list[Extent]:
-    """Make what can be shared blocks of the source; what was."""
+    """Share what can be shared with the source; returns the extents that are shared now."""
     shared = []
     for extent in shareable(file.parts, sharing.block_size):
         try:
@@ -61,16 +59,16 @@ def _share(file: OutputFile, opened: OpenSources, target: int, sharing: Sharing)
         except OSError as error:
             if sharing.required or not syscalls.is_unsupported(error):
                 raise
-            break  # this file is copied instead, and the summary says so
+            break  # the rest of this file is copied, and the summary says so
         shared.append(extent)
     return shared
 
 
 class _Filler:
-    """Fills an output file front to back around what it already shares, and takes digests of what it sees.
+    """Fills an output file front to back around its shared extents, and computes digests of the bytes it reads.
 
-    What is read is collected into large writes; `_position` is where the next byte belongs, `_filled` bytes before it
-    are not yet written.
+    Bytes are buffered for large writes: `_position` is the offset of the next byte; the last `_filled` bytes before it
+    are in the buffer, not yet written. A digest becomes None once bytes are skipped.
     """
 
     def __init__(self, target: int, opened: OpenSources, shared: list[Extent], progress: Progress) -> None:
@@ -81,49 +79,49 @@ class _Filler:
         self._buffer = memoryview(bytearray(BLOCK_SIZE))
         self._filled = 0
         self._position = 0
-        self._whole: blake3 | None = blake3()
-        self._tensor: blake3 | None = None
+        self._file_digest: blake3 | None = blake3()
+        self._tensor_digest: blake3 | None = None
 
     def fill(self, part: Part) -> str | None:
-        """Write the next part; its digest, None where some of its bytes were not looked at."""
-        self._tensor = blake3()
+        """Write the next part; returns its digest, None if some of its bytes were not read."""
+        self._tensor_digest = blake3()
         match part.content:
             case Literal(data):
                 self._put(data)
             case ExpertIds():
                 self._put(self._mapped_ids(part.tensor, part.content))
             case Range(file, offset, size):
-                self._extent(part, file, offset, size)
+                self._fill_range(part, file, offset, size)
             case Rows(file, offset, size, order):
                 row_size = size // len(order)
                 for row in order:
-                    self._extent(part, file, offset + row * row_size, row_size)
-        return self._tensor.hexdigest() if self._tensor else None
+                    self._fill_range(part, file, offset + row * row_size, row_size)
+        return self._tensor_digest.hexdigest() if self._tensor_digest else None
 
     def finish(self) -> None:
-        """Everything is on disk when this returns, and out of the page cache."""
+        """Write the rest to disk, and drop the file from the page cache."""
         self._flush()
         os.ftruncate(self._target, self._position)
         os.fsync(self._target)
         syscalls.forget(self._target, 0, 0)
 
     def digest(self) -> str | None:
-        """Of the whole file, None where some of its bytes were not looked at."""
-        return self._whole.hexdigest() if self._whole else None
+        """The digest of the whole file, None if some of its bytes were not read."""
+        return self._file_digest.hexdigest() if self._file_digest else None
 
-    def _extent(self, part: Part, file: str, offset: int, size: int) -> None:
+    def _fill_range(self, part: Part, file: str, offset: int, size: int) -> None:
         while size:
             shared, count = self._is_shared(size)
             if shared and part.digests is Digests.ALL:
-                self._look_at(part.tensor, file, offset, count)
+                self._digest_shared(part.tensor, file, offset, count)
             elif shared:
-                self._pass_over(count)
+                self._skip_shared(count)
             else:
                 self._copy(part.tensor, file, offset, count)
             offset, size = offset + count, size - count
 
     def _is_shared(self, size: int) -> tuple[bool, int]:
-        """Whether the next bytes are shared, and for how many of the next `size` the answer holds."""
+        """Whether the next bytes are shared, and for how many of the next `size` bytes this holds."""
         number = bisect_right(self._shared, self._position, key=lambda extent: extent.at)
         if number and self._position < self._shared[number - 1].end:
             return True, min(size, self._shared[number - 1].end - self._position)
@@ -141,7 +139,7 @@ class _Filler:
                 count = min(start + length - position, BLOCK_SIZE - self._filled)
                 block = self._buffer[self._filled : self._filled + count]
                 self._opened.read(file, position, block, tensor)
-                self._took(block)
+                self._add(block)
                 position += count
 
     def _put(self, data: bytes | bytearray) -> None:
@@ -149,12 +147,12 @@ class _Filler:
             self._flush()
             piece = data[position : position + BLOCK_SIZE]
             self._buffer[: len(piece)] = piece
-            self._took(self._buffer[: len(piece)])
+            self._add(self._buffer[: len(piece)])
 
-    def _took(self, block: memoryview) -> None:
-        """`block` has been added to the buffer."""
-        if self._tensor:
-            self._tensor.update(block)
+    def _add(self, block: memoryview) -> None:
+        """Count `block`, the next bytes, which are in the buffer already; write the buffer if it is full."""
+        if self._tensor_digest:
+            self._tensor_digest.update(block)
         self._filled += len(block)
         self._position += len(block)
         if self._filled == BLOCK_SIZE:
@@ -163,24 +161,24 @@ class _Filler:
     def _leave_hole(self, size: int) -> None:
         self._flush()
         for position in range(0, size, BLOCK_SIZE):
-            self._saw(ZEROS[: min(BLOCK_SIZE, size - position)])
+            self._digest_unwritten(ZEROS[: min(BLOCK_SIZE, size - position)])
 
-    def _look_at(self, tensor: str | None, file: str, offset: int, size: int) -> None:
+    def _digest_shared(self, tensor: str | None, file: str, offset: int, size: int) -> None:
         self._flush()
         for block in self._opened.blocks(file, offset, size, self._buffer, tensor):
-            self._saw(block)
+            self._digest_unwritten(block)
 
-    def _saw(self, block: memoryview) -> None:
-        """`block` is what the output holds next, without a write."""
-        for digest in (self._tensor, self._whole):
+    def _digest_unwritten(self, block: memoryview) -> None:
+        """Count and digest `block`, the next bytes, which need no write: a hole, or shared already."""
+        for digest in (self._tensor_digest, self._file_digest):
             if digest:
                 digest.update(block)
         self._position += len(block)
         self._progress(len(block))
 
-    def _pass_over(self, size: int) -> None:
+    def _skip_shared(self, size: int) -> None:
         self._flush()
-        self._tensor = self._whole = None
+        self._tensor_digest = self._file_digest = None
         self._position += size
         self._progress(size)
 
@@ -198,12 +196,14 @@ class _Filler:
             return
         start = self._position - self._filled
         data = self._buffer[: self._filled]
-        if self._whole:
-            self._whole.update(data)
+        if self._file_digest:
+            self._file_digest.update(data)
         written = 0
         while written < len(data):
             written += os.pwrite(self._target, data[written:], start + written)
-        syscalls.forget(self._target, start, len(data))  # begins to write it to disk
-        syscalls.forget(self._target, max(0, start - WRITE_BEHIND), len(data))  # by now that is on disk
+        syscalls.forget(self._target, start, len(data))  # the disk begins to write it
+        syscalls.forget(
+            self._target, max(0, start - WRITE_BEHIND), len(data)
+        )  # this is on disk by now, and leaves the page cache
         self._filled = 0
         self._progress(len(data))

@@ -1,4 +1,4 @@
-"""Finds out whether an output can share disk blocks with its source (reflinks on XFS and Btrfs), by trying it once."""
+"""Finds out, by a trial, whether an output can share disk blocks with its source (reflinks, on XFS and Btrfs)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_BLOCK = 1 << 16  # bytes; network file systems report their transfer size as
 def find_sharing(root: Path, names: Iterable[str], directories: Iterable[str], out: Path, reflink: Reflink) -> Sharing:
     """Whether the directory `out`, which need not exist yet, can share blocks with the files `names` below `root`.
 
-    `directories` are the folders below `root`. Raises OutputError if `out` lies in `root`, where nothing may be tried,
+    `directories` are the folders below `root`. Raises OutputError if `out` lies in `root`, which is never written to,
     and if `reflink` is "always" but blocks cannot be shared.
     """
     refuse_inside(out, root, directories)
@@ -31,23 +31,23 @@ def find_sharing(root: Path, names: Iterable[str], directories: Iterable[str], o
         largest[status.st_dev] = max(largest.get(status.st_dev, (0, path)), (status.st_size, path))
     block_size = 0
     for _, path in largest.values():
-        found = _try(path, out)
-        if isinstance(found, str):
+        result = _try(path, out)
+        if isinstance(result, str):
             if reflink == "always":
-                raise OutputError(f"{out}: cannot share blocks with {path}: {found}; leave out --reflink always")
-            return Sharing(None, found)
-        block_size = max(block_size, found)
+                raise OutputError(f"{out}: cannot share blocks with {path}: {result}; leave out --reflink always")
+            return Sharing(None, result)
+        block_size = max(block_size, result)
     return Sharing(block_size, required=reflink == "always")
 
 
 def _try(path: Path, out: Path) -> int | str:
-    """The block size in which `out` shares with the file at `path`, or why it cannot."""
+    """The size of the blocks that `out` can share with the file at `path`, or why it cannot share."""
     directory = nearest_directory(out)
     try:
         with path.open("rb") as source, tempfile.TemporaryFile(dir=directory) as target:
             block_size = os.fstatvfs(target.fileno()).f_bsize
             if block_size > MAX_BLOCK or os.fstat(source.fileno()).st_size < block_size:
-                return f"no whole blocks to share: the file system's are of {block_size} bytes"
+                return f"no whole blocks to share: this file system's have {block_size} bytes"
             syscalls.share(source.fileno(), 0, target.fileno(), 0, block_size)
     except OSError as error:
         if syscalls.is_unsupported(error):

@@ -1,16 +1,17 @@
 """Carries out a plan.
 
     for each output file, several at a time:            (threads; reading, hashing and writing release the GIL)
-        share what can be blocks of the source, whole extents of tensors at once
-        write NAME.partial front to back, around what is shared:
+        share blocks with the source where possible, whole extents of tensors at once
+        write NAME.partial front to back, around the shared extents:
             for each part: read its ranges -> digest of the tensor -> buffer
             each full buffer -> digest of the file -> disk
         flush it to disk, rename it to NAME, record it in the journal
 
 Each byte of an output file is read once and written once. Shared blocks are read only if their digests are wanted, and
-holes stay holes. Memory is one buffer per thread, and one table of expert ids if the model has any. Pages leave the
-page cache once they are used. An interruption leaves complete files that the journal records, at most one NAME.partial
-per thread, and nothing that an engine would load. `fill` writes a single file; this module decides which, and when.
+holes stay holes. Each thread needs memory for one buffer, and for one table of expert ids if the model has any. Pages
+leave the page cache once they are used. An interruption leaves complete files that the journal records, at most one
+NAME.partial per thread, and nothing that an engine would load. `fill` writes a single file; this module decides which,
+and when.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from blake3 import blake3
 
 from .._version import __version__
 from ..errors import OutputError
-from ..plan.extents import MIN_SHARED, Holes, room, shareable
+from ..plan.extents import MIN_SHARED, Holes, needed_size, shareable
 from ..plan.files import OutputFile, Plan
 from ..record.manifest import FileRecord
 from .destination import JOURNAL, PARTIAL, SPARE_SPACE, check_out, free_space, make_directory, refuse_inside
@@ -40,9 +41,9 @@ from .sources import SourceFiles
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run did. `resumed` counts the files that an earlier, interrupted run had already written; `shared` are the
-    bytes of `size` whose blocks are the source's, `why_not_shared` says in words why none could be; `undigested` counts
-    the tensors without a digest.
+    """What a run did. `resumed` counts the files that an earlier, interrupted run had written. Of the `size` bytes,
+    `shared` are in blocks shared with the source; `why_not_shared` says in words why none could be. `undigested`
+    counts the tensors without a digest.
     """
 
     out: Path
@@ -69,22 +70,22 @@ def run(
     workers: int | None,
     progress: Progress,
 ) -> Outcome:
-    """Carry out `plan` in the directory `out`, or go on with a run of it that was interrupted.
+    """Carry out `plan` in the directory `out`, or resume an interrupted run of it.
 
     Parameters:
-        finish: given the records of the plan's files, the files to write last, in order; it may refuse by raising
+        finish: takes the records of the plan's files and returns the files to write last, in order; may raise to refuse
         restart: discard what an unfinished run left
         workers: threads; None for `default_workers`
-        progress: told the bytes of the plan's files that are done, a block at a time, by one thread at a time
+        progress: called with the bytes of the plan's files that are done, block by block, by one thread at a time
 
     Raises:
         CheckpointError: a source file cannot be read, or changed since the plan was made
-        OutputError: `out` is refused, has no room, or cannot be written
+        OutputError: `out` is refused, has too little space, or cannot be written
 
     """
     started = time.monotonic()
     refuse_out(plan, out)
-    needs = _rooms(plan)
+    needs = _needed_sizes(plan)
     if not (out / JOURNAL).exists():
         _check_space(out, needs.values())
     names = [*(file.name for file in plan.files), *plan.last]
@@ -113,29 +114,27 @@ def run(
 
 
 def refuse_out(plan: Plan, out: Path) -> None:
-    """OutputError unless `plan` may be carried out in `out`: new, empty, or an unfinished run; never in the source."""
+    """OutputError unless `out` is new, empty, or holds an unfinished run, and is not in the source of `plan`."""
     refuse_inside(out, plan.source, plan.directories)
     names = [*(file.name for file in plan.files), *plan.last, *plan.directories]
     taken = {JOURNAL, *(f"{name}{PARTIAL}" for name in names)}
     for name, count in Counter(names).items():
         if count > 1 or name in taken:
-            raise OutputError(
-                f"{out}: two of its files would be called {name} while it is written; rename the source's"
-            )
+            raise OutputError(f"{out}: two files would be named {name} during the run; rename the source's")
     check_out(out)
 
 
 def needed_space(plan: Plan) -> int:
-    """Bytes of disk that carrying out `plan` takes: not what it shares with the source, nor the source's holes."""
-    return sum(_rooms(plan).values())
+    """Bytes of disk that `plan` needs; what it shares with the source and the source's holes need none."""
+    return sum(_needed_sizes(plan).values())
 
 
 def shareable_size(plan: Plan) -> int:
-    """Bytes of `plan` that can be blocks of the source."""
+    """Bytes of `plan` that can be in blocks shared with the source."""
     return sum(extent.size for file in plan.files for extent in shareable(file.parts, plan.sharing.block_size))
 
 
-def _rooms(plan: Plan) -> dict[str, int]:
+def _needed_sizes(plan: Plan) -> dict[str, int]:
     """Bytes of disk that each of the plan's files needs."""
     sparse = {}
     with SourceFiles(plan.source, plan.source_files).open() as opened:
@@ -143,20 +142,18 @@ def _rooms(plan: Plan) -> dict[str, int]:
             if file.size >= MIN_SHARED and opened.is_sparse(name):
                 found = opened.segments(name, 0, file.size)
                 sparse[name] = Holes.of([(offset, offset + size) for is_hole, offset, size in found if is_hole])
-    return {file.name: room(file, plan.sharing.block_size, sparse) for file in plan.files}
+    return {file.name: needed_size(file, plan.sharing.block_size, sparse) for file in plan.files}
 
 
 def _check_space(out: Path, needs: Iterable[int]) -> None:
     needed = sum(needs) + SPARE_SPACE
     free = free_space(out)
     if needed > free:
-        raise OutputError(
-            f"{out}: needs {needed} bytes, {free} are free there; free some space or choose another --out"
-        )
+        raise OutputError(f"{out}: needs {needed} bytes, {free} are free; free some space or choose another --out")
 
 
 def _fingerprint(plan: Plan) -> str:
-    """A digest of all that decides what is written where."""
+    """A digest of everything that decides what is written where."""
     digest = blake3(msgspec.json.encode([__version__, sorted(plan.source_files.items()), plan.directories]))
     for name, header in plan.headers.items():
         digest.update(msgspec.json.encode([name, header]))
@@ -168,7 +165,7 @@ def _fingerprint(plan: Plan) -> str:
 def _copy_files(
     plan: Plan, sources: SourceFiles, out: Path, journal: Journal, workers: int, progress: Progress
 ) -> list[Written]:
-    """Write those files of `plan` that `journal` does not have yet; what became of each, in order."""
+    """Write the files of `plan` that `journal` does not have yet; returns what it has of all, in the plan's order."""
     stop = threading.Event()
     lock = threading.Lock()
 
@@ -196,5 +193,5 @@ def _report(count: int, progress: Progress, lock: threading.Lock, stop: threadin
         progress(count)
 
 
-class _Stopped(Exception):  # noqa: N818  not an error: it unwinds a thread
-    """Another file of the run failed, or the user interrupted it: this one need not go on."""
+class _Stopped(Exception):  # noqa: N818  not an error: it ends a thread
+    """Ends a thread, because another file failed or the user interrupted the run."""

@@ -1,7 +1,8 @@
-"""Which tensor is which expert's, and how the model routes: a checkpoint read as a mixture of experts.
+"""Finds the MoE layers of a checkpoint: which tensors belong to which expert, and how the router chooses.
 
-Every tensor is accounted for: an expert's, indexed by expert in another way, or none of an expert's business. One that
-might be indexed by expert in a way not listed in `families` is an error that names it, never a guess.
+Every tensor is accounted for: it belongs to an expert, or it is indexed by expert in another way (router, fused
+experts), or it has nothing to do with expert ids. A tensor that might be indexed by expert in a way not listed in
+`families` is an error that names it, never a guess.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class MoeLayer:
     name: str
     experts: tuple[tuple[Tensor, ...], ...]  # [E] or empty: the tensors of each logical expert
     fused: tuple[Tensor, ...]  # dimension 0 is the logical expert
-    router: tuple[Tensor, ...]  # likewise
-    expert_ids: tuple[Tensor, ...]  # their values are logical experts
+    router: tuple[Tensor, ...]  # dimension 0 is the logical expert
+    expert_ids: tuple[Tensor, ...]  # tensors whose values are logical expert ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +68,10 @@ def read_model(checkpoint: Checkpoint) -> MoeModel:
 
     Raises:
         UnsupportedError: no experts, an unknown model type, or a tensor that may depend on expert ids in an unknown way
-        CheckpointError: config.json at odds with the tensors, or an expert that is incomplete
+        CheckpointError: config.json contradicts the tensors, or an expert is incomplete
     """
     if not any(_NAMES_EXPERTS.search(name) for name in checkpoint.tensors):
-        raise UnsupportedError(f"{checkpoint.root}: a model without experts: no tensor is named ….experts.…")
+        raise UnsupportedError(f"{checkpoint.root}: not a MoE model: no tensor is named ….experts.…")
     family, model_type = _family(checkpoint)
     routing = read_routing(checkpoint.config, family, str(checkpoint.root / CONFIG))
     blocks = _collect(checkpoint, family)
@@ -80,7 +81,7 @@ def read_model(checkpoint: Checkpoint) -> MoeModel:
 
 
 def _family(checkpoint: Checkpoint) -> tuple[Family, str]:
-    """The family, by the model type or that of its language model, and the model type."""
+    """The family and the model type. The family is that of the model type, or of the language model's inside."""
     where, config = checkpoint.root / CONFIG, checkpoint.config
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
@@ -90,14 +91,14 @@ def _family(checkpoint: Checkpoint) -> tuple[Family, str]:
     family = next((BY_MODEL_TYPE[name] for name in names if name in BY_MODEL_TYPE), None)
     if family is None:
         raise UnsupportedError(
-            f"{where}: model type {model_type!r:.80} is not one whose router reshard knows; known are "
+            f"{where}: reshard does not know the router of model type {model_type!r:.80}; it knows "
             f"{', '.join(BY_MODEL_TYPE)}"
         )
     return family, model_type
 
 
 def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
-    """Every tensor of the MoE blocks, by the block's name. Experts or routers elsewhere are refused."""
+    """The tensors of each MoE block, by the block's name. Experts and routers anywhere else are refused."""
     blocks: dict[str, _Block] = defaultdict(_Block)
     others: list[Tensor] = []
     for name, tensor in checkpoint.tensors.items():
@@ -123,31 +124,31 @@ def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
 
 
 def _check_other(checkpoint: Checkpoint, tensor: Tensor, blocks: Mapping[str, _Block]) -> None:
-    """Refuse a tensor that is no expert's, and neither a known router tensor nor one that every token goes through."""
+    """Refuse a tensor that belongs to no expert but may depend on expert ids in a way that we do not know."""
     parts = tensor.name.split(".")
     for length in range(1, len(parts)):
         if (block := ".".join(parts[:length])) in blocks:
             router = tensor.name.removeprefix(f"{block}.") in blocks[block].router
             if not router and parts[length] not in SHARED_MODULES:
                 known = ", ".join(SHARED_MODULES)
-                _unknown(checkpoint, tensor, f"known beside the experts of {block} are its router and {known}")
+                _unknown(checkpoint, tensor, f"beside the experts of {block} it knows only the router and {known}")
             return
     if _MAY_ROUTE.search(tensor.name):
-        _unknown(checkpoint, tensor, "it is named like a router's or an expert's, but stands beside no experts")
+        _unknown(checkpoint, tensor, "it is named like a router's or an expert's, but there are no experts beside it")
 
 
 def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -> MoeLayer:
     if not block.experts and not block.fused:
         tensor = next(iter(block.router.values()))
         raise CheckpointError(
-            f"{checkpoint.where(tensor)}: a router, but no expert of {name} is there; download the checkpoint again"
+            f"{checkpoint.where(tensor)}: {name} has a router, but no experts; download the checkpoint again"
         )
     if not any(f"{module}.weight" in block.router for module in ROUTER_MODULES):
-        first = next(iter(block.experts.values()), {}).values() or block.fused
-        tensor = next(iter(first))
+        tensors = next(iter(block.experts.values()), {}).values() or block.fused
+        tensor = next(iter(tensors))
         raise CheckpointError(
-            f"{checkpoint.where(tensor)}: {name} has experts, but neither {name}.gate.weight nor "
-            f"{name}.router.weight is there"
+            f"{checkpoint.where(tensor)}: {name} has experts, but no router: expected {name}.gate.weight or "
+            f"{name}.router.weight; download the checkpoint again"
         )
     if len({leaf.partition(".")[0] for leaf in block.router}) > 1:
         _unknown(checkpoint, next(iter(block.router.values())), f"{name} has both a gate and a router")
@@ -155,7 +156,7 @@ def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -
     for leaf, tensor in block.router.items():
         known = ROUTER_TENSORS.get(leaf.partition(".")[2])
         if known is None:
-            _unknown(checkpoint, tensor, f"known beside a router are {', '.join(ROUTER_TENSORS)}")
+            _unknown(checkpoint, tensor, f"the router tensors it knows are {', '.join(ROUTER_TENSORS)}")
         if len(tensor.shape) != known.dimensions:
             raise CheckpointError(
                 f"{checkpoint.where(tensor)}: expected {known.dimensions} dimensions, found shape {list(tensor.shape)}"
@@ -167,7 +168,7 @@ def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -
             rows.append(_check_rows(checkpoint, tensor, num_experts))
         else:
             ids.append(tensor)
-    # a scalar beside fused experts is one for all of them
+    # a scalar beside fused experts applies to all of them
     fused = [_check_rows(checkpoint, tensor, num_experts) for tensor in block.fused if math.prod(tensor.shape) != 1]
     experts = _check_experts(checkpoint, name, block.experts, num_experts) if block.experts else ()
     return MoeLayer(name, experts, tuple(fused), tuple(rows), tuple(ids))
@@ -180,14 +181,14 @@ def _check_rows(checkpoint: Checkpoint, tensor: Tensor, num_experts: int) -> Ten
             f"gives, found shape {list(tensor.shape)}"
         )
     if tensor.size % num_experts:
-        raise UnsupportedError(f"{checkpoint.where(tensor)}: its rows of {tensor.dtype} do not begin at whole bytes")
+        raise UnsupportedError(f"{checkpoint.where(tensor)}: its rows of {tensor.dtype} do not fill whole bytes")
     return tensor
 
 
 def _check_experts(
     checkpoint: Checkpoint, name: str, experts: Mapping[int, Mapping[str, Tensor]], num_experts: int
 ) -> tuple[tuple[Tensor, ...], ...]:
-    """The tensors of each expert, checked to be all there, and alike up to how they are quantized."""
+    """The tensors of each expert, once checked: none is missing, and experts differ only in how they are quantized."""
     where = f"{checkpoint.root}: {name}"
     missing = sorted(set(range(num_experts)) - set(experts))
     if max(experts) >= num_experts:
@@ -199,34 +200,36 @@ def _check_experts(
         raise CheckpointError(
             f"{where}: expert {missing[0]} is missing: found {len(experts)} experts, {CONFIG} gives {num_experts}"
         )
-    shapes: dict[tuple[str, str], Tensor] = {}
+    first_by_leaf: dict[tuple[str, str], Tensor] = {}
+    # by module: each set of tensors and dtypes that some expert has, and one such expert
     variants: dict[str, dict[frozenset[tuple[str, str]], int]] = defaultdict(dict)
     for expert, tensors in experts.items():
         modules: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for leaf, tensor in tensors.items():
             modules[leaf.rpartition(".")[0]].append((leaf, tensor.dtype))
-            like = shapes.setdefault((leaf, tensor.dtype), tensor)
-            if like.shape != tensor.shape:
+            first = first_by_leaf.setdefault((leaf, tensor.dtype), tensor)
+            if first.shape != tensor.shape:
                 raise CheckpointError(
-                    f"{checkpoint.where(tensor)}: shape {list(tensor.shape)}, but {like.name} has {list(like.shape)}"
+                    f"{checkpoint.where(tensor)}: shape {list(tensor.shape)}, but {first.name} has {list(first.shape)}"
                 )
         for module, found in modules.items():
             variants[module].setdefault(frozenset(found), expert)
-    # Experts may be quantized differently, so that they have other tensors or dtypes; none may have only a part of
-    # what another has.
+    # Experts may be quantized differently and so have different tensors or dtypes. But if an expert has only part of
+    # what another has, a tensor is missing.
     for module, found_by in variants.items():
         for expert, tensors in experts.items():
             own = {(leaf, tensor.dtype) for leaf, tensor in tensors.items() if leaf.rpartition(".")[0] == module}
             for variant, example in found_by.items():
                 if own < variant:
-                    lacking = min(leaf for leaf, _ in variant - own)
+                    missing_leaf = min(leaf for leaf, _ in variant - own)
                     raise CheckpointError(
-                        f"{where}: tensor {name}.experts.{expert}.{lacking} is missing; expert {example} has its own"
+                        f"{where}: tensor {name}.experts.{expert}.{missing_leaf} is missing, but expert {example} has "
+                        "it; download the checkpoint again"
                     )
     return tuple(tuple(experts[expert].values()) for expert in range(num_experts))
 
 
 def _unknown(checkpoint: Checkpoint, tensor: Tensor, reason: str) -> NoReturn:
     raise UnsupportedError(
-        f"{checkpoint.where(tensor)}: reshard does not know how it depends on the expert ids: {reason}"
+        f"{checkpoint.where(tensor)}: reshard does not know how this tensor depends on expert ids: {reason}"
     )

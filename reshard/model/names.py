@@ -1,4 +1,4 @@
-"""What a tensor's name says: which layer and expert it belongs to, and the name it has after renumbering."""
+"""Reads a tensor's name: which layer and expert it belongs to, and what its name is after renumbering."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 class ExpertName(NamedTuple):
-    """A tensor's name, taken apart: `<layer>.experts.<expert>.<leaf>`."""
+    """The parts of an expert tensor's name: `<layer>.experts.<expert>.<leaf>`."""
 
     layer: str
     expert: int
     leaf: str
 
     def __str__(self) -> str:
-        """The name, put together."""
+        """The whole name."""
         return f"{self.layer}.experts.{self.expert}.{self.leaf}"
 
 
 def parse_expert_name(name: str, layers: Container[str]) -> ExpertName | None:
-    """Take the name of an expert's tensor apart; None for any other. `layers` are the names of the MoE layers."""
+    """The parts of an expert tensor's name; None for any other. `layers` are the names of the MoE layers."""
     layer, _, rest = name.partition(".experts.")
     match = EXPERT_ID.fullmatch(rest)
     return ExpertName(layer, int(match[1]), match[2]) if match and layer in layers else None
 
 
 def renumber(name: str, tables: Mapping[str, Sequence[int]]) -> str:
-    """`name` with its expert id mapped by its layer's table; a name that is no expert's stays as it is."""
+    """`name` with its expert id mapped by its layer's table; any other name stays as it is."""
     parsed = parse_expert_name(name, tables)
     if parsed is None or parsed.expert >= len(tables[parsed.layer]):
         return name
@@ -41,7 +41,7 @@ def renumber(name: str, tables: Mapping[str, Sequence[int]]) -> str:
 
 
 class Kind(Enum):
-    """What a tensor is of."""
+    """What a tensor belongs to."""
 
     EXPERT = "expert"
     ROUTER = "router"
@@ -49,7 +49,7 @@ class Kind(Enum):
 
 
 def kind_of(name: str, layers: Container[str]) -> Kind:
-    """What the tensor `name` is of, in a model whose MoE layers are `layers`."""
+    """What the tensor `name` belongs to, in a model whose MoE layers are `layers`."""
     layer, _, rest = name.partition(".experts.")
     if rest and layer in layers:
         return Kind.EXPERT
@@ -58,5 +58,5 @@ def kind_of(name: str, layers: Container[str]) -> Kind:
 
 
 def natural_key(name: str) -> list[tuple[bool, int, str]]:
-    """Sorts `layers.10` after `layers.9`, and `mtp.0` after all layers."""
+    """Sort key: `layers.10` comes after `layers.9`, and `mtp.0` after all layers."""
     return [(False, int(part), part) if _NUMBER.fullmatch(part) else (True, 0, part) for part in name.split(".")]

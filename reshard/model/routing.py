@@ -1,4 +1,4 @@
-"""How a model's router chooses experts, as its config.json says it."""
+"""Reads from config.json how a model's router chooses experts."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Routing:
 
     @property
     def group_limited(self) -> bool:
-        """Whether a token's experts come from its `topk_group` best groups of E / n_group consecutive experts only."""
+        """Whether a token may use only its `topk_group` best groups, each of E / n_group consecutive experts."""
         return self.n_group > 1 and self.topk_group < self.n_group
 
 
 def why_plugin(routing: Routing) -> str:
-    """Whether an output of a model that routes like this needs the plugin, and why, in a sentence."""
+    """A sentence that says whether an output of a model that routes like this needs the plugin, and why."""
     if routing.group_limited:
         return (
             f"needed: each token's experts come from {routing.topk_group} of {routing.n_group} groups of "
@@ -56,10 +56,10 @@ def why_plugin(routing: Routing) -> str:
 
 
 def routing_section(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What `config` says of routing, at its top and where models that see or hear keep their language model's config.
+    """The routing keys of `config`, from its top level and from the language model's config inside.
 
-    Raises CheckpointError where two places disagree, since engines differ in which they read, and UnsupportedError
-    where a key that is not known may limit which groups of experts a token can reach.
+    Raises CheckpointError if two places disagree, since engines differ in which they read, and UnsupportedError if an
+    unknown key may limit which groups of experts a token can reach.
     """
     sections = [config, *(config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict))]
     found: dict[str, Any] = {}
@@ -73,14 +73,13 @@ def routing_section(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             if _LIMITS_GROUPS.search(key) and key not in GROUP_KEYS and value not in (None, False, 0, 1):
                 raise UnsupportedError(
                     f"{where}: {key} = {value!r:.80} may limit which experts a token can reach, in a way that "
-                    "reshard does "
-                    f"not know; known are {' and '.join(GROUP_KEYS)}"
+                    f"reshard does not know; it knows {' and '.join(GROUP_KEYS)}"
                 )
     return found
 
 
 def read_routing(whole_config: Mapping[str, Any], family: Family, where: str) -> Routing:
-    """The routing that a config.json asks for; `where` names the file in errors."""
+    """The routing that a config.json describes; `where` names the file in errors."""
     config = routing_section(whole_config, where)
     limited = config.get("topk_method") == "group_limited_greedy"
     num_experts = _count(config, NUM_EXPERTS_KEYS, where)
@@ -116,8 +115,8 @@ def _scoring(config: Mapping[str, Any], family: Family, where: str) -> str:
         for key in keys:
             if config.get(key) is not None and config[key] not in known:
                 raise UnsupportedError(
-                    f"{where}: {key} = {config[key]!r:.80} is no way to choose experts that reshard knows; "
-                    f"known are {', '.join(known)}"
+                    f"{where}: reshard does not know {key} = {config[key]!r:.80} as a way to choose experts; it knows "
+                    f"{', '.join(known)}"
                 )
     return next((config[key] for key in SCORING_KEYS if config.get(key) is not None), family.scoring)
 

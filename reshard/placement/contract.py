@@ -20,7 +20,7 @@ LOCKED_KEYS = ("model_type", "architectures", "auto_map")
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """How to route the output. A group is E / n_group consecutive *logical* experts, in whatever slots they are."""
+    """How to route the output. A group is E / n_group consecutive *logical* experts, whatever their slots."""
 
     strategy: str
     ep_size: int
@@ -74,8 +74,7 @@ def contract_from_json(value: Any, where: str) -> Contract:
     if value.get("version") != CONTRACT_VERSION:
         raise CheckpointError(
             f"{where}: {CONTRACT_KEY} has version {value.get('version')!r:.80}, this reshard reads version "
-            f"{CONTRACT_VERSION}; "
-            "upgrade reshard"
+            f"{CONTRACT_VERSION}; upgrade reshard"
         )
     fields = {
         "strategy": str,
@@ -111,12 +110,12 @@ def placement_to_json(placement: Placement) -> list[int] | dict[str, list[int]]:
 
 def placement_from_json(value: Any, layers: list[str], where: str) -> Placement:
     """The inverse of `placement_to_json` for the MoE layers named in `layers`."""
-    named = bool(layers) and all(isinstance(layer, str) for layer in layers)
-    by_layer = value if isinstance(value, dict) else dict.fromkeys(layers if named else (), value)
-    if not named or set(by_layer) != set(layers):
+    are_names = bool(layers) and all(isinstance(layer, str) for layer in layers)
+    by_layer = value if isinstance(value, dict) else dict.fromkeys(layers if are_names else (), value)
+    if not are_names or set(by_layer) != set(layers):
         raise CheckpointError(f"{where}.physical_to_logical must have an entry for each of the MoE layers")
     for layer, permutation in by_layer.items():
-        numbers = isinstance(permutation, list) and all(type(expert) is int for expert in permutation)
-        if not numbers or not is_permutation(permutation):
+        are_integers = isinstance(permutation, list) and all(type(expert) is int for expert in permutation)
+        if not are_integers or not is_permutation(permutation):
             raise CheckpointError(f"{where}.physical_to_logical: layer {layer}: expected a permutation of 0..E-1")
     return {layer: tuple(by_layer[layer]) for layer in layers}

@@ -1,6 +1,6 @@
 """Pure functions on permutations of experts.
 
-The words are those of DeepSeek's EPLB. A *logical* expert is an expert's id in the original. A *physical* expert is its
+The terms are those of DeepSeek's EPLB. A *logical* expert is an expert's id in the original. A *physical* expert is its
 slot: its id in the output and in the engine. An EP rank owns consecutive physical experts (vLLM's linear rule), so a
 permutation is a placement.
 """
@@ -27,7 +27,7 @@ def zigzag(num_experts: int, ep_size: int) -> tuple[int, ...]:
 
 
 def node_zigzag(num_experts: int, ep_size: int, nodes: int) -> tuple[int, ...]:
-    """Keep on each node the experts that linear placement puts there, and deal those out among the node's ranks.
+    """Keep on each node the experts that linear placement puts there, and deal them out to the node's ranks.
 
     DeepSeek's routers limit a token to a few groups of consecutive experts, and so to a few nodes. Zigzag over all
     ranks undoes that; zigzag within each node keeps it.
@@ -41,9 +41,9 @@ def node_zigzag(num_experts: int, ep_size: int, nodes: int) -> tuple[int, ...]:
         physical_to_logical: [E]
 
     """
-    of_node = num_experts // nodes
-    within = zigzag(of_node, ep_size // nodes)
-    return tuple(node * of_node + expert for node in range(nodes) for expert in within)
+    node_experts = num_experts // nodes
+    within_node = zigzag(node_experts, ep_size // nodes)
+    return tuple(node * node_experts + expert for node in range(nodes) for expert in within_node)
 
 
 def invert(permutation: Sequence[int]) -> tuple[int, ...]:
@@ -99,11 +99,11 @@ def rank_of_each(physical_to_logical: Sequence[int], ep_size: int) -> tuple[int,
 
 
 def describe_ranks(ranks: Iterable[int]) -> str:
-    """EP ranks in the notation of `--ranks`: 0-3,6."""
-    spans: list[tuple[int, int]] = []
+    """EP ranks in the notation of `--ranks`, such as 0-3,6."""
+    ranges: list[tuple[int, int]] = []
     for rank in sorted(ranks):
-        if spans and spans[-1][1] == rank - 1:
-            spans[-1] = spans[-1][0], rank
+        if ranges and ranges[-1][1] == rank - 1:
+            ranges[-1] = ranges[-1][0], rank
         else:
-            spans.append((rank, rank))
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+            ranges.append((rank, rank))
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

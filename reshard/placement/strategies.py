@@ -1,7 +1,7 @@
 """The strategies that a user may ask for, and the placement that each makes: physical_to_logical [E] per MoE layer.
 
-A strategy is made for a number of EP ranks. It knows no weights and reads no files: what it needs of the model comes as
-a `MoeShape`, and recorded traffic or a parsed placement file come already loaded. `check_placement` looks at every
+A strategy is made for a number of EP ranks. It reads no weights and no files: the caller passes what it needs to know
+about the model as a `MoeShape`, and recorded traffic or a placement file already loaded. `check_placement` checks every
 placement before it is used, whatever made it.
 """
 
@@ -24,7 +24,7 @@ NO_GROUPS = (
     "this model's router has no expert groups: zigzag is exact for it, but not expected to help "
     "(the published gains are for models with expert groups)"
 )
-MIN_TOKENS = 4096  # in the trace that `balanced` makes a placement from
+MIN_TOKENS = 4096  # recorded tokens that `balanced` needs to make a placement
 T = TypeVar("T")
 LayerProgress = Callable[[Sequence[str]], Iterable[str]]
 """Wraps the names of MoE layers in a progress display, as tqdm does."""
@@ -32,7 +32,7 @@ LayerProgress = Callable[[Sequence[str]], Iterable[str]]
 
 @dataclass(frozen=True, slots=True)
 class MoeShape:
-    """What a strategy has to know of a model: its MoE layers by name, E, and its expert groups.
+    """What a strategy needs to know about a model: its MoE layers by name, E, and its expert groups.
 
     `where` names the model in error messages.
     """
@@ -89,7 +89,7 @@ class NodeZigzag:
         """The same permutation in every layer. Raises OutputError if groups or experts do not divide evenly."""
         per_node = self.ep_size // self.nodes
         faults = {
-            f"it has {model.num_experts} experts and no expert groups; without groups use zigzag": (
+            f"the model has {model.num_experts} experts and no expert groups; use zigzag instead": (
                 not model.group_limited
             ),
             f"{self.ep_size} EP ranks cannot be divided evenly among {self.nodes} nodes": self.ep_size % self.nodes > 0,
@@ -100,9 +100,9 @@ class NodeZigzag:
         fault = next((fault for fault, found in faults.items() if found), None)
         if fault is None:
             slots = rank_slots(model.num_experts, self.ep_size)
-            held = [sum(map(len, slots[node * per_node : (node + 1) * per_node])) for node in range(self.nodes)]
-            if len(set(held)) > 1:
-                fault = f"{self.ep_size} EP ranks of its {model.num_experts} experts make nodes of {held} experts"
+            counts = [sum(map(len, slots[node * per_node : (node + 1) * per_node])) for node in range(self.nodes)]
+            if len(set(counts)) > 1:
+                fault = f"with {self.ep_size} EP ranks, the nodes would hold {counts} experts, not equally many"
         if fault:
             raise OutputError(
                 f"{model.where}: node-zigzag on {self.nodes} nodes: {fault}; choose another --nodes or --ep"
@@ -114,8 +114,8 @@ class NodeZigzag:
 class Balanced:
     """Places experts by the traffic recorded in the directory `trace`; see `balance`.
 
-    It prefers placements that reach few of `nodes` nodes, as far as balance allows. `share` is the part of every
-    recording, from its start, that the placement is made from; the rest can judge it. `progress` wraps the layers.
+    As far as balance allows, it prefers placements with which tokens reach few of the `nodes` nodes. The placement is
+    made from the first `share` of every recording; the rest can judge it. `progress` wraps the layers' names.
     """
 
     ep_size: int
@@ -126,11 +126,11 @@ class Balanced:
     name: ClassVar[str] = "balanced"
 
     def place(self, model: MoeShape, traffic: Mapping[str, Tensor]) -> Placed:
-        """A permutation for each layer of its own; zigzag for a layer without traffic.
+        """Each layer's own permutation; zigzag for a layer without traffic.
 
         Parameters:
             model: the model to place
-            traffic: logical experts that each token chose, ids_TK, by layer
+            traffic: ids_TK of each layer, the logical experts that each token chose
 
         Raises OutputError if nodes do not divide the ranks, or the trace is too short.
 
@@ -142,22 +142,22 @@ class Balanced:
             )
         tokens = min(map(len, traffic.values()), default=0)
         if tokens < MIN_TOKENS:
-            part = "recorded" if self.share == 1 else f"in the first {self.share:.0%} of it, which makes the placement"
+            part = "recorded" if self.share == 1 else f"in its first {self.share:.0%}, which the placement is made from"
             raise OutputError(
-                f"{self.trace}: {tokens} tokens {part}, and balanced needs at least {MIN_TOKENS}; record more of the "
+                f"{self.trace}: {tokens} tokens {part}; balanced needs at least {MIN_TOKENS}: record more of the "
                 "traffic that the model serves"
             )
         recorded = [traffic[layer] for layer in model.layers if layer in traffic]
-        found = balanced_layers(recorded, model.num_experts, self.ep_size, self.nodes)
+        balanced = balanced_layers(recorded, model.num_experts, self.ep_size, self.nodes)
         without = [layer for layer in model.layers if layer not in traffic]
         placement = {
-            layer: next(found) if layer in traffic else zigzag(model.num_experts, self.ep_size)
+            layer: next(balanced) if layer in traffic else zigzag(model.num_experts, self.ep_size)
             for layer in self.progress(model.layers)
         }
         if not without:
             return Placed(placement)
         names = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
-        return Placed(placement, (f"{self.trace} has no traffic of {names}: placed by zigzag there",))
+        return Placed(placement, (f"{self.trace} has no traffic of {names}: these layers got zigzag",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ def check_placement(placement: Placement, model: MoeShape) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a strategy may be given beside the number of EP ranks; each strategy says which of them it takes."""
+    """What the user may give a strategy beside the number of EP ranks; its `Offer` says which of these it takes."""
 
     nodes: int | None = None
     trace: Path | None = None
@@ -243,7 +243,7 @@ STRATEGIES: Mapping[str, Offer] = {
 
 def _given(value: T | None) -> T:
     if value is None:
-        raise OutputError("a strategy was not given what it needs; see reshard.placement.strategies.STRATEGIES")
+        raise OutputError("an option that this strategy needs is missing; see reshard.placement.strategies.STRATEGIES")
     return value
 
 

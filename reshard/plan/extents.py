@@ -1,4 +1,4 @@
-"""Which bytes of an output file can share the source's disk blocks, and how much room the others need. Pure; no I/O."""
+"""Finds which bytes of an output file can share the source's disk blocks, and how much disk the rest needs. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .files import Content, OutputFile, Part, Range, Rows
 
-MIN_SHARED = 1 << 16  # bytes; for fewer, a copy costs less than the file system's record of a shared block
+MIN_SHARED = 1 << 16  # bytes; for fewer, a copy costs less than the file system's record of the shared blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def _ranges(content: Content) -> Iterator[tuple[str, int, int]]:
 
 
 def shareable(parts: Iterable[Part], block_size: int | None) -> list[Extent]:
-    """The whole blocks of an output file that can be the source's, because both lie alike on block boundaries."""
+    """The extents of whole blocks that an output file can share: at the same offset within a block in both files."""
     return [blocks for extent in extents(parts) if (blocks := _whole_blocks(extent, block_size))] if block_size else []
 
 
@@ -90,12 +90,12 @@ class Holes:
         return self.before[number] - max(0, self.ends[number - 1] - offset) if number else 0
 
 
-def room(file: OutputFile, block_size: int | None, holes: Mapping[str, Holes]) -> int:
-    """Bytes of disk that `file` needs. Shared blocks and holes need none."""
+def needed_size(file: OutputFile, block_size: int | None, holes: Mapping[str, Holes]) -> int:
+    """Bytes of disk that `file` needs; shared blocks and holes need none. `holes` has those of the source files."""
     size = file.size - sum(extent.size for extent in shareable(file.parts, block_size))
     if block_size is None and holes:
         for part in file.parts:
             if isinstance(part.content, (Range, Rows)) and part.content.file in holes:
-                of_file, offset = holes[part.content.file], part.content.offset
-                size -= of_file.below(offset + part.content.size) - of_file.below(offset)
+                in_source, offset = holes[part.content.file], part.content.offset
+                size -= in_source.below(offset + part.content.size) - in_source.below(offset)
     return size

@@ -1,4 +1,4 @@
-"""Whether an output shares disk blocks with its source (reflinks on XFS and Btrfs). Data only: `execute` finds out."""
+"""Whether an output shares disk blocks with its source (reflinks, on XFS and Btrfs). Only data; `execute` finds out."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ REFLINK: tuple[Reflink, ...] = get_args(Reflink)
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """Whether blocks are shared: in units of `block_size` bytes, or not at all, and then `why_not` says why.
+    """Whether blocks are shared: `block_size` is their size in bytes, or None if not, and then `why_not` says why.
 
-    If sharing is `required`, a run that cannot share what its plan says ends in an error; otherwise it copies.
+    If sharing is `required`, a run that cannot share what the plan says ends in an error; otherwise it copies.
     """
 
     block_size: int | None

@@ -393,7 +393,7 @@ def test_a_file_that_is_there_is_left_alone(v3: Path, tmp_path: Path) -> None:
     (tmp_path / "placement.json").write_text("mine")
     result = run("export", v3 / "output", "--to", "eplb", "--out", tmp_path / "placement.json")
     assert result.exit_code == 1
-    assert "is there already" in result.stderr
+    assert "already exists" in result.stderr
     assert (tmp_path / "placement.json").read_text() == "mine"
 
 

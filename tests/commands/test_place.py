@@ -144,7 +144,7 @@ def test_nodes_that_groups_do_not_fill_evenly_are_refused(
         assert not (tmp_path / "out").exists()
     else:  # three ranks for each node's four experts: 2, 1, 1 on the one and 2, 1, 1 on the other is not linear's rule
         assert result.exit_code == 1
-        assert "make nodes of [5, 3] experts" in result.output
+        assert "the nodes would hold [5, 3] experts" in result.output
 
 
 GOOD = {"model.layers.1.mlp": list(range(EXPERTS)), "model.layers.2.mlp": list(range(EXPERTS))}

@@ -138,7 +138,7 @@ def test_what_the_journal_calls_complete_is_so_after_a_power_cut(
 def test_without_the_flush_of_each_file_a_power_cut_makes_the_journal_lie(source: Path, tmp_path: Path) -> None:
     """The control of the test above."""
     script = (
-        "import os, reshard.syscalls\n"
+        "import os, reshard.execute.syscalls\n"
         "fsync = os.fsync\n"
         "def of_journal_only(fd):\n"
         "    if os.readlink(f'/proc/self/fd/{fd}').endswith('journal'):\n"
@@ -168,7 +168,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_room_lets_it_go_on(
             _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
         assert len(errors.splitlines()) == 1
-        assert "No space left on device; the same command takes up from here" in errors
+        assert "No space left on device; rerun the command to resume" in errors
         assert not (out / "config.json").exists()
         filler.unlink()
         run_well("zigzag", "--src", source, "--out", out, *OPTIONS)
