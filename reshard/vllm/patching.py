@@ -22,11 +22,15 @@ def when_imported(name: str, install: Install) -> None:
 
 
 def replace_once(owner: object, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put `wrap(old)` in the place of the function `name` of a module or class, unless that was done before."""
+    """Put `wrap(old)` in the place of the function `name` of a module or class, unless that was done before.
+
+    Several may wrap the same function, each once. `wrap` keeps what stands in `old.__dict__`, as functools.wraps does.
+    """
     old = getattr(owner, name)
-    if not hasattr(old, "replaced_by_reshard"):
+    done = getattr(old, "replaced_by_reshard", ())
+    if (who := f"{wrap.__module__}.{wrap.__qualname__}") not in done:
         new = wrap(old)
-        new.replaced_by_reshard = True  # type: ignore[attr-defined]
+        new.replaced_by_reshard = (*done, who)  # type: ignore[attr-defined]
         setattr(owner, name, new)
 
 

@@ -276,6 +276,12 @@ def test_what_gets_past_a_placement_is_refused_with_one_line_before_any_process_
     assert "ModuleNotFoundError" in arrived.stderr, "a worker without reshard would serve linear"
 
 
+def test_a_model_that_cuts_one_tensor_of_all_experts_by_itself_is_refused_once_it_is_loaded(serving: Serving) -> None:
+    refusal = serving.generate(serving.model("llama4"), ranks=2, environment=ZIGZAG)
+    assert refusal.status != 0
+    assert re.search(r"zigzag: layer \S+: .*so it cannot be served placed; serve it without", refusal.log)
+
+
 def test_a_rank_without_the_plugin_is_named(serving: Serving) -> None:
     soon = {**ZIGZAG, "RESHARD_AGREEMENT_SECONDS": "45"}
     one, _ = serving.each(v3(serving), [soon, {"VLLM_PLUGINS": SHIM_ONLY}])

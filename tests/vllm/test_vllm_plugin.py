@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from reshard.placement.permutations import zigzag
 from reshard.vllm import support
 from reshard.vllm.configs import read_config
 from reshard.vllm.loading import Parallel, _parallel, check_model, choose_files, needed_ranks, words_on
-from reshard.vllm.patching import replace_once, when_imported
+from reshard.vllm.patching import replace_if_there, replace_once, when_imported
 from reshard.vllm.routing import current_contract, in_logical_order, placement_of
 
 SHARED = ["/m/model-shared-00001-of-00002.safetensors", "/m/model-shared-00002-of-00002.safetensors"]
@@ -169,6 +170,21 @@ def test_a_module_is_changed_once_whether_it_is_imported_before_or_after(
     assert late_module.double(3) == 7
     assert len(sys.meta_path) == finders
     del sys.modules["late_module"]
+
+
+def test_a_function_is_wrapped_by_several_and_by_each_once() -> None:
+    def add(old: Callable[[], int]) -> Callable[[], int]:
+        return functools.wraps(old)(lambda: old() + 1)
+
+    def double(old: Callable[[], int]) -> Callable[[], int]:
+        return functools.wraps(old)(lambda: old() * 2)
+
+    module: Any = SimpleNamespace(number=lambda: 3)
+    for wrap in (add, double, add, double):
+        replace_if_there(module, "number", wrap)
+        replace_if_there(module, "absent", wrap)
+    assert module.number() == 8
+    assert not hasattr(module, "absent")
 
 
 def test_a_module_that_two_wait_for_is_changed_by_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
