@@ -98,7 +98,7 @@ def place(model_state: Any, served: ServedPlacement, *, is_draft: bool) -> None:
     for name, before in zip(names, old.tolist(), strict=True):
         order = served.order(name, model.num_logical_experts)
         wanted.append(list(before) if order is None else list(with_copies(order, served.ep_size, redundant)))
-    new = torch.tensor(wanted, dtype=old.dtype, device=old.device)
+    new = torch.tensor(wanted, dtype=old.dtype)  # on the CPU, where vLLM's own policies leave it
     eplb_state.rearrange_expert_weights_inplace(
         old,
         new,

@@ -104,9 +104,11 @@ def _with_contract(create: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _placed(router: Any, served: ServedPlacement | None, arguments: dict[str, Any], prefix: str) -> Any:
+    from vllm.config import get_current_vllm_config
+
     from .placed import placed_router  # imports torch
 
-    if served is None or arguments.get("eplb_state") is not None:  # `eplb` moves experts once they are loaded
+    if served is None or get_current_vllm_config().parallel_config.enable_eplb:  # `eplb` moves experts, once loaded
         return router
     return placed_router(router, served, arguments, prefix)
 
