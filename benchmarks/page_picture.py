@@ -1,8 +1,8 @@
-"""A picture of the page that `reshard analyze --html` writes: python benchmarks/page_picture.py OUT.png
+"""Draw a picture of the page that `reshard analyze --html` writes: python benchmarks/page_picture.py OUT.png
 
-The traffic is real: what Python source made two routers of a small model choose, which had been trained on such text
-(tests/data; `balanced.py` trains it). The checkpoint around it is the demo's, whose gates are not looked at. Takes
-chromium, Playwright and half a minute. The page itself is written beside the picture.
+The traffic is real: the experts that two routers of a small model chose for Python source, after training on such text
+(tests/data; `balanced.py` trains the model). The checkpoint is the demo's; its gates are not read. Needs chromium,
+Playwright and half a minute. Writes the page itself beside the picture.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ RANKS, NODES, WIDTH = 8, 2, 1120
 
 
 def main() -> None:
-    """Build, analyze, draw."""
+    """Build the checkpoint, analyze it, draw the page."""
     out = Path(sys.argv[1]).absolute()
     program = shutil.which("chromium")
     if program is None:
-        raise SystemExit("a picture of a page takes a browser: install chromium")
+        raise SystemExit("chromium not found: install it, to draw the page")
     with tempfile.TemporaryDirectory(prefix="reshard-page-") as name:
         os.chdir(name)
-        source, trace = Path("Small-MoE"), Path("python-source")  # as the page will call them
+        source, trace = Path("Small-MoE"), Path("python-source")  # the page shows these names
         record(build(source), trace)
         strategies = [Linear(RANKS), Zigzag(RANKS), NodeZigzag(RANKS, NODES), Balanced(RANKS, trace, NODES, share=0.5)]
         analysis = analyze(source, strategies, nodes=NODES, trace=trace)
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def build(source: Path) -> int:
-    """The demo's checkpoint, of whose 64 experts a token chooses as many as were recorded; how many that is."""
+    """Write the demo's checkpoint with the top k of the recorded traffic; return that top k."""
     runpy.run_path(str(ROOT / "examples" / "deepseek_v3.py"))["build"](source)
     config = json.loads((source / "config.json").read_text())
     top_k: int = load_file(ROUTING)["python"].shape[2]
@@ -58,7 +58,7 @@ def build(source: Path) -> int:
 
 
 def record(top_k: int, trace: Path) -> None:
-    """The traffic, as the plugin would have recorded it."""
+    """Write the traffic as the plugin would have recorded it."""
     layers = ("model.layers.1.mlp", "model.layers.2.mlp")
     about = {"engine": "small_moe", "model": "Small-MoE", "layers": layers, "num_experts": 64, "top_k": top_k}
     rows = load_file(ROUTING)["python"].transpose(0, 1).contiguous().flatten()

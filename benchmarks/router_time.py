@@ -1,6 +1,6 @@
-"""How long the plugin's router takes on one GPU, beside vLLM's own, which does less, and beside gathers around that.
+"""Compare the plugin's router on one GPU with vLLM's own, which does less, and with gathers around vLLM's own.
 
-Each is captured 58 times into a CUDA graph, as R1 has 58 MoE layers, and the graphs are replayed in turns.
+Each CUDA graph captures 58 calls of one router, since R1 has 58 MoE layers. The graphs are replayed in turns.
 
 python router_time.py [--json FILE] [--rounds N]
 """
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import vllm._custom_ops as ops
+from measure import median, spread
 
 from reshard.placement.permutations import invert, zigzag
 from reshard.vllm.grouped_topk import Choice, grouped_topk
@@ -25,7 +25,7 @@ R1 = Choice(num_experts=256, n_group=8, topk_group=4, top_k=8, renormalize=True,
 
 
 def routers(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """The routers to time, by name, each with its inputs."""
+    """The routers to time, by name, each bound to its inputs."""
     logits_TE = torch.randn(tokens, R1.num_experts, device="cuda").to(dtype)
     bias_E = (torch.randn(R1.num_experts, device="cuda") / 20).to(dtype)
     place_E = torch.tensor(invert(zigzag(R1.num_experts, 8)), device="cuda", dtype=torch.int32)
@@ -33,19 +33,19 @@ def routers(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     def stock(logits_TE: torch.Tensor, bias_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return ops.grouped_topk(logits_TE, R1.n_group, R1.topk_group, R1.top_k, R1.renormalize, R1.scale, bias_E, 1)
 
-    def around() -> object:
+    def with_gathers() -> object:
         weights_TK, ids_TK = stock(logits_TE.index_select(1, place_E), bias_E.index_select(0, place_E))
         return weights_TK, place_E[ids_TK]
 
     return {
         "vLLM's": lambda: stock(logits_TE, bias_E),
-        "with gathers around": around,
+        "with gathers around": with_gathers,
         "the plugin's": lambda: grouped_topk(logits_TE, bias_E, place_E, R1),
     }
 
 
 def captured(router: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of `LAYERS` calls."""
+    """Capture `LAYERS` calls of a router in a CUDA graph."""
     router()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -56,7 +56,7 @@ def captured(router: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def microseconds(graph: torch.cuda.CUDAGraph) -> float:
-    """Of one call of a graph."""
+    """The time of one of a graph's `LAYERS` calls."""
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     before.record()
     for _ in range(REPLAYS):
@@ -82,9 +82,9 @@ if __name__ == "__main__":
                 for name, graph in graphs.items():
                     times[name].append(microseconds(graph))
             found.append({"dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "microseconds": times})
-            ratios = sorted(ours / stock for ours, stock in zip(times["the plugin's"], times["vLLM's"], strict=True))
-            cells = " | ".join(f"{statistics.median(values):.2f}" for values in times.values())
-            spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-            print(f"| {found[-1]['dtype']}, {tokens} | {cells} | {spread} |", flush=True)
+            ratios = [ours / stock for ours, stock in zip(times["the plugin's"], times["vLLM's"], strict=True)]
+            cells = " | ".join(f"{median(values):.2f}" for values in times.values())
+            ratio = spread(ratios, "{:.3f}".format)
+            print(f"| {found[-1]['dtype']}, {tokens} | {cells} | {ratio} |", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))

@@ -1,10 +1,10 @@
-"""A small mixture of experts that routes as DeepSeek-V3 does, trained for minutes on what text there is.
+"""A small mixture of experts that routes as DeepSeek-V3 does, trained for minutes on the text at hand.
 
-It stands in for R1's routers, which no small machine can run: sigmoid scores, groups of experts of which a token may
-use some, balanced without an auxiliary loss by a correction bias (arXiv 2408.15664); unless told otherwise 256 experts
-in 8 groups of which 4 are used, 8 experts a token, as R1 has them. What it learns is little beside R1; how far its
-routing is like R1's is not known. Tensors carry their shape in their name: B
-windows, S tokens in one, T tokens, V vocabulary, H hidden size, E experts, G groups of M, K experts chosen, L layers.
+It stands in for R1's routers, which no small machine can run. It has sigmoid scores, groups of experts of which a token
+may use some, and a correction bias that balances load without an auxiliary loss (arXiv 2408.15664). By default it has
+R1's 256 experts in 8 groups, of which a token uses 4, and 8 experts per token. It learns far less than R1; we do not
+know how closely its routing resembles R1's. Tensors carry their shape in their name: B windows, S tokens per window, T
+tokens, V vocabulary, H hidden size, E experts, G groups of M experts, K experts chosen, L layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from corpus import KINDS, Document, Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reshard.model.layers import Routing
+from reshard.model.routing import Routing
 
 R1_ROUTING = Routing(
     num_experts=256,
@@ -32,21 +32,21 @@ R1_ROUTING = Routing(
     n_group=8,
     topk_group=4,
 )
-ALIGNMENT = 8  # rows of bf16 that grouped_mm's groups are padded to
+ALIGNMENT = 8  # grouped_mm needs each group padded to a multiple of so many bf16 rows
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model and of what it is trained on; the first layer is dense, as R1's first three are."""
+    """Sizes of the model and of its training; the first layer is dense, as R1's first three are."""
 
     vocabulary: int = 8192
     hidden: int = 512
     heads: int = 8
     layers: int = 5
-    intermediate: int = 64  # of an expert; the shared expert and the dense layer are wider
-    window: int = 512
-    windows: int = 64  # in a step
+    intermediate: int = 64  # width of an expert; the shared expert and the dense layer are wider
+    window: int = 512  # tokens
+    windows: int = 64  # per training step
     traced_windows: int = 256  # held out, of each kind
     text_bytes: int = 24 << 20  # of each kind
     learning_rate: float = 1e-3
@@ -59,16 +59,16 @@ SMALL = Shape(512, 64, 2, 3, 16, 64, 16, 32, 1 << 18)
 
 @dataclass(frozen=True)
 class Trace:
-    """Where held-out text of one kind went: windows in the order of the text, one after the other."""
+    """The routing of held-out text of one kind: windows in the order of the text."""
 
     experts_LTK: Tensor  # logical
     weights_LTK: Tensor
-    hidden_LTH: Tensor  # what the routers were given, of the first tokens only
+    hidden_LTH: Tensor  # the routers' inputs, for the first tokens only
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model's routers, what they did with held-out text of each kind, and how the training went."""
+    """A trained model's routers, their routing of held-out text of each kind, and a report of the training."""
 
     routing: Routing
     gates: dict[str, Tensor]
@@ -77,14 +77,14 @@ class Trained:
 
 
 def choose(scores_TE: Tensor, correction_E: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Choose experts as a group-limited router does: a group counts as the sum of its two best.
+    """Choose experts as a group-limited router does: a group's score is the sum of its two best scores.
 
     Parameters:
         scores_TE: sigmoid of the logits
-        correction_E: added to what is compared, not to the weights
+        correction_E: correction bias, added to the scores for choosing, not to the weights
 
     Returns:
-        experts_TK, weights_TK: the best first
+        experts_TK, weights_TK: the best expert first
     """
     grouped_TGM = (scores_TE + correction_E).unflatten(1, (routing.n_group, -1))
     best_TG = grouped_TGM.topk(2, dim=2).values.sum(dim=2).topk(routing.topk_group, dim=1).indices
@@ -96,7 +96,7 @@ def choose(scores_TE: Tensor, correction_E: Tensor, routing: Routing) -> tuple[T
 
 
 class Gate(nn.Module):
-    """A router; the load of its last batch, by expert, is what `balance` moves the correction by."""
+    """A router that keeps each expert's load in its last batch, from which `balance` adjusts the correction bias."""
 
     correction_E: Tensor
     load_E: Tensor
@@ -109,7 +109,7 @@ class Gate(nn.Module):
         self.register_buffer("load_E", torch.zeros(experts))
 
     def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose experts_TK, weights_TK."""
+        """Choose experts: experts_TK, weights_TK."""
         with torch.autocast(hidden_TH.device.type, enabled=False):
             scores_TE = functional.linear(hidden_TH.float(), self.weight_EH).sigmoid()
         experts_TK, weights_TK = choose(scores_TE, self.correction_E, self.routing)
@@ -119,12 +119,12 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def balance(self, speed: float) -> None:
-        """Raise the correction of experts with less than their part, lower the others'."""
+        """Raise the correction bias of experts with less than the mean load, lower the others'."""
         self.correction_E += speed * (self.load_E.mean() - self.load_E).sign()
 
 
 class Mlp(nn.Module):
-    """SwiGLU."""
+    """A SwiGLU MLP."""
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
@@ -132,12 +132,12 @@ class Mlp(nn.Module):
         self.down = nn.Linear(intermediate, hidden, bias=False)
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
-        """Answer [T, H]."""
+        """The output, [T, H]."""
         return self.down(swiglu(self.up(hidden_TH)))
 
 
 class Moe(nn.Module):
-    """Routed experts and a shared one."""
+    """Routed experts and a shared expert."""
 
     def __init__(self, hidden: int, intermediate: int, routing: Routing) -> None:
         super().__init__()
@@ -148,36 +148,36 @@ class Moe(nn.Module):
         self.down_EHI = nn.Parameter(torch.randn(experts, hidden, intermediate) / math.sqrt(intermediate))
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
-        """Answer [T, H]."""
+        """The output, [T, H]."""
         experts_TK, weights_TK = self.gate(hidden_TH)
         row_of_TK, ends_E, rows = sorted_rows(experts_TK, self.routing.num_experts)
         pairs_PH = _narrow(hidden_TH).repeat_interleave(self.routing.top_k, dim=0)
         sorted_RH = pairs_PH.new_zeros(rows, hidden_TH.shape[1]).index_copy(0, row_of_TK.flatten(), pairs_PH)
-        answers_RH = multiply(swiglu(multiply(sorted_RH, self.up_EIH, ends_E)), self.down_EHI, ends_E)
-        answers_TKH = answers_RH.index_select(0, row_of_TK.flatten()).unflatten(0, row_of_TK.shape)
-        routed_TH = (weights_TK.unsqueeze(1).to(answers_TKH.dtype) @ answers_TKH).squeeze(1)
+        outputs_RH = multiply(swiglu(multiply(sorted_RH, self.up_EIH, ends_E)), self.down_EHI, ends_E)
+        outputs_TKH = outputs_RH.index_select(0, row_of_TK.flatten()).unflatten(0, row_of_TK.shape)
+        routed_TH = (weights_TK.unsqueeze(1).to(outputs_TKH.dtype) @ outputs_TKH).squeeze(1)
         return routed_TH + self.shared(hidden_TH)
 
 
 def swiglu(both_TI: Tensor) -> Tensor:
-    """Gate and up, side by side, to one."""
+    """Apply SwiGLU to gate and up projections that lie side by side."""
     gate_TI, up_TI = both_TI.chunk(2, dim=1)
     return functional.silu(gate_TI) * up_TI
 
 
 def sorted_rows(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, int]:
-    """Where each (token, expert) pair stands when pairs are sorted by expert, each expert's rows padded.
+    """The row of each (token, expert) pair after sorting pairs by expert and padding each expert's rows.
 
     Returns:
-        row_of_TK, the end of each expert's rows ends_E (the last expert's is the end of all), and the number of rows
+        row_of_TK; ends_E, the end of each expert's rows (the last expert's is the number of rows); the number of rows
     """
     flat_P = experts_TK.flatten()
-    rows = len(flat_P) + ALIGNMENT * num_experts  # enough for any padding, so that nothing waits for a count
+    rows = len(flat_P) + ALIGNMENT * num_experts  # enough for any padding: the CPU need not wait for the counts
     rows += -rows % ALIGNMENT
     count_E = torch.zeros(num_experts, dtype=torch.long, device=flat_P.device).index_add_(0, flat_P, flat_P * 0 + 1)
-    ends_E = ((count_E.clamp(min=1) + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT).cumsum(0)  # none is empty
+    ends_E = ((count_E.clamp(min=1) + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT).cumsum(0)  # no expert's rows are empty
     ends_E[-1] = rows
-    shift_E = ends_E.roll(1) - count_E.cumsum(0).roll(1)  # how far padding moves each expert's rows
+    shift_E = ends_E.roll(1) - count_E.cumsum(0).roll(1)  # by how many rows padding moves each expert's
     shift_E[0] = 0
     order_P = flat_P.argsort(stable=True)
     row_of_P = torch.empty_like(flat_P)
@@ -186,7 +186,7 @@ def sorted_rows(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, i
 
 
 def multiply(sorted_RA: Tensor, weights_EBA: Tensor, ends_E: Tensor) -> Tensor:
-    """Each expert's rows with its weights, [R, B]: one kernel on a GPU, a loop elsewhere."""
+    """Multiply each expert's rows with its weights, [R, B]: one kernel on a GPU, a loop elsewhere."""
     if sorted_RA.is_cuda:
         return functional.grouped_mm(_narrow(sorted_RA), _narrow(weights_EBA).transpose(1, 2), offs=ends_E)
     pieces = sorted_RA.tensor_split(ends_E[:-1].tolist())
@@ -194,12 +194,12 @@ def multiply(sorted_RA: Tensor, weights_EBA: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _narrow(tensor: Tensor) -> Tensor:
-    """The tensor in bf16 on a GPU, where experts are computed in that."""
+    """The tensor in bf16 on a GPU, where experts compute in bf16; unchanged elsewhere."""
     return tensor.bfloat16() if tensor.is_cuda else tensor
 
 
 class Attention(nn.Module):
-    """Causal, with rotary positions."""
+    """Causal attention with rotary positions."""
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
@@ -208,15 +208,15 @@ class Attention(nn.Module):
         self.out = nn.Linear(hidden, hidden, bias=False)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
-        """Answer [B, S, H]."""
+        """The output, [B, S, H]."""
         split = self.into(hidden_BSH).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = split.unbind(0)
-        answer = functional.scaled_dot_product_attention(rotated(query), rotated(key), value, is_causal=True)
-        return self.out(answer.transpose(1, 2).flatten(2))
+        mixed = functional.scaled_dot_product_attention(rotated(query), rotated(key), value, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 def rotated(vectors: Tensor) -> Tensor:
-    """Rotary positions on the last two dimensions: position, and halves of pairs."""
+    """Apply rotary positions; the last two dimensions are position and size, whose first half pairs with the second."""
     length, size = vectors.shape[-2:]
     rates = 10000 ** -torch.linspace(0, 1, size // 2 + 1, device=vectors.device)[:-1]
     angles = torch.arange(length, device=vectors.device).unsqueeze(1) * rates
@@ -226,7 +226,7 @@ def rotated(vectors: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention, then `mlp`: dense or of experts."""
+    """Attention, then `mlp`: dense or MoE."""
 
     def __init__(self, shape: Shape, *, dense: bool) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class Block(nn.Module):
         self.norms = nn.ModuleList([nn.RMSNorm(shape.hidden), nn.RMSNorm(shape.hidden)])
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
-        """Answer [B, S, H]."""
+        """The output, [B, S, H]."""
         hidden_BSH = hidden_BSH + self.attention(self.norms[0](hidden_BSH))
         return hidden_BSH + self.mlp(self.norms[1](hidden_BSH).flatten(0, 1)).view_as(hidden_BSH)
 
@@ -259,7 +259,7 @@ class Decoder(nn.Module):
         return self.head(self.norm(hidden_BSH))
 
     def gates(self) -> dict[str, Gate]:
-        """The routers by the names that a checkpoint would give them."""
+        """The routers by their names in a checkpoint."""
         return {
             f"model.layers.{number}.mlp.gate": block.mlp.gate
             for number, block in enumerate(self.blocks)
@@ -267,14 +267,14 @@ class Decoder(nn.Module):
         }
 
     def loss(self, ids_BS: Tensor) -> Tensor:
-        """Nats a token; the first of a window is given."""
+        """Mean nats per token, without the first token of each window."""
         with torch.autocast(ids_BS.device.type, torch.bfloat16, enabled=ids_BS.is_cuda):
             logits_BSV = self(ids_BS[:, :-1])
         return functional.cross_entropy(logits_BSV.flatten(0, 1).float(), ids_BS[:, 1:].flatten())
 
 
 def train(documents: Sequence[Document], shape: Shape, seconds: float, device: torch.device, log: Log) -> Trained:
-    """Train a model on the documents for that many seconds, then follow its routing of those that were held out."""
+    """Train a model on the documents for `seconds`, then record its routing of the held-out documents."""
     tokenizer = Tokenizer([document.text for document in documents if not document.held_out], shape.vocabulary)
     streams = {
         (kind, held_out): _stream(documents, tokenizer, kind, held_out) for kind in KINDS for held_out in (False, True)
@@ -307,7 +307,7 @@ def train(documents: Sequence[Document], shape: Shape, seconds: float, device: t
 
 
 def _stream(documents: Sequence[Document], tokenizer: Tokenizer, kind: str, held_out: bool) -> Tensor:
-    """All tokens of a kind, [T]."""
+    """All tokens of a kind, either held out or not, [T]."""
     chosen = [document.text for document in documents if (document.kind, document.held_out) == (kind, held_out)]
     return torch.tensor([token for text in chosen for token in tokenizer.encode(text + b"\n\n")], dtype=torch.long)
 
@@ -319,15 +319,15 @@ def _windows(ids_T: Tensor, shape: Shape) -> Tensor:
 
 
 def _descend(model: Decoder, stream_T: Tensor, shape: Shape, seconds: float, log: Log) -> list[tuple[int, float]]:
-    """Train; the mean loss of each ten steps. The learning rate follows the clock, so that it ends low."""
+    """Train; return (step, mean loss of ten steps). The learning rate depends on elapsed time, so that it ends low."""
     optimizer = torch.optim.AdamW(model.parameters(), shape.learning_rate, (0.9, 0.95), fused=stream_T.is_cuda)
     within_S = torch.arange(shape.window, device=stream_T.device)
     curve: list[tuple[int, float]] = []
     losses: list[Tensor] = []
-    started = said = time.monotonic()
-    while (part := (time.monotonic() - started) / seconds) < 1:
+    started = logged = time.monotonic()
+    while (elapsed := (time.monotonic() - started) / seconds) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = shape.learning_rate * min(1.0, 20 * part + 0.01, 0.55 + 0.45 * math.cos(math.pi * part))
+            group["lr"] = shape.learning_rate * min(1.0, 20 * elapsed + 0.01, 0.55 + 0.45 * math.cos(math.pi * elapsed))
         first_B = torch.randint(len(stream_T) - shape.window, (shape.windows, 1), device=stream_T.device)
         loss = model.loss(stream_T[first_B + within_S])
         optimizer.zero_grad(set_to_none=True)
@@ -337,18 +337,18 @@ def _descend(model: Decoder, stream_T: Tensor, shape: Shape, seconds: float, log
         for gate in model.gates().values():
             gate.balance(shape.bias_speed)
         losses.append(loss.detach())
-        if len(losses) == 10:  # the clock is read far ahead of the GPU unless something waits for it
+        if len(losses) == 10:  # wait for the GPU: the loop would run far ahead of it and misjudge the time
             curve.append(((curve[-1][0] if curve else 0) + 10, torch.stack(losses).mean().item()))
             losses.clear()
-            if time.monotonic() - said > 10 or len(curve) == 1:
-                said = time.monotonic()
+            if time.monotonic() - logged > 10 or len(curve) == 1:
+                logged = time.monotonic()
                 log(f"training: step {curve[-1][0]}, loss {curve[-1][1]:.3f}")
     return curve
 
 
 @torch.no_grad()
 def _held_out(model: Decoder, stream_T: Tensor, ids_NS: Tensor, shape: Shape) -> dict[str, Any]:
-    """Nats a token on text it has not seen, beside the model that knows how frequent each token is and no more."""
+    """Nats per token on held-out text, for this model and for one that knows only each token's frequency."""
     losses = [model.loss(ids_BS).item() * len(ids_BS) for ids_BS in ids_NS.split(shape.windows)]
     count_V = torch.bincount(stream_T, minlength=shape.vocabulary).double() + 1
     surprise_V = -(count_V / count_V.sum()).log()
@@ -365,7 +365,7 @@ def _skew(experts_TK: Tensor, num_experts: int) -> float:
 
 @torch.no_grad()
 def _trace(model: Decoder, ids_NS: Tensor, shape: Shape, hidden_tokens: int = 4096) -> Trace:
-    """Follow the routing of windows of one kind."""
+    """Record the routing of windows of one kind."""
     gates = list(model.gates().values())
     seen: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in gates]
     hooks = [
@@ -387,7 +387,7 @@ def _trace(model: Decoder, ids_NS: Tensor, shape: Shape, hidden_tokens: int = 40
 
 
 def save_gates(trained: Trained, path: str) -> None:
-    """Write the routers as a checkpoint would hold them, and what they were given of held-out text, by kind."""
+    """Write the routers as a checkpoint holds them, and their inputs for held-out text of each kind."""
     from safetensors.torch import save_file
 
     tensors = dict(trained.gates)

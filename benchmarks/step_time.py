@@ -1,8 +1,8 @@
-"""How long a step takes with an output, with RESHARD_TRACE or RESHARD_PLACEMENT, beside the original on one GPU.
+"""Compare the steps of an output, or of the original recorded or placed, with those of the original on a GPU.
 
-Both are loaded, each in a process of its own, and they take turns; only one of them runs at a time. The GPU times a
-step that is one CUDA graph, as decoding is, from the start to the end of that, others from their first to their last
-operation. The clock on the wall is given beside it.
+Each model is loaded in a process of its own. The processes take turns; only one serves at a time. If a step is one CUDA
+graph, as a decoding step is, the GPU times that graph; otherwise it times the step from its first to its last
+operation. Wall-clock times are given too.
 
 python step_time.py ORIGINAL OUTPUT [--json FILE] [--rounds N]
 python step_time.py ORIGINAL ORIGINAL --record [--json FILE] [--rounds N]
@@ -24,11 +24,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from entry_points import announce
+from entry_points import announce, python_path
 
 DECODE = (1, 8, 64)  # sequences at once
 PREFILL = (256, 2048, 8192)  # tokens of one prompt
-PROMPT, STEPS = 16, 48  # tokens before and after the first one, where decoding is timed
+PROMPT, STEPS = 16, 48  # for decoding: tokens in the prompt, and timed steps after the first generated token
 ENGINE: dict[str, Any] = {
     "dtype": "bfloat16",
     "enable_prefix_caching": False,
@@ -45,7 +45,7 @@ ENGINE: dict[str, Any] = {
     "seed": 0,
 }
 
-# Nothing compiled is chosen by the clock: else the processes might run different kernels.
+# Keeps PyTorch from choosing compiled kernels by timing them: the processes might end up with different kernels.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -54,7 +54,7 @@ ENVIRONMENT = {
 
 
 def serve(model: str) -> None:
-    """Answer lines `[kind, size]` of standard input, for each step with `[ms on the GPU, on the wall, CUDA graphs]`."""
+    """Answer each line `[kind, size]` of standard input with a list: [GPU ms, wall ms, CUDA graphs] of each step."""
     answers = os.dup(1)
     os.dup2(2, 1)
     import torch
@@ -64,7 +64,7 @@ def serve(model: str) -> None:
     replays: list[tuple[Any, Any]] = []
     steps: list[tuple[list[tuple[Any, Any]], tuple[Any, Any], float]] = []
     llm = LLM(model=model, **ENGINE)
-    replay, execute = torch.cuda.CUDAGraph.replay, Worker.execute_model  # plugins have had their turn
+    replay, execute = torch.cuda.CUDAGraph.replay, Worker.execute_model  # as plugins have left them
 
     def events() -> tuple[Any, Any]:
         return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -77,7 +77,7 @@ def serve(model: str) -> None:
         replays.append((before, after))
 
     def timed_execute(worker: Any, scheduled: Any) -> Any:
-        if not scheduled.total_num_scheduled_tokens:  # it only tells of ended requests
+        if not scheduled.total_num_scheduled_tokens:  # a call that only reports finished requests
             return execute(worker, scheduled)
         torch.cuda.synchronize()
         replays.clear()
@@ -101,7 +101,7 @@ def serve(model: str) -> None:
         )
         steps.clear()
         llm.generate(prompts, sampling, use_tqdm=False)
-        # the first step is the prompts'
+        # the first step processes the prompts
         timed = steps[1:] if kind == "decode" else steps[:1]
         on_gpu = [graphs[0] if len(graphs) == 1 else whole for graphs, whole, _ in timed]
         times = [
@@ -124,13 +124,13 @@ class Served:
         )
 
     def wait(self) -> None:
-        """Until it is loaded."""
+        """Wait until the model is loaded."""
         assert self._process.stdout is not None
         if self._process.stdout.readline() != "ready\n":
-            raise RuntimeError("vLLM did not start; what it said is above")
+            raise RuntimeError("vLLM did not start; see its messages above")
 
     def steps(self, kind: str, size: int) -> tuple[float, ...]:
-        """The medians of a run's steps: milliseconds on the GPU, on the wall, and how many CUDA graphs it was."""
+        """Medians over the steps of one batch of prompts: GPU milliseconds, wall milliseconds, CUDA graphs."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([kind, size]) + "\n")
@@ -138,18 +138,18 @@ class Served:
         return tuple(map(statistics.median, zip(*json.loads(self._process.stdout.readline()), strict=True)))
 
     def end(self) -> None:
-        """Let it go."""
+        """End the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
 
 
 def compare(served: Mapping[str, Served], rounds: int) -> Iterator[dict[str, Any]]:
-    """For each kind of step and size the milliseconds, [GPU, wall], of every round; all take turns in each."""
+    """For each kind of step and size, yield what `steps` gave in every round; in a round the models take turns."""
     for kind, sizes in (("decode", DECODE), ("prefill", PREFILL)):
         for size in sizes:
-            for one in served.values():
-                one.steps(kind, size)
+            for model in served.values():
+                model.steps(kind, size)
             found: dict[str, list[tuple[float, ...]]] = {name: [] for name in served}
             for number in range(rounds):
                 for name in list(served)[:: 1 if number % 2 == 0 else -1]:
@@ -158,19 +158,19 @@ def compare(served: Mapping[str, Served], rounds: int) -> Iterator[dict[str, Any
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table: the first one's medians, and the second one's ratios to it in the same round."""
+    """A row of the table: the first model's medians, and the second model's ratios to it in the same round."""
     step = f"{row['kind']}, {row['size']} {'sequences' if row['kind'] == 'decode' else 'tokens'}"
     first, second = row["milliseconds"].values()
     cells = []
     for clock in (0, 1):
         cells.append(f"{statistics.median(times[clock] for times in first):.4f}")
-        ratios = sorted(late[clock] / early[clock] for early, late in zip(first, second, strict=True))
+        ratios = sorted(of_second[clock] / of_first[clock] for of_first, of_second in zip(first, second, strict=True))
         cells.append(f"{quantile(ratios, 0.5):.4f} ({quantile(ratios, 0.25):.4f} to {quantile(ratios, 0.75):.4f})")
     return f"| {step} | {' | '.join(cells)} |"
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Of sorted values the one below which `share` of them are."""
+    """The one of sorted `values` below which a share of them lies."""
     return values[round(share * (len(values) - 1))]
 
 
@@ -178,8 +178,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("original", type=Path, nargs="?")
     parser.add_argument("other", type=Path, nargs="?")
-    parser.add_argument("--record", action="store_true", help="the other one with RESHARD_TRACE")
-    parser.add_argument("--placed", action="store_true", help="the other one with RESHARD_PLACEMENT=zigzag")
+    parser.add_argument("--record", action="store_true", help="serve the second model with RESHARD_TRACE")
+    parser.add_argument("--placed", action="store_true", help="serve the second model with RESHARD_PLACEMENT=zigzag")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=21)
@@ -189,16 +189,15 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         site, trace = Path(temporary, "site"), Path(temporary, "trace")
         announce(site, {"reshard": "reshard.vllm:register"})
-        paths = [site, Path(__file__).parents[1], *filter(None, [os.environ.get("PYTHONPATH")])]
-        plugin = {"PYTHONPATH": ":".join(map(str, paths))}
+        plugin = {"PYTHONPATH": python_path(site, Path(__file__).parents[1])}
         other = "recorded" if arguments.record else "placed" if arguments.placed else "output"
         more = {"recorded": {"RESHARD_TRACE": str(trace)}, "placed": {"RESHARD_PLACEMENT": "zigzag"}}.get(other, {})
         served = {
             "original": Served(arguments.original, plugin),
             other: Served(arguments.other, plugin | more),
         }
-        for one in served.values():
-            one.wait()
+        for model in served.values():
+            model.wait()
         heads = [
             head for clock in ("GPU", "wall") for head in (f"original, ms ({clock})", f"{other} over it (quartiles)")
         ]
@@ -209,10 +208,10 @@ if __name__ == "__main__":
             print(line(row), flush=True)
             if arguments.json:
                 arguments.json.write_text(json.dumps(rows))
-        for one in served.values():
-            one.end()
+        for model in served.values():
+            model.end()
         if arguments.record:
             recorded = sum(path.stat().st_size for path in trace.glob("*.trace"))
             print(f"recorded: {recorded} bytes")
             if recorded < 1 << 16:
-                raise RuntimeError("next to nothing was recorded: what it costs was not measured")
+                raise RuntimeError(f"only {recorded} bytes were recorded: the cost of recording was not measured")

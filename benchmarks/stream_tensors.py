@@ -1,4 +1,4 @@
-"""How checkpoints are converted today, two: file by file, tensor by tensor, each loaded and written in turn.
+"""Another way in which people convert checkpoints today: load and write one tensor after the other, file by file.
 
 Usage: stream_tensors.py SRC EP OUT
 """
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
+DTYPE_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
 
 
 def main() -> None:
-    """Convert."""
+    """Convert SRC."""
     src, ep, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     out.mkdir(parents=True)
     experts = 256
@@ -31,7 +31,7 @@ def main() -> None:
             end = 0
             for name in opened.keys():  # noqa: SIM118  not a dictionary
                 part = opened.get_slice(name)
-                size = BYTES[part.get_dtype()]
+                size = DTYPE_BYTES[part.get_dtype()]
                 for length in part.get_shape():
                     size *= length
                 entries[renamed(name, order)] = {

@@ -1,8 +1,9 @@
-"""What RESHARD_TRACE costs a step: processes that serve the same prompts with recording and without, in turns.
+"""What RESHARD_TRACE costs a step: serve the same prompts with recording and without, in turns.
 
-    python benchmarks/trace_overhead.py MODEL          where vLLM is installed, and reshard beside it
+    python benchmarks/trace_overhead.py MODEL          needs vLLM, with reshard installed beside it
 
-Each process starts vLLM, serves some rounds, and gives its median; a pair is one with and one without.
+Each process starts vLLM, serves some rounds, and prints its medians. A pair is one process with recording and one
+without.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from statistics import median
 from typing import Any
+
+from measure import median, spread
 
 PAIRS = 4
 ROUNDS = 12
@@ -23,7 +25,7 @@ PREFILL, DECODE = 512, 64
 
 
 def main() -> None:
-    """Print how long steps take with recording over without."""
+    """Print the ratio of step times, with recording over without."""
     if os.environ.get("MEASURE_ONE"):
         print(json.dumps(measure(sys.argv[1])))
         return
@@ -37,16 +39,16 @@ def main() -> None:
     for name, found in zip(
         (f"prefill of {PREFILL} tokens", "decoding step of one token"), zip(*ratios, strict=True), strict=True
     ):
-        print(f"{name}: with over without {median(found):.3f} ({min(found):.3f} to {max(found):.3f})")
+        print(f"{name}: with over without {spread(found, '{:.3f}'.format)}")
 
 
 def run(environment: Mapping[str, str]) -> list[float]:
-    """Milliseconds of a prefill and of a decoding step, in a process of its own."""
-    kept = {name: value for name, value in os.environ.items() if name != "RESHARD_TRACE"}
-    more = {"MEASURE_ONE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    """Milliseconds of a prefill and of a decoding step, measured in a new process."""
+    inherited = {name: value for name, value in os.environ.items() if name != "RESHARD_TRACE"}
+    added = {"MEASURE_ONE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     ran = subprocess.run(
         [sys.executable, *sys.argv],
-        env={**kept, **more, **environment},
+        env={**inherited, **added, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -57,7 +59,7 @@ def run(environment: Mapping[str, str]) -> list[float]:
 
 
 def measure(model: str) -> list[float]:
-    """What `run` gives, in this process."""
+    """Milliseconds of a prefill and of a decoding step, measured in this process."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(model, max_model_len=1024, max_num_seqs=1, skip_tokenizer_init=True, enable_prefix_caching=False, seed=0)

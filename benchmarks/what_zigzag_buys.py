@@ -1,31 +1,28 @@
-"""What zigzag buys: the experts of each EP rank run in turn on one GPU, under linear and under zigzag placement.
+"""What zigzag gains: run each EP rank's experts in turn on one GPU, under linear and under zigzag placement.
 
     python benchmarks/what_zigzag_buys.py --json buys.json > buys.md          on a GPU, with vLLM 0.26 (see docs/gpu.md)
-    python benchmarks/what_zigzag_buys.py --device cpu --small                a rehearsal whose times mean nothing
+    python benchmarks/what_zigzag_buys.py --device cpu --small                a rehearsal; its times mean nothing
 
-A batch of tokens is routed once. Each placement then gives each rank its part, vLLM's Triton kernel computes it at
-DeepSeek-R1's size (FP8 in blocks), and the slowest rank is the critical path: the others wait for it. Routings come
-from (a) random hidden states and a random router, and (b) a small model trained here, `small_moe`, on text that it has
-not seen. Not in it: communication, the shared expert, the router, attention. A rank is given its tokens in two ways:
+Each batch of tokens is routed once. Each placement then gives each rank its part, and vLLM's Triton kernel computes it
+at DeepSeek-R1's size (FP8 in blocks). The slowest rank is the critical path: the others wait for it. Routings come from
+(a) random hidden states and a random router, and (b) a small model that is trained here (`small_moe`), on text that it
+has not seen. Communication, the shared expert, the router and attention are left out. A rank gets its tokens in one of
+two ways:
 
-    own    only the tokens that chose one of its experts, as all-to-all dispatch does
-    all    every token, of which it computes its own experts' part, as vLLM does under EP without all-to-all
+    own    only the tokens that chose one of its experts, as all-to-all dispatch sends them
+    all    every token; the rank computes its own experts' part, as in vLLM under EP without all-to-all
 
-One rank's random weights serve for all: time depends on how many experts and rows there are, hardly on values. Tensors
-carry their shape in their name: T tokens, K experts chosen, E experts, R ranks, L layers, H hidden size.
+All ranks use the same random weights: time depends on the number of experts and rows, hardly on values. Tensors carry
+their shape in their name: T tokens, K experts chosen, E experts, R ranks, L layers, H hidden size.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +30,7 @@ from typing import Any, Protocol
 import torch
 from corpus import read_documents
 from measure import median
+from reporting import gpus, installed, say, write_json
 from small_moe import R1_ROUTING, SMALL, Shape, Trace, Trained, choose, save_gates, train
 from torch import Tensor
 
@@ -48,12 +46,12 @@ CASES = {
     "decode": "(b) trained router, decode: single tokens from all over, one kind",
     "mixed": "(b) trained router, decode: single tokens from all over, all kinds",
 }
-LEAST_ROUNDS = 4
+MIN_ROUNDS = 4
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the experts that are timed: R1's."""
+    """Sizes of the timed experts, by default R1's."""
 
     hidden: int = 7168
     intermediate: int = 2048
@@ -61,7 +59,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens and the logical experts that they chose."""
+    """The logical experts that a batch of tokens chose, and their weights."""
 
     case: str
     kind: str  # of text
@@ -72,7 +70,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Loads:
-    """What each rank has to do: (token, expert) pairs, experts with any token, tokens with any expert there."""
+    """Each rank's work: its (token, expert) pairs, its experts with at least one token, its tokens."""
 
     pairs_R: list[int]
     active_R: list[int]
@@ -81,7 +79,7 @@ class Loads:
 
 @dataclass(frozen=True)
 class Work:
-    """A rank's part of a batch: the physical experts of the rows that it is given."""
+    """A rank's part of a batch: the physical experts and weights of the rows that it gets."""
 
     rank: int
     experts_TK: Tensor
@@ -89,7 +87,7 @@ class Work:
 
 
 class Experts(Protocol):
-    """Something that computes a rank's experts and can be timed."""
+    """Computes a rank's experts and times them."""
 
     about: str
 
@@ -100,13 +98,13 @@ class Experts(Protocol):
         """Microseconds of each work in each round."""
 
 
-# Placements and what they give the ranks
+# Placements, and each rank's work under them
 
 
 def placements(num_experts: int, ep_size: int) -> dict[str, Tensor]:
-    """The logical_to_physical [E] of each placement: linear leaves experts where they are."""
-    dealt = {"linear": tuple(range(num_experts)), "zigzag": zigzag(num_experts, ep_size)}
-    return {name: torch.tensor(invert(physical_to_logical)) for name, physical_to_logical in dealt.items()}
+    """The logical_to_physical [E] of each placement; linear is the identity."""
+    orders = {"linear": tuple(range(num_experts)), "zigzag": zigzag(num_experts, ep_size)}
+    return {name: torch.tensor(invert(physical_to_logical)) for name, physical_to_logical in orders.items()}
 
 
 def owners(num_experts: int, ep_size: int) -> Tensor:
@@ -116,7 +114,7 @@ def owners(num_experts: int, ep_size: int) -> Tensor:
 
 
 def loads(physical_TK: Tensor, owner_E: Tensor) -> Loads:
-    """What a batch is for each rank."""
+    """Each rank's work in a batch."""
     ranks = int(owner_E.max()) + 1
     owner_TK = owner_E[physical_TK]
     touched_TR = torch.zeros(len(owner_TK), ranks, dtype=torch.bool).scatter(1, owner_TK, True)
@@ -128,7 +126,7 @@ def loads(physical_TK: Tensor, owner_E: Tensor) -> Loads:
 
 
 def part(batch: Batch, physical_TK: Tensor, owner_E: Tensor, rank: int, way: str) -> Work:
-    """What `rank` is given of a batch in one of WAYS."""
+    """The part of a batch that `rank` gets in one of WAYS."""
     if way == "all":
         return Work(rank, physical_TK, batch.weights_TK)
     mine_T = (owner_E[physical_TK] == rank).any(dim=1)
@@ -139,7 +137,7 @@ def part(batch: Batch, physical_TK: Tensor, owner_E: Tensor, rank: int, way: str
 
 
 def random_batch(tokens: int, hidden: int, generator: torch.Generator, device: torch.device) -> Batch:
-    """Hidden states and a router at random, logits with variance 1, no bias: nothing is learned."""
+    """Route random hidden states with a random router: logits of variance 1, no bias, nothing learned."""
     given_TH = torch.randn(tokens, hidden, generator=generator, device=device)
     weight_EH = torch.randn(R1_ROUTING.num_experts, hidden, generator=generator, device=device) / hidden**0.5
     correction_E = torch.zeros(R1_ROUTING.num_experts, device=device)
@@ -148,7 +146,7 @@ def random_batch(tokens: int, hidden: int, generator: torch.Generator, device: t
 
 
 def prefill_batch(trace: Trace, kind: str, layer: int, tokens: int, generator: torch.Generator) -> Batch:
-    """Consecutive tokens from anywhere."""
+    """Consecutive tokens, from a random place in the trace."""
     total = trace.experts_LTK.shape[1]
     first = int(torch.randint(total - tokens + 1, (), generator=generator))
     here = slice(first, first + tokens)
@@ -158,12 +156,12 @@ def prefill_batch(trace: Trace, kind: str, layer: int, tokens: int, generator: t
 def decode_batch(
     case: str, traces: dict[str, Trace], layer: int, tokens: int, window: int, generator: torch.Generator
 ) -> Batch:
-    """One token from each of many windows; from a window twice only when each has given one."""
+    """Single tokens from many windows: a second one from a window only after each window has given one."""
     kind = next(iter(traces)) if len(traces) == 1 else "all"
     experts_TK = torch.cat([trace.experts_LTK[layer] for trace in traces.values()])
     weights_TK = torch.cat([trace.weights_LTK[layer] for trace in traces.values()])
     windows = len(experts_TK) // window
-    # a column for each window, shuffled in itself: reading by rows takes from every window in turn
+    # shuffle each window, make the windows columns, and read by rows: that takes a token from every window in turn
     place_WS = torch.rand(windows, window, generator=generator).argsort(dim=1)
     turn_W = torch.randperm(windows, generator=generator)
     chosen_T = (place_WS + torch.arange(windows).unsqueeze(1) * window)[turn_W].T.flatten()[:tokens]
@@ -173,7 +171,7 @@ def decode_batch(
 def batches(
     case: str, tokens: int, number: int, trained: Trained, shape: Shape, hidden: int, device: torch.device, seed: int
 ) -> Iterator[Batch]:
-    """Batches of one case and size; layers and kinds of text take turns. None where there is too little text."""
+    """Batches of one case and size; layers and kinds of text take turns. No batch if there is too little text."""
     generator = torch.Generator().manual_seed(seed)
     on_device = torch.Generator(device).manual_seed(seed)
     layers = len(trained.gates) // 2
@@ -195,26 +193,27 @@ def batches(
 
 
 class VllmExperts:
-    """A rank's experts in FP8 by vLLM's `fused_experts`, in CUDA graphs.
+    """Computes a rank's experts in FP8 with vLLM's `fused_experts`, in CUDA graphs.
 
-    A graph is captured for a number of rows. Rows are padded to a 64th of the batch (and to even numbers, for which
-    Triton compiles once) with rows whose experts all belong to another rank, so that a few graphs serve.
+    A graph is captured for one number of rows. To need few graphs, rows are padded to a multiple of a 64th of the
+    batch, and to an even number, so that Triton compiles only once. The experts of padding rows all belong to another
+    rank.
     """
 
-    def __init__(self, sizes: Sizes, owner_E: Tensor, most_tokens: int, device: torch.device) -> None:
+    def __init__(self, sizes: Sizes, owner_E: Tensor, max_tokens: int, device: torch.device) -> None:
         from vllm.model_executor.layers.fused_moe import fused_experts
         from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 
         experts, ranks, top_k = len(owner_E), int(owner_E.max()) + 1, R1_ROUTING.top_k
-        local = int((owner_E == 0).sum())  # the first rank has as many as any
+        local = int((owner_E == 0).sum())  # no rank has more than the first
         self.about = f"vLLM {installed('vllm')} `fused_experts`, FP8 in blocks of 128 x 128, {local} experts a rank"
         self._run = fused_experts
         self._up, up_scale = _quantized(local, 2 * sizes.intermediate, sizes.hidden, device)
         self._down, down_scale = _quantized(local, sizes.hidden, sizes.intermediate, device)
         self._config = fp8_w8a8_moe_quant_config(w1_scale=up_scale, w2_scale=down_scale, block_shape=[128, 128])
-        self._hidden_TH = torch.randn(most_tokens, sizes.hidden, dtype=torch.bfloat16, device=device)
-        self._experts_TK = torch.zeros(most_tokens, top_k, dtype=torch.int32, device=device)
-        self._weights_TK = torch.zeros(most_tokens, top_k, device=device)
+        self._hidden_TH = torch.randn(max_tokens, sizes.hidden, dtype=torch.bfloat16, device=device)
+        self._experts_TK = torch.zeros(max_tokens, top_k, dtype=torch.int32, device=device)
+        self._weights_TK = torch.zeros(max_tokens, top_k, device=device)
         self._map_E = torch.zeros(experts, dtype=torch.int32, device=device)
         self._map_RE = torch.full((ranks, experts), -1, dtype=torch.int32)
         for rank, slots in enumerate(rank_slots(experts, ranks)):
@@ -223,20 +222,20 @@ class VllmExperts:
         self._other_R = [int((owner_E != rank).nonzero()[0]) for rank in range(ranks)]
         self._flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.prepare(most_tokens)
+        self.prepare(max_tokens)
 
     def prepare(self, tokens: int) -> None:
         """Get ready for batches of that many tokens."""
         self._tokens, self._step = tokens, max(2, tokens // 128 * 2)
         self._graphs.clear()
-        self._pool = torch.cuda.graph_pool_handle()  # one that no graph is left in cannot be used again
+        self._pool = torch.cuda.graph_pool_handle()  # a pool whose graphs are all gone cannot be used again
         torch.cuda.empty_cache()
         self._graph(tokens)  # the largest first: the smaller ones then fit in its memory
 
     def measure(self, works: Sequence[Work], rounds: int, seconds: float) -> list[list[float]]:
-        """Microseconds of each work in each round; rounds end early, but not before LEAST_ROUNDS, when time is up.
+        """Microseconds of each work in each round; after `seconds` and MIN_ROUNDS there are no more rounds.
 
-        Rounds run forwards and backwards in turn, with cold caches: whatever drifts is shared by all.
+        Rounds go through the works forwards and backwards in turn, with cold caches, so that drift affects all alike.
         """
         ready = [self._ready(work) for work in works]
         graphs = [self._graph(len(experts_TK)) if len(experts_TK) else None for experts_TK, _ in ready]
@@ -253,12 +252,12 @@ class VllmExperts:
             torch.cuda.synchronize()
             for number, begin, end in events:
                 took[number].append(begin.elapsed_time(end) * 1000)
-            if turn + 1 >= LEAST_ROUNDS and time.monotonic() - started > seconds:
+            if turn + 1 >= MIN_ROUNDS and time.monotonic() - started > seconds:
                 break
         return took
 
     def _ready(self, work: Work) -> tuple[Tensor, Tensor]:
-        """A work's experts and weights on the GPU, padded."""
+        """The experts and weights of a work on the GPU, padded."""
         rows = len(work.experts_TK)
         padding = min(-rows % self._step, self._tokens - rows)
         pad = torch.full((padding, R1_ROUTING.top_k), self._other_R[work.rank])
@@ -272,7 +271,7 @@ class VllmExperts:
         self._experts_TK[: len(experts_TK)].copy_(experts_TK)
         self._weights_TK[: len(weights_TK)].copy_(weights_TK)
         self._map_E.copy_(self._map_RE[rank])
-        self._flush.zero_()  # with few active experts, their weights might else still be in the L2 cache
+        self._flush.zero_()  # empties the L2 cache, which could hold the weights of a few active experts
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
@@ -280,7 +279,7 @@ class VllmExperts:
         return begin, end
 
     def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
-        """The graph for that many rows."""
+        """The graph for so many rows, captured if there is none yet."""
         if rows not in self._graphs:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -307,7 +306,7 @@ class VllmExperts:
 
 
 def _quantized(experts: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random FP8 weights [experts, rows, columns] and the scales of their blocks."""
+    """Random FP8 weights [experts, rows, columns] and their blocks' scales."""
     weights = torch.empty(experts, rows, columns, dtype=torch.float8_e4m3fn, device=device)
     for expert in weights:
         expert.copy_(torch.randn(rows, columns, device=device))
@@ -315,7 +314,7 @@ def _quantized(experts: int, rows: int, columns: int, device: torch.device) -> t
 
 
 class PlainExperts:
-    """A stand-in where there is no GPU: it exercises everything else, and its times mean nothing."""
+    """A stand-in without a GPU: it exercises everything else; its times mean nothing."""
 
     def __init__(self, sizes: Sizes, owner_E: Tensor) -> None:
         self.about = "a STAND-IN in plain torch: the times mean nothing"
@@ -328,7 +327,7 @@ class PlainExperts:
 
     def measure(self, works: Sequence[Work], rounds: int, seconds: float) -> list[list[float]]:
         """Microseconds of each work in each round."""
-        return [[self._run(work) for _ in range(min(rounds, LEAST_ROUNDS))] for work in works]
+        return [[self._run(work) for _ in range(min(rounds, MIN_ROUNDS))] for work in works]
 
     def _run(self, work: Work) -> float:
         started = time.perf_counter()
@@ -341,7 +340,7 @@ class PlainExperts:
 
 
 def run_batch(batch: Batch, experts: Experts, owner_E: Tensor, rounds: int, seconds: float) -> dict[str, Any]:
-    """Time a batch under both placements, in both ways; the ranks' medians, and the loads."""
+    """Time a batch under both placements, in both ways: each rank's median times, and the loads."""
     moved = placements(len(owner_E), int(owner_E.max()) + 1)
     physical = {name: logical_to_physical[batch.experts_TK] for name, logical_to_physical in moved.items()}
     ranks = range(int(owner_E.max()) + 1)
@@ -359,7 +358,7 @@ def run_batch(batch: Batch, experts: Experts, owner_E: Tensor, rounds: int, seco
         result[name] = asdict(loads(physical[name], owner_E)) | {
             f"{way}_us": [median(took[way, name, rank]) for rank in ranks] for way in WAYS
         }
-    # the same placement beside itself: what a ratio owes to chance
+    # linear compared with itself: how far chance alone moves a ratio
     result["linear_beside_itself"] = {
         way: max(median(took[way, "linear", rank][::2]) for rank in ranks)
         / max(median(took[way, "linear", rank][1::2]) for rank in ranks)
@@ -377,24 +376,25 @@ def speedup(result: dict[str, Any], way: str) -> float:
 
 
 def over_mean(of_ranks: Sequence[float]) -> float:
-    """The busiest rank's over the mean; of linear's times, the speedup if the same work were spread evenly."""
+    """The busiest rank's value over the mean. For linear's times this is the speedup if its work were spread evenly."""
     return max(of_ranks) * len(of_ranks) / sum(of_ranks)
 
 
 def quartiles(values: Sequence[float]) -> str:
-    """Median (first to third quartile; least to greatest)."""
+    """Median (first to third quartile; minimum to maximum)."""
     low, middle, high = torch.tensor(values).double().quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
     return f"{middle:.2f} ({low:.2f} to {high:.2f}; {min(values):.2f} to {max(values):.2f})"
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
-    """The results in Markdown, a table for each case."""
+    """The results in Markdown, with a table for each case."""
     lines = [
-        "Speedup: critical path under linear over that under zigzag, above 1 where zigzag is faster; the median over",
-        "batches (first to third quartile; least to greatest). *Own*: a rank gets the tokens that chose its experts;",
-        "*all*: it gets all tokens and computes its experts' part. *Lost*: batches in which zigzag was slower.",
-        "*Beside itself*: linear's even rounds over its odd ones, the range of what is chance. *If even*: the speedup",
-        "if linear's work, as measured, were spread evenly. The columns after it are medians, linear then zigzag.",
+        "Speedup: critical path under linear over critical path under zigzag, above 1 if zigzag is faster; the median",
+        "over batches (first to third quartile; minimum to maximum). *Own*: a rank gets only the tokens that chose",
+        "its experts; *all*: it gets all tokens and computes its experts' part. *Lost*: batches in which zigzag was",
+        "slower. *Beside itself*: linear's even rounds over its odd ones, the range that chance explains. *If even*:",
+        "the speedup if linear's work, as measured, were spread evenly. The columns after it are medians, linear then",
+        "zigzag.",
     ]
     for case, title in CASES.items():
         mine = sorted((result for result in results if result["case"] == case), key=lambda result: result["tokens"])
@@ -439,7 +439,7 @@ def _line(tokens: int, results: Sequence[dict[str, Any]]) -> str:
 
 
 def learned(report: dict[str, Any]) -> str:
-    """What the small model learned, in a sentence or two."""
+    """How well the small model learned, in a sentence or two."""
     curve = report["loss_by_step"]
     if not curve:
         return "The small model was not trained: its routers are random."
@@ -449,67 +449,49 @@ def learned(report: dict[str, Any]) -> str:
     return (
         f"The small model ({report['parameters'] / 1e6:.0f} M parameters) was trained for {curve[-1][0]:,} steps, "
         f"{report['tokens_trained_on'] / 1e6:.1f} M tokens. Loss in nats a token: {curve[0][1]:.2f} over the first ten "
-        f"steps, {curve[-1][1]:.2f} over the last; on held-out text, beside that of token frequencies alone in "
-        f"parentheses: {held_out}."
+        f"steps, {curve[-1][1]:.2f} over the last; on held-out text (in parentheses, from token frequencies alone): "
+        f"{held_out}."
     )
 
 
-def installed(name: str) -> str:
-    """A package's version."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "of unknown version"
-
-
 def machine(device: torch.device) -> dict[str, str]:
-    """What it ran on."""
+    """The machine and the versions that the benchmark ran with."""
     found = {"python": platform.python_version(), "reshard": __version__, "device": str(device)}
     found |= {name: installed(name) for name in ("torch", "triton", "vllm")}
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-        try:
-            found["driver, clock, power"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        except OSError:
-            found["driver, clock, power"] = "unknown"
+        of_gpus = gpus("driver_version,clocks.max.sm,power.limit")
+        found["driver, clock, power"] = "unknown" if of_gpus is None else "\n".join(of_gpus)
     return found
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write at once or not at all, so that a run that is stopped leaves what it had."""
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(json.dumps(value))
-    beside.replace(path)
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="a smaller model, smaller experts: to rehearse")
-    parser.add_argument("--train-seconds", type=float, default=120, help="how long to train (default 120)")
+    parser.add_argument("--small", action="store_true", help="rehearse with a smaller model and smaller experts")
+    parser.add_argument("--train-seconds", type=float, default=120, help="seconds of training (default 120)")
     parser.add_argument("--tokens", type=int, nargs="+", default=BATCH_SIZES, metavar="T", help="tokens in a batch")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--batches", type=int, default=16, help="of each case and size (default 16)")
-    parser.add_argument("--rounds", type=int, default=12, help="times that everything in a batch is timed (default 12)")
+    parser.add_argument("--batches", type=int, default=16, help="batches of each case and size (default 16)")
+    parser.add_argument("--rounds", type=int, default=12, help="how often each batch is timed (default 12)")
     parser.add_argument(
-        "--batch-seconds", type=float, default=0.25, help="end a batch's rounds after this, if not before"
+        "--batch-seconds", type=float, default=0.25, help="time no more rounds of a batch after this (default 0.25)"
     )
     parser.add_argument("--ep", type=int, default=8, help="EP ranks (default 8)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, again after each case")
-    parser.add_argument("--save-gates", metavar="FILE", help="write the trained routers there (safetensors)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to this file, after each case")
+    parser.add_argument("--save-gates", metavar="FILE", help="write the trained routers to this file (safetensors)")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    """Train, measure, report."""
+    """Train, measure, print the report."""
     options = parse()
     started = time.monotonic()
 
     def log(text: str) -> None:
-        print(f"{time.monotonic() - started:7.1f} s  {text}", file=sys.stderr, flush=True)
+        say(f"{time.monotonic() - started:7.1f} s  {text}")
 
     device = torch.device(options.device)
     shape = SMALL if options.small else Shape()
@@ -547,8 +529,8 @@ def main() -> None:
         log(f"{tokens} tokens: ready")
         for case in options.cases:
             seed = options.seed + 1000 * tokens
-            some = batches(case, tokens, options.batches, trained, shape, sizes.hidden, device, seed)
-            mine = [run_batch(batch, experts, owner_E, options.rounds, options.batch_seconds) for batch in some]
+            of_case = batches(case, tokens, options.batches, trained, shape, sizes.hidden, device, seed)
+            mine = [run_batch(batch, experts, owner_E, options.rounds, options.batch_seconds) for batch in of_case]
             results += mine
             save()
             found = f"speedup {quartiles([speedup(result, 'own') for result in mine])}" if mine else "too little text"

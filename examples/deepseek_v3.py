@@ -1,7 +1,7 @@
-"""A small checkpoint that is shaped like DeepSeek-V3 in everything but size: what the demo works on.
+"""The demo's checkpoint: shaped like DeepSeek-V3 in everything but size.
 
-One dense layer, two MoE layers and an MTP layer; 64 experts in 8 groups, projections in FP8 blocks of 128 x 128 with
-their scales; router weights and correction biases; four files and an index, as a download leaves them.
+It has one dense layer, two MoE layers and an MTP layer; 64 experts in 8 groups; projections in FP8 blocks of 128 x 128
+with their scales; router weights and correction biases; four files and an index, like a downloaded model.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def build(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(CONFIG, indent=2))
     (directory / "tokenizer_config.json").write_text('{"model_max_length": 4096}')
     (directory / "figures").mkdir()
-    (directory / "figures" / "NOTE.txt").write_text("small files and sub-folders come along\n")
+    (directory / "figures" / "NOTE.txt").write_text("reshard copies small files and sub-folders too\n")
 
 
 def _tensors() -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """`make demo`: reshard a small DeepSeek-V3-shaped checkpoint for 8 EP ranks, verify it, restore it, show what changed.
 
-Runs the command line as a user would, and checks its last claim with sha256 itself.
+The demo runs the command line as a user would, and checks by sha256 itself that the source was restored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RESHARD = Path(sys.executable).with_name("reshard")
 
 
 def main() -> None:
-    """Run the demo in examples/out, which is made anew."""
+    """Run the demo in examples/out, after emptying that folder."""
     out = HERE / "out"
     shutil.rmtree(out, ignore_errors=True)
     source, resharded, restored = (out / name for name in ("DeepSeek-mini", "DeepSeek-mini-zz", "restored"))
@@ -31,7 +31,7 @@ def main() -> None:
     run("restore", resharded, "--out", restored)
 
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, resharded))
-    print("\nconfig.json, so that no engine loads the output and routes it wrongly:")
+    print("\nconfig.json changes, so that no engine loads the output and routes it wrongly:")
     for key in ("model_type", "architectures", "auto_map"):
         print(f"  {key:14} {json.dumps(before[key])[:42]:44} -> {json.dumps(after.get(key))}")
     contract = json.dumps(after["expert_placement"])
@@ -43,11 +43,11 @@ def main() -> None:
         one, other = (hashlib.sha256((folder / file).read_bytes()).hexdigest() for folder in (source, restored))
         print(f"  {'equal' if one == other else 'DIFFERENT':9} {one[:16]}…  {file}")
         if one != other:
-            sys.exit(f"{file} is not what it was")
+            sys.exit(f"{file}: restored differs from source; please report this as a bug")
 
 
 def run(*arguments: object) -> None:
-    """Show a reshard command and run it; stop where it fails."""
+    """Print a reshard command and run it; stop if it fails."""
     words = [str(word.relative_to(HERE.parent)) if isinstance(word, Path) else str(word) for word in arguments]
     print(f"\n$ reshard {' '.join(words)}", flush=True)
     subprocess.run([RESHARD, *words], cwd=HERE.parent, check=True)

@@ -1,16 +1,16 @@
 """Every error that reshard raises on purpose.
 
-Each message names the file, the tensor where one is concerned, what was found, what was expected and what to do.
+Each message names the file and, if one is at fault, the tensor; then what was found, what was expected, what to do.
 The command line prints it as one line after ``reshard: error:``.
 """
 
 
 class ReshardError(Exception):
-    """Base of the family: catch this to catch everything that reshard refuses."""
+    """Base class: catch this to catch everything that reshard refuses."""
 
 
 class CheckpointError(ReshardError):
-    """The checkpoint is not sound: a file is absent, damaged, or at odds with another."""
+    """The checkpoint is not valid: a file is missing or damaged, or two files contradict each other."""
 
 
 class UnsupportedError(ReshardError):
@@ -22,8 +22,8 @@ class OutputError(ReshardError):
 
 
 class IntegrityError(ReshardError):
-    """An output is not what its manifest says."""
+    """An output does not match its manifest."""
 
 
 class TraceError(ReshardError):
-    """A trace cannot be read, is of another model, or does not hold what is asked of it."""
+    """A trace cannot be read, was recorded from another model, or lacks what was asked for."""

@@ -1,7 +1,7 @@
-"""A checkpoint directory as it lies on disk: index, headers, config and everything else. Never tensor data.
+"""Reads a checkpoint directory: index, headers, config, and the names of all other files. Never tensor data.
 
-What this module returns is sound: every shard obeys safetensors' rule, the index and the shards name the same tensors,
-each in one file. Which tensor is which expert's is `moe`'s business.
+What it returns has been checked: every shard is a valid safetensors file, and the index and the shards name the same
+tensors, each in one file. `model.layers` finds out which tensors belong to which expert.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .header import Header, Tensor, read_header
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
-MAX_NESTING = 100  # of JSON; where Python gives up depends on who asks it
-_BRACKETS = re.compile(rb'"(?:[^"\\\\]|\\\\.)*"|[\[\]{}]', re.DOTALL)  # and strings, whose brackets are text
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half a character: no file name or UTF-8 text can hold one alone
+MAX_NESTING = 100  # levels of JSON; Python's own limit depends on how deep the caller is
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)  # strings match too: their brackets do not count
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a UTF-16 pair: alone, UTF-8 and file names cannot hold it
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of the checkpoint, by its path relative to the directory, as it was when the checkpoint was read."""
+    """A file as it was when the checkpoint was read; `name` is its path relative to the checkpoint's directory."""
 
     name: str
     size: int
@@ -37,7 +37,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a checkpoint directory holds. Files are sorted by name, tensors by file and offset."""
+    """The contents of a checkpoint directory. Files are sorted by name, tensors by file and offset."""
 
     root: Path
     files: dict[str, File]
@@ -49,18 +49,18 @@ class Checkpoint:
 
     @property
     def other_files(self) -> list[File]:
-        """Every file that is not a shard: config.json and the index among them."""
+        """Every file that is not a shard, config.json and the index included."""
         return [file for name, file in self.files.items() if name not in self.shards]
 
     def where(self, tensor: Tensor) -> str:
-        """The beginning of a message about `tensor`: its file and its name."""
+        """How an error message about `tensor` begins: its file and its name."""
         return f"{self.root / tensor.file}: tensor {tensor.name}"
 
 
 def read_checkpoint(root: Path, absent: Container[str] = ()) -> Checkpoint:
-    """Read index, headers and config.json of the checkpoint in `root`; CheckpointError where it is not sound.
+    """Read index, headers and config.json of the checkpoint in `root`; CheckpointError if it is not valid.
 
-    Files in `absent` may be named by the index and not be there; their tensors are then left out.
+    `absent` names shards that may be missing although the index names them; their tensors are then left out.
     """
     if not root.is_dir():
         fault = "not a directory" if root.exists() else "no such directory"
@@ -73,7 +73,7 @@ def read_checkpoint(root: Path, absent: Container[str] = ()) -> Checkpoint:
         weight_map = {tensor: name for tensor, name in weight_map.items() if name in files or name not in absent}
         if missing := next(((tensor, name) for tensor, name in weight_map.items() if name not in files), None):
             tensor, name = missing
-            raise CheckpointError(f"{root / INDEX}: tensor {tensor}: its file {name} is absent; download it again")
+            raise CheckpointError(f"{root / INDEX}: tensor {tensor}: its file {name} is missing; download it again")
         shards = {name: read_header(root / name) for name in weights}
         tensors = _by_name(root, shards)
         _compare(root / INDEX, weight_map, tensors)
@@ -83,12 +83,12 @@ def read_checkpoint(root: Path, absent: Container[str] = ()) -> Checkpoint:
         tensors = _by_name(root, shards)
     else:
         found = ", ".join(weights[:3]) + ", …" * (len(weights) > 3) if weights else "no .safetensors file"
-        raise CheckpointError(f"{root}: no {INDEX}, so expected {SINGLE} and no other weights, found {found}")
+        raise CheckpointError(f"{root}: no {INDEX}, so expected {SINGLE} as the only weights file, found {found}")
     return Checkpoint(root, files, directories, shards, tensors, index_metadata, config)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file at `path`; CheckpointError where the file is absent or holds anything else."""
+    """The JSON object in the file at `path`; CheckpointError if the file is missing or holds anything else."""
     try:
         data = path.read_bytes()
         refuse_nesting(data, path)
@@ -98,11 +98,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; a checkpoint directory must have it") from error
     except IsADirectoryError as error:
-        raise CheckpointError(f"{path}: a directory, expected a JSON file") from error
+        raise CheckpointError(f"{path}: is a directory, expected a JSON file") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not sound JSON: {error}") from error
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -126,21 +126,21 @@ def _walk(root: Path) -> tuple[dict[str, File], tuple[str, ...]]:
 
 
 def _entries(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    waiting: list[tuple[str, tuple[os.stat_result, ...]]] = [("", (root.stat(),))]
-    while waiting:
-        below, parents = waiting.pop()
-        with os.scandir(root / below) as listing:
-            names = [f"{below}{entry.name}" for entry in listing]
+    pending: list[tuple[str, tuple[os.stat_result, ...]]] = [("", (root.stat(),))]
+    while pending:
+        folder, parents = pending.pop()
+        with os.scandir(root / folder) as listing:
+            names = [f"{folder}{entry.name}" for entry in listing]
         for name in names:
             try:
-                status = (root / name).stat()  # follows links: a Hugging Face cache is made of them
+                status = (root / name).stat()  # follows links: the files in a Hugging Face cache are links
             except OSError as error:
                 raise CheckpointError(f"{root / name}: cannot be read ({error.strerror}); a dangling link?") from error
             yield name, status
             if stat.S_ISDIR(status.st_mode):
                 if any(os.path.samestat(status, parent) for parent in parents):
-                    raise CheckpointError(f"{root / name}: a link to a directory that it lies in; remove it")
-                waiting.append((f"{name}/", (*parents, status)))
+                    raise CheckpointError(f"{root / name}: a link to one of its own parent directories; remove it")
+                pending.append((f"{name}/", (*parents, status)))
 
 
 def _is_weights(name: str) -> bool:
@@ -164,8 +164,8 @@ def _read_index(root: Path, weights: list[str]) -> tuple[dict[str, str], dict[st
     for name in weights:
         if name not in named:
             raise CheckpointError(
-                f"{root / name}: {INDEX} does not name this file; weights that stay as they are must not lie beside "
-                "resharded ones, some engine may prefer them: move it away or mend the index"
+                f"{root / name}: {INDEX} does not name this file; reshard would not renumber its experts, and an "
+                "engine might load it instead of the output's weights: move it away or correct the index"
             )
     return weight_map, metadata
 
@@ -177,7 +177,7 @@ def _by_name(root: Path, shards: dict[str, Header]) -> dict[str, Tensor]:
             other = tensors.setdefault(tensor.name, tensor)
             if other is not tensor:
                 raise CheckpointError(
-                    f"{root / name}: tensor {tensor.name}: also in {other.file}; expected it in one file"
+                    f"{root / name}: tensor {tensor.name}: also in {other.file}; expected it in one file only"
                 )
     return tensors
 
@@ -190,15 +190,15 @@ def _compare(path: Path, weight_map: dict[str, str], tensors: dict[str, Tensor])
             raise CheckpointError(f"{path}: tensor {name}: expected in {file}, found in {tensors[name].file}")
     for name, tensor in tensors.items():
         if name not in weight_map:
-            raise CheckpointError(f"{path}: leaves out tensor {name}, which is in {tensor.file}")
+            raise CheckpointError(f"{path}: does not name tensor {name}, which is in {tensor.file}")
 
 
 def refuse_nesting(text: bytes, path: Path) -> None:
-    """CheckpointError where the JSON `text` is nested deeper than any config."""
+    """CheckpointError if the JSON `text` is nested deeper than MAX_NESTING levels."""
     if text.count(b"[") + text.count(b"{") <= MAX_NESTING:
         return
     depth = 0
     for token in _BRACKETS.findall(text):
         depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token, 0)
         if depth > MAX_NESTING:
-            raise CheckpointError(f"{path}: nested more than {MAX_NESTING} deep, too deeply to be a config")
+            raise CheckpointError(f"{path}: nested more than {MAX_NESTING} levels deep, which no config needs")

@@ -1,4 +1,4 @@
-"""What the user calls the source: a directory, or a repository that is in the Hugging Face cache."""
+"""Finds the source that the user names: a directory, or a repository in the Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Where a checkpoint came from, as far as its directory tells."""
+    """The repository and revision that a checkpoint came from; None if its directory does not tell."""
 
     repo_id: str | None
     revision: str | None
 
 
 def find_source(src: str | Path) -> Path:
-    """The directory that `src` names: itself, or the cached snapshot of the repository id `src`. Downloads nothing."""
+    """The directory of `src`: a path as it is, a repository id's snapshot in the cache. Downloads nothing."""
     if Path(src).exists() or not _REPO_ID.fullmatch(str(src)):
         return Path(src)
     from huggingface_hub import snapshot_download
@@ -36,7 +36,7 @@ def find_source(src: str | Path) -> Path:
 
 
 def identify(root: Path) -> Identity:
-    """The repository and revision of `root` where a Hugging Face cache or download left word of them."""
+    """The repository and revision of `root`, as far as a Hugging Face cache or download recorded them."""
     folder = root.absolute()
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return Identity(folder.parent.parent.name.removeprefix("models--").replace("--", "/"), folder.name)

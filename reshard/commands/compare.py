@@ -1,7 +1,7 @@
-"""An output held against the checkpoint that it was made from: every tensor's bytes, and what the routers choose.
+"""Compares an output with the checkpoint that it was made from: every tensor's bytes, and what the routers choose.
 
-Works backwards from the output's names with the manifest's placement, and shares no code with the plan but how an
-expert's name is taken apart. The manifest's digests are taken as true of the output, which `verify` has just shown.
+It works backwards from the output's names with the manifest's placement. The only code that it shares with the plan
+parses an expert's name. It trusts the manifest's digests, because `verify` has just checked the output against them.
 """
 
 from __future__ import annotations
@@ -12,44 +12,30 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from ..checkpoint.directory import CONFIG, Checkpoint, read_checkpoint, read_json_object
+from ..checkpoint.directory import CONFIG, read_json_object
 from ..checkpoint.header import Tensor, read_header
-from ..execute.run import Progress
+from ..execute.fill import Progress
 from ..execute.sources import BLOCK_SIZE, OpenSources, SourceFiles
-from ..model.layers import MoeModel, read_model, read_routing, renumber
+from ..model.names import renumber
+from ..model.routing import read_routing
 from ..placement.contract import CONTRACT_KEY, contract_from_json, unlock_config
 from ..placement.permutations import invert
 from ..record.manifest import MANIFEST, Manifest, find_files, unpack
+from .original import Original
 
-if TYPE_CHECKING:
-    pass
-
-TOKENS = 16
+TOKENS = 16  # random hidden states for each router
 _ID_FORMATS = {"I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
 
 
 @dataclass(frozen=True, slots=True)
-class Original:
-    """The source, read again for the comparison."""
-
-    checkpoint: Checkpoint
-    model: MoeModel
-
-    @staticmethod
-    def read(root: Path) -> Original:
-        """Read the checkpoint in `root`; raises what reading it for `zigzag` would."""
-        checkpoint = read_checkpoint(root)
-        return Original(checkpoint, read_model(checkpoint))
-
-
-@dataclass(frozen=True, slots=True)
 class RouterComparison:
-    """`routers` were run on `tokens` random hidden states each, before and after. `ties` of those choices were between
-    equal scores in a model without expert groups, where the lower id wins and renumbering may change which that is.
+    """The routers of source and output, run on the same random hidden states.
+
+    `tokens` hidden states went through each of `routers` routers. `ties` of the choices were between equal scores in a
+    model without expert groups, and are not compared: the lower id wins there, and renumbering can change it.
     """
 
     routers: int
@@ -59,12 +45,15 @@ class RouterComparison:
 
 
 def compare_files(source: Original, manifest: Manifest) -> list[str]:
-    """Every file of `source` that is no safetensors file, and every header, against what `manifest` has of it."""
+    """Compare every safetensors header and every other file of `source` with its record in `manifest`.
+
+    Returns the problems found, a sentence each.
+    """
     checkpoint = source.checkpoint
     recorded = {file.name: file for file in manifest.source.files}
     digests = {record.name: record.digest for record in manifest.files}
     problems = [
-        f"{checkpoint.root / name}: only in the source, or only in {MANIFEST}"
+        f"{checkpoint.root / name}: in the source or in {MANIFEST}, but not in both"
         for name in sorted(recorded.keys() ^ checkpoint.files.keys())
     ]
     for name in sorted(recorded.keys() & checkpoint.files.keys()):
@@ -76,24 +65,24 @@ def compare_files(source: Original, manifest: Manifest) -> list[str]:
         else:
             same = blake3().update_mmap(checkpoint.root / name).hexdigest() == digests.get(name)
         if not same:
-            problems.append(f"{checkpoint.root / name}: not what it was when the output was made")
+            problems.append(f"{checkpoint.root / name}: differs from the file that the output was made from")
     return problems
 
 
 def compare_tensors(source: Original, out: Path, manifest: Manifest, pool: Executor, progress: Progress) -> list[str]:
-    """Every tensor of `source`, brought into the output's order and hashed, against the digests in `manifest`, or
-    where it has none against the bytes in `out`; its shape and dtype against those in the headers of `out`. For a
-    staged directory, every tensor that must be in it.
+    """Compare every tensor of `source` with the output; if that is staged, every tensor that must be in it.
 
-    `progress` is told the bytes read. Returns the problems found, a sentence each.
+    Puts the tensor's bytes into the output's order, hashes them, and compares with the digest in `manifest`, or with
+    the bytes in `out` if there is no digest. Compares dtype and shape with those in the headers of `out`. Calls
+    `progress` with the bytes read. Returns the problems found, a sentence each.
     """
     checkpoint, placement = source.checkpoint, manifest.placement
     if {layer.name for layer in source.model.layers} != placement.keys():
         return [f"{checkpoint.root}: its MoE layers are not those of {MANIFEST}; is this the source of the output?"]
     digests = manifest.digests
-    origins = {renumber(name, placement): name for name in digests}
-    if strangers := sorted(origins.keys() ^ checkpoint.tensors.keys()):
-        return [f"{checkpoint.root}: tensor {name}: only in the source or only in the output" for name in strangers]
+    output_names = {renumber(name, placement): name for name in digests}
+    if unmatched := sorted(output_names.keys() ^ checkpoint.tensors.keys()):
+        return [f"{checkpoint.root}: tensor {name}: in source or output, but not in both" for name in unmatched]
     written: dict[str, Tensor] = {}
     for record in manifest.expected_files:
         for tensor in read_header(out / record.name).tensors if record.tensors else ():
@@ -101,27 +90,27 @@ def compare_tensors(source: Original, out: Path, manifest: Manifest, pool: Execu
             origin = checkpoint.tensors[renumber(tensor.name, placement)]
             if (tensor.dtype, tensor.shape) != (origin.dtype, origin.shape):
                 where = f"{out / record.name}: tensor {tensor.name}"
-                was = f"{origin.dtype} {list(origin.shape)}"
-                return [f"{where}: {tensor.dtype} {list(tensor.shape)}, {origin.name} of the source is {was}"]
+                expected = f"{origin.dtype} {list(origin.shape)}"
+                return [f"{where}: {tensor.dtype} {list(tensor.shape)}, but {origin.name} of the source is {expected}"]
     in_shards: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in checkpoint.tensors.values():
-        if origins[tensor.name] in written:
+        if output_names[tensor.name] in written:
             in_shards[tensor.file].append(tensor)
-    read = _OutputOrder(source, placement)
+    reader = _ReaderInOutputOrder(source, placement)
     files = find_files(out, manifest.expected_files)
 
     def compare_shard(tensors: list[Tensor]) -> list[str]:
         problems = []
         with (
             SourceFiles(checkpoint.root, checkpoint.files).open() as opened,
-            SourceFiles(out, files).open() as reopened,
+            SourceFiles(out, files).open() as opened_out,
         ):
             for tensor in tensors:
-                name = origins[tensor.name]
-                found = _digest(read.blocks(opened, tensor))
-                if found != (digests[name] or _digest(_as_it_is(reopened, written[name]))):
+                name = output_names[tensor.name]
+                found = _digest(reader.blocks(opened, tensor))
+                if found != (digests[name] or opened_out.digest(written[name])):
                     where = f"{checkpoint.root / tensor.file}: tensor {tensor.name}"
-                    problems.append(f"{where}: tensor {name} of the output does not hold its bytes")
+                    problems.append(f"{where}: its bytes differ from those of tensor {name} in the output")
                 progress(tensor.size)
             opened.check_unchanged()
         return problems
@@ -136,13 +125,8 @@ def _digest(blocks: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def _as_it_is(opened: OpenSources, tensor: Tensor) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(tensor.size, BLOCK_SIZE)))
-    return opened.blocks(tensor.file, tensor.offset, tensor.size, buffer, tensor.name)
-
-
-class _OutputOrder:
-    """Reads tensors of the source in the order that the output must have them in."""
+class _ReaderInOutputOrder:
+    """Reads tensors of the source, with rows and expert ids as the output must have them."""
 
     def __init__(self, source: Original, placement: Mapping[str, Sequence[int]]) -> None:
         layers = source.model.layers
@@ -152,7 +136,7 @@ class _OutputOrder:
         self._ids = {tensor.name: invert(placement[layer.name]) for layer in layers for tensor in layer.expert_ids}
 
     def blocks(self, opened: OpenSources, tensor: Tensor) -> Iterator[bytes | memoryview]:
-        """The tensor's bytes; a block is gone when the next is asked for."""
+        """Yield the tensor's bytes. The next block overwrites the one before."""
         if tensor.name in self._ids:
             data = bytearray(tensor.size)
             opened.read(tensor.file, tensor.offset, memoryview(data), tensor.name)
@@ -171,9 +155,10 @@ def _renumber_ids(data: bytes | bytearray, format_: str, table: Sequence[int]) -
 
 
 def compare_routers(source: Original, out: Path, manifest: Manifest) -> RouterComparison:
-    """Run the router of each MoE layer on random hidden states, before and after: the same logical experts and weights.
+    """Check that each MoE layer's router chooses the same logical experts and weights in source and output.
 
-    The output is routed as its own config.json asks: by its contract where it has one, else as any engine would.
+    Runs both on random hidden states. Routes the output as its own config.json says: by its contract if it has one,
+    otherwise as any engine would.
     """
     import torch
 
@@ -186,7 +171,7 @@ def compare_routers(source: Original, out: Path, manifest: Manifest) -> RouterCo
     model = source.model
     routing_after = read_routing(original_config, model.family, str(path))
     if routing_after.num_experts != model.routing.num_experts:
-        fault = f"{path}: has {routing_after.num_experts} experts, the source {model.routing.num_experts}"
+        fault = f"{path}: has {routing_after.num_experts} experts, but the source has {model.routing.num_experts}"
         return RouterComparison(0, 0, 0, (fault,))
     files_after = {name: out / record.name for record in manifest.files for name in record.tensors}
     problems = []
@@ -201,14 +186,15 @@ def compare_routers(source: Original, out: Path, manifest: Manifest) -> RouterCo
             expected = route(hidden, before, model.routing)
             groups = contract.physical_to_logical[layer.name] if contract else None
             found = route(hidden, after, routing_after, groups)
-            decided = torch.ones(TOKENS, dtype=torch.bool) if contract else ~expected.tied_T
-            ties += int((~decided).sum())
-            what = None
-            if not torch.equal(to_logical[found.experts_TK][decided], expected.experts_TK[decided]):
-                what = "experts"
-            elif not found.weights_TK[decided].allclose(expected.weights_TK[decided], rtol=0, atol=0, equal_nan=True):
-                what = "weights"
-            if what:
-                problems.append(f"{out}: the router of {layer.name} chooses other {what} than the source's")
+            compared_T = torch.ones(TOKENS, dtype=torch.bool) if contract else ~expected.tied_T
+            ties += int((~compared_T).sum())
+            different = None
+            found_TK, expected_TK = found.weights_TK[compared_T], expected.weights_TK[compared_T]
+            if not torch.equal(to_logical[found.experts_TK][compared_T], expected.experts_TK[compared_T]):
+                different = "experts"
+            elif not found_TK.allclose(expected_TK, rtol=0, atol=0, equal_nan=True):
+                different = "weights"
+            if different:
+                problems.append(f"{out}: the router of {layer.name} chooses other {different} than the source's")
                 break
     return RouterComparison(len(model.layers), TOKENS, ties, tuple(problems))

@@ -1,4 +1,4 @@
-"""What a checkpoint is, seen from its experts: a source by its headers, an output by its manifest."""
+"""Describes a checkpoint and its experts: a source by its headers, an output by its manifest."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.directory import read_checkpoint
 from ..checkpoint.header import Tensor, parse_header
 from ..checkpoint.source import find_source
 from ..errors import OutputError
-from ..model.layers import Kind, Routing, kind_of, parse_expert_name, read_model, why_plugin
-from ..placement import permutations as placement
-from ..placement.contract import Placement
-from ..placement.permutations import invert, rank_slots
-from ..record.manifest import MANIFEST, read_manifest, unpack
-from .place import check_ep_size
+from ..model.names import Kind, kind_of, parse_expert_name
+from ..model.routing import Routing, why_plugin
+from ..placement.permutations import Placement, invert, rank_slots
+from ..placement.strategies import Zigzag
+from ..record.manifest import read_manifest, unpack
+from .original import Original, check_ep_size, is_output, read_original
 
 
 @dataclass(frozen=True, slots=True)
 class RankShare:
-    """What an EP rank gets under linear placement: its logical experts of a layer, the bytes of all its experts."""
+    """What an EP rank owns: its logical experts in a layer, and the bytes of its experts in all layers."""
 
     rank: int
     experts: tuple[int, ...]
@@ -29,11 +28,12 @@ class RankShare:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What `inspect` found. Sizes are bytes of tensors of the source: all, of experts, of routers.
+    """What `inspect` found. Sizes are bytes of the source's tensors: of all, of experts, of routers.
 
-    `staged_ranks` is None but for a staged directory; all else then describes the whole output it was staged from.
-    `strategy`, `ep_size` and `ranks` are of the output, or of what `zigzag` would do for the `ep_size` asked about,
-    else None and empty. `uniform` says that every MoE layer places its experts alike, else `ranks` shows the first.
+    For an output, `strategy`, `ep_size` and `ranks` are its own. For a source, they are what `zigzag` would make of it
+    for the requested `ep_size`, or None and empty without one. If `uniform`, every MoE layer has the same placement;
+    otherwise `ranks` shows the first layer's. `staged_ranks` is None unless the directory is staged; all else then
+    describes the whole output that it was staged from.
     """
 
     path: str
@@ -61,88 +61,92 @@ class Inspection:
 
 
 def inspect(directory: str | Path, ep_size: int | None = None) -> Inspection:
-    """Describe the checkpoint or the output in `directory`, with `ep_size` also what `zigzag` would make of it.
+    """Describe the checkpoint or output in `directory`. With `ep_size`, add what `zigzag` would make of a checkpoint.
 
-    Raises CheckpointError and UnsupportedError as `plan_placement` does, IntegrityError for a damaged manifest,
-    OutputError where `ep_size` does not fit.
+    Raises CheckpointError and UnsupportedError as `plan_placement` does, IntegrityError if the manifest is damaged, and
+    OutputError if `ep_size` does not fit or `directory` is an output.
     """
     root = find_source(directory)
-    if (root / MANIFEST).exists():
-        return _of_output(root, ep_size)
-    checkpoint = read_checkpoint(root)
-    model = read_model(checkpoint)
-    layers = tuple(layer.name for layer in model.layers)
-    order: Placement = {}
+    return _of_output(root, ep_size) if is_output(root) else _of_original(read_original(directory), ep_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What both kinds of directory provide: tensors by the original's names, and the placement, {} if none."""
+
+    root: Path
+    family: str
+    model_type: str
+    routing: Routing
+    layers: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    files: int
+    placement: Placement
+    strategy: str | None
+    ep_size: int | None
+    staged_ranks: tuple[int, ...] | None = None
+    resharded: bool = False
+
+
+def _of_original(original: Original, ep_size: int | None) -> Inspection:
+    checkpoint, model = original.checkpoint, original.model
     if ep_size is not None:
-        check_ep_size(ep_size, model.routing.num_experts, root)
-        order = dict.fromkeys(layers, placement.zigzag(model.routing.num_experts, ep_size))
-    return _inspection(
-        root,
-        model.family.name,
-        model.model_type,
-        model.routing,
-        layers,
-        checkpoint.tensors.values(),
-        files=len(checkpoint.shards),
-        strategy=None if ep_size is None else "zigzag",
-        ep_size=ep_size,
-        staged_ranks=None,
-        order=order,
-        resharded=False,
+        check_ep_size(ep_size, original)
+    return _describe(
+        _Facts(
+            root=original.root,
+            family=model.family.name,
+            model_type=model.model_type,
+            routing=model.routing,
+            layers=original.shape.layers,
+            tensors=tuple(checkpoint.tensors.values()),
+            files=len(checkpoint.shards),
+            placement={} if ep_size is None else Zigzag(ep_size).place(original.shape).placement,
+            strategy=None if ep_size is None else Zigzag.name,
+            ep_size=ep_size,
+        )
     )
 
 
 def _of_output(root: Path, ep_size: int | None) -> Inspection:
     manifest = read_manifest(root)
     if ep_size is not None:
-        raise OutputError(f"{root}: an output for {manifest.ep_size} EP ranks already; --ep is for a source")
-    shards = [file for file in manifest.source.files if file.header is not None]
-    tensors = [
-        tensor
-        for file in shards
-        for tensor in parse_header(unpack(file.header or ""), file.size, Path(file.name)).tensors
-    ]
-    return _inspection(
-        root,
-        manifest.family,
-        manifest.model_type,
-        manifest.routing,
-        tuple(layer.name for layer in manifest.moe_layers),
-        tensors,
-        files=sum(1 for record in manifest.files if record.tensors),
-        strategy=manifest.strategy,
-        ep_size=manifest.ep_size,
-        staged_ranks=None if manifest.staged_ranks is None else tuple(manifest.staged_ranks),
-        order=manifest.placement,
-        resharded=True,
+        raise OutputError(f"{root}: an output for {manifest.ep_size} EP ranks; leave out --ep, which is for originals")
+    headers = (
+        parse_header(unpack(file.header), file.size, Path(file.name)) for file in manifest.source.files if file.header
+    )
+    return _describe(
+        _Facts(
+            root=root,
+            family=manifest.family,
+            model_type=manifest.model_type,
+            routing=manifest.routing,
+            layers=tuple(layer.name for layer in manifest.moe_layers),
+            tensors=tuple(tensor for header in headers for tensor in header.tensors),
+            files=sum(1 for record in manifest.files if record.tensors),
+            placement=manifest.placement,
+            strategy=manifest.strategy,
+            ep_size=manifest.ep_size,
+            staged_ranks=None if manifest.staged_ranks is None else tuple(manifest.staged_ranks),
+            resharded=True,
+        )
     )
 
 
-def _inspection(
-    root: Path,
-    family: str,
-    model_type: str,
-    routing: Routing,
-    layers: tuple[str, ...],
-    tensors: Iterable[Tensor],
-    *,
-    files: int,
-    strategy: str | None,
-    ep_size: int | None,
-    staged_ranks: tuple[int, ...] | None,
-    order: Placement,
-    resharded: bool,
-) -> Inspection:
-    tensors = list(tensors)
-    sizes = {kind: sum(tensor.size for tensor in tensors if kind_of(tensor.name, layers) is kind) for kind in Kind}
+def _describe(facts: _Facts) -> Inspection:
+    routing = facts.routing
+    sizes = {
+        kind: sum(tensor.size for tensor in facts.tensors if kind_of(tensor.name, facts.layers) is kind)
+        for kind in Kind
+    }
     return Inspection(
-        path=str(root),
-        resharded=resharded,
-        family=family,
-        model_type=model_type,
-        files=files,
-        tensors=len(tensors),
-        moe_layers=layers,
+        path=str(facts.root),
+        resharded=facts.resharded,
+        family=facts.family,
+        model_type=facts.model_type,
+        files=facts.files,
+        tensors=len(facts.tensors),
+        moe_layers=facts.layers,
         num_experts=routing.num_experts,
         top_k=routing.top_k,
         scoring=routing.scoring,
@@ -153,25 +157,25 @@ def _inspection(
         router_size=sizes[Kind.ROUTER],
         plugin_required=routing.group_limited,
         plugin=why_plugin(routing),
-        strategy=strategy,
-        ep_size=ep_size,
-        staged_ranks=staged_ranks,
-        uniform=len(set(order.values())) <= 1,
-        ranks=tuple(_ranks(tensors, order, ep_size)) if ep_size is not None else (),
+        strategy=facts.strategy,
+        ep_size=facts.ep_size,
+        staged_ranks=facts.staged_ranks,
+        uniform=len(set(facts.placement.values())) <= 1,
+        ranks=() if facts.ep_size is None else tuple(_ranks(facts.tensors, facts.placement, facts.ep_size)),
     )
 
 
-def _ranks(tensors: Iterable[Tensor], order: Placement, ep_size: int) -> Iterator[RankShare]:
-    tables = {layer: invert(physical_to_logical) for layer, physical_to_logical in order.items()}
-    first = next(iter(order.values()))
+def _ranks(tensors: Iterable[Tensor], placement: Placement, ep_size: int) -> Iterator[RankShare]:
+    tables = {layer: invert(physical_to_logical) for layer, physical_to_logical in placement.items()}
+    first = next(iter(placement.values()))
     slots = rank_slots(len(first), ep_size)
-    of_slot = [0] * len(first)
+    slot_sizes = [0] * len(first)
     fused = 0
     for tensor in tensors:
         if expert := parse_expert_name(tensor.name, tables):
-            of_slot[tables[expert.layer][expert.expert]] += tensor.size
+            slot_sizes[tables[expert.layer][expert.expert]] += tensor.size
         elif kind_of(tensor.name, tables) is Kind.EXPERT:
             fused += tensor.size
     for rank, owned in enumerate(slots):
-        size = sum(of_slot[slot] for slot in owned) + fused * len(owned) // len(first)
+        size = sum(slot_sizes[slot] for slot in owned) + fused * len(owned) // len(first)
         yield RankShare(rank, tuple(first[slot] for slot in owned), size)

@@ -1,4 +1,4 @@
-"""The source back from an output, every file byte-identical: a plan in the other direction, from the manifest alone."""
+"""Rebuilds the source from an output, every file byte-identical. The manifest is enough to plan it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from blake3 import blake3
 
 from ..checkpoint.directory import CONFIG, INDEX
-from ..checkpoint.header import Tensor, parse_header, read_header
+from ..checkpoint.header import Header, Tensor, parse_header, read_header
 from ..errors import IntegrityError
-from ..execute.reflink import Reflink, find_sharing
-from ..execute.run import Outcome, Progress, refuse_out, run
-from ..execute.sources import BLOCK_SIZE, OpenSources, SourceFiles
-from ..model.layers import renumber
+from ..execute.fill import Progress
+from ..execute.reflink import find_sharing
+from ..execute.run import Outcome, refuse_out, run
+from ..execute.sources import SourceFiles
+from ..model.names import renumber
 from ..placement.permutations import describe_ranks, invert
 from ..plan.files import (
     Content,
@@ -28,7 +29,10 @@ from ..plan.files import (
     literal_file,
     whole_file,
 )
+from ..plan.sharing import Reflink
 from ..record.manifest import MANIFEST, FileRecord, Manifest, SourceFile, find_files, read_manifest, unpack
+
+MIN_BLOCK_SIZE = 512  # bytes; XFS allows blocks as small as this
 
 
 def restore(
@@ -42,10 +46,10 @@ def restore(
 ) -> Outcome:
     """Rebuild in `out` the source that the output `resharded` was made from: the same files, bytes and sub-folders.
 
-    Every byte taken from `resharded` is checked against the manifest's digests, where it has them. Blocks are shared
-    where the file system can and `reflink` allows it. Interrupted, the same call takes up where it stopped; with
-    `restart` it begins afresh. `progress` is told the bytes that are done. Raises IntegrityError where `resharded` is
-    damaged or incomplete, OutputError where `out` is refused or cannot be written.
+    Checks every byte taken from `resharded` against the manifest's digests, if it has them. Shares disk blocks if the
+    file system can and `reflink` allows it. Call it again to resume after an interruption; `restart` starts over. Calls
+    `progress` with the number of bytes just done. Raises IntegrityError if `resharded` is damaged or incomplete, and
+    OutputError if `out` is refused or cannot be written.
     """
     root = Path(resharded)
     manifest = read_manifest(root)
@@ -77,7 +81,7 @@ def restore(
 
 
 class _Restoration:
-    """Where in the output `root` each byte of the source is."""
+    """Finds each byte of the source in the output `root`."""
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self._root = root
@@ -89,7 +93,7 @@ class _Restoration:
         self._rows = {name: layer.name for layer in manifest.moe_layers for name in layer.rows}
         self._expert_ids = {name: layer.name for layer in manifest.moe_layers for name in layer.expert_ids}
         self.source_files = find_files(root, manifest.files)
-        headers = {record.name: read_header(root / record.name) for record in manifest.files if record.tensors}
+        headers = {record.name: self._header(record) for record in manifest.files if record.tensors}
         self._tensors = {tensor.name: tensor for header in headers.values() for tensor in header.tensors}
         self.headers = {name: header.raw for name, header in headers.items()}
 
@@ -99,30 +103,29 @@ class _Restoration:
             return literal_file(file.name, unpack(file.content))
         if file.header is None:
             if file.name not in self._records or self._records[file.name].size != file.size:
-                raise IntegrityError(f"{self._root / MANIFEST}: {file.name} of the source is nowhere in the output")
+                raise IntegrityError(f"{self._root / MANIFEST}: no file of the output holds {file.name} of the source")
             return whole_file(file.name, file.size)
         raw = unpack(file.header)
         header = parse_header(raw, file.size, Path(file.name))
         return OutputFile(file.name, (Part(None, Literal(raw)), *map(self._part, header.tensors)))
 
     def check_rewritten(self) -> None:
-        """IntegrityError unless all that cannot be checked while it is copied is what was written.
+        """IntegrityError if a tensor that is reordered, or a copied config.json, differs from what was written.
 
-        That is every tensor that is brought into another order on the way back, and config.json, which comes last.
+        `check` cannot find this: reordered bytes have another digest, and config.json is written after it.
         """
         with SourceFiles(self._root, self.source_files).open() as opened:
             for name in (*self._rows, *self._expert_ids):
                 tensor = self._find(name)
-                found = _digest(opened, tensor.file, tensor.offset, tensor.size)
+                found = opened.digest(tensor)
                 if self._digests[name] not in (None, found):
                     raise self._damaged(tensor)
-            if CONFIG in self._copied and CONFIG in self._records:
-                record = self._records[CONFIG]
-                if _digest(opened, CONFIG, 0, record.size) != record.digest:
-                    raise self._damaged_file(CONFIG)
+            copied = CONFIG in self._copied and CONFIG in self._records
+            if copied and opened.digest_file(CONFIG) != self._records[CONFIG].digest:
+                raise self._damaged_file(CONFIG)
 
     def check(self, records: list[FileRecord]) -> None:
-        """IntegrityError unless all that was copied is what was once written; `records` are of the restored files."""
+        """IntegrityError if copied bytes differ from what was written. `records` describe the restored files."""
         for record in records:
             if record.name in self._copied and record.digest != self._records[record.name].digest:
                 raise self._damaged_file(record.name)
@@ -132,16 +135,31 @@ class _Restoration:
                     if self._digests[tensor.name] not in (None, digest):
                         raise self._damaged(tensor)
 
+    def _header(self, record: FileRecord) -> Header:
+        """Read an output file's header and check its digest: it alone says which bytes belong to which tensor."""
+        header = read_header(self._root / record.name)
+        if blake3(header.raw).hexdigest() != record.header:
+            raise IntegrityError(f"{self._root / record.name}: damaged: its header is not the one that was written")
+        return header
+
     def _part(self, original: Tensor) -> Part:
         tensor = self._find(renumber(original.name, self._to_physical))
-        digests = Digests.COPIED if self._digests[tensor.name] is None else Digests.ALL
-        return Part(original.name, self._content(original, tensor), digests)
+        content = self._content(original, tensor)
+        if self._digests[tensor.name] is not None:
+            return Part(original.name, content)
+        if not _may_be_shared(original, content):
+            raise IntegrityError(
+                f"{self._root / tensor.file}: tensor {tensor.name}: has no digest, and its place in the file rules out "
+                "shared blocks: an older reshard wrote it with --digests none, so restore cannot check it; use the "
+                "source, or compare with it by `reshard verify --src`"
+            )
+        return Part(original.name, content, Digests.COPIED)
 
     def _content(self, original: Tensor, tensor: Tensor) -> Content:
         name = original.name
         if tensor.size != original.size:
             raise IntegrityError(
-                f"{self._root / tensor.file}: tensor {tensor.name}: {tensor.size} bytes, {name} had {original.size}"
+                f"{self._root / tensor.file}: tensor {tensor.name}: {tensor.size} bytes, but {name} had {original.size}"
             )
         if name in self._rows:
             return Rows(tensor.file, tensor.offset, tensor.size, self._to_physical[self._rows[name]])
@@ -152,7 +170,7 @@ class _Restoration:
 
     def _find(self, name: str) -> Tensor:
         if name not in self._tensors or name not in self._digests:
-            raise IntegrityError(f"{self._root / MANIFEST}: tensor {name} is in none of the files that it lists")
+            raise IntegrityError(f"{self._root / MANIFEST}: none of the files that it lists has tensor {name}")
         return self._tensors[name]
 
     def _damaged_file(self, name: str) -> IntegrityError:
@@ -164,9 +182,13 @@ class _Restoration:
         )
 
 
-def _digest(opened: OpenSources, file: str, offset: int, size: int) -> str:
-    digest = blake3()
-    buffer = memoryview(bytearray(min(size, BLOCK_SIZE)))
-    for block in opened.blocks(file, offset, size, buffer):
-        digest.update(block)
-    return digest.hexdigest()
+def _may_be_shared(original: Tensor, content: Content) -> bool:
+    """Whether some bytes of the tensor have the same offset in a block of MIN_BLOCK_SIZE as in the source."""
+    match content:
+        case Range(_, offset, _):
+            return (offset - original.offset) % MIN_BLOCK_SIZE == 0
+        case Rows(_, offset, size, order):
+            row_size = size // len(order)
+            moved = ((row - number) * row_size for number, row in enumerate(order))
+            return any((offset + distance - original.offset) % MIN_BLOCK_SIZE == 0 for distance in moved)
+    return False

@@ -1,8 +1,8 @@
-"""One node's share of an output: the files that every rank needs, those of the node's EP ranks, every small file.
+"""Copies one node's share of an output: the files of its EP ranks, the files that every rank needs, and small files.
 
-A plan like the others, and all that it copies is held against the manifest's digests before anything is loadable. The
-index still names every file of the output: vLLM without the plugin refuses a directory that lacks one of them, and
-must, since it might go on with experts missing. Only the manifest is written anew, and says which ranks are here.
+Everything copied is checked against the manifest's digests before the copy becomes loadable. The index still names
+every file of the output, so that vLLM without the plugin refuses the copy: it could otherwise run with experts missing.
+Only the manifest is rewritten; it says which ranks are here.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from blake3 import blake3
 from ..checkpoint.directory import CONFIG, INDEX
 from ..checkpoint.header import Header, read_header
 from ..errors import IntegrityError, OutputError
-from ..execute.reflink import Reflink, find_sharing
-from ..execute.run import Outcome, Progress, run
+from ..execute.fill import Progress
+from ..execute.reflink import find_sharing
+from ..execute.run import Outcome, run
 from ..placement.permutations import describe_ranks
 from ..plan.files import Digests, OutputFile, Part, Plan, Range, literal_file, whole_file
+from ..plan.sharing import Reflink
 from ..record.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, find_files, read_manifest
 
 
@@ -28,8 +30,8 @@ from ..record.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, f
 class Staging:
     """All that is decided before the first byte is written.
 
-    `manifest` is that of the copy. It has no `staged_ranks` where no file is left out: the copy is then a whole output
-    too. `index` and `config` are the bytes of the two files that come last.
+    `manifest` is that of the copy. It has no `staged_ranks` if no file is left out: the copy is then a whole output
+    too. `index` and `config` are the bytes of the two files that are written last.
     """
 
     manifest: Manifest
@@ -42,8 +44,8 @@ class Staging:
 def plan_stage(out: str | Path, ranks: Iterable[int], dest: str | Path, *, reflink: Reflink = "auto") -> Staging:
     """Decide what a node that holds the EP ranks `ranks` of the output `out` needs. Reads no weights, writes nothing.
 
-    `dest` is looked at only to see whether it can share blocks with `out`. Raises IntegrityError where `out` is damaged
-    or incomplete, OutputError where it does not have one of `ranks`, or `reflink` asks for what cannot be.
+    Only checks whether `dest` can share blocks with `out`. Raises IntegrityError if `out` is damaged or incomplete, and
+    OutputError if it lacks one of `ranks` or blocks cannot be shared as `reflink` demands.
     """
     root = Path(out)
     manifest = read_manifest(root)
@@ -85,14 +87,14 @@ def stage(
 ) -> Outcome:
     """Copy to `dest` what a node that holds the EP ranks `ranks` of the output `out` needs.
 
-    Interrupted, the same call takes up where it stopped; with `restart` it begins afresh. `progress` is told the bytes
-    that are done. Blocks are shared where the file system can and `reflink` allows it. `out` may itself be staged, then
-    `ranks` must be among its own.
+    Call it again to resume after an interruption; `restart` starts over. Calls `progress` with the number of bytes just
+    done. Shares disk blocks if the file system can and `reflink` allows it. `out` may itself be staged, if it has
+    `ranks`.
 
     Raises:
-        IntegrityError: `out` is damaged or incomplete; nothing loadable is then in `dest`
-        OutputError: `out` does not have one of `ranks`; `dest` is refused, has no room, or cannot be written
-        CheckpointError: a file of `out` cannot be read, or changed meanwhile
+        IntegrityError: `out` is damaged or incomplete; `dest` then holds nothing loadable
+        OutputError: `out` lacks one of `ranks`; `dest` is refused, has no room, or cannot be written
+        CheckpointError: a file of `out` cannot be read, or changed while it was read
 
     """
     staging = plan_stage(out, ranks, dest, reflink=reflink)
@@ -119,7 +121,7 @@ def write_staging(
 
 
 def _refuse_ranks(root: Path, manifest: Manifest, ranks: Collection[int]) -> None:
-    """OutputError where `ranks` are none, or one of them is not in the output `root`."""
+    """OutputError if `ranks` is empty, or one of them is not in the output `root`."""
     if not ranks:
         raise OutputError(f"{root}: no ranks to stage; name some of its EP ranks 0-{manifest.ep_size - 1}")
     if absent := set(ranks) - set(range(manifest.ep_size)):
@@ -134,7 +136,7 @@ def _refuse_ranks(root: Path, manifest: Manifest, ranks: Collection[int]) -> Non
 
 
 def _read_small(root: Path, manifest: Manifest, name: str) -> bytes:
-    """The bytes of the output's small file `name`, which are those that were written."""
+    """The bytes of the output's small file `name`; IntegrityError if they differ from what was written."""
     digests = {record.name: record.digest for record in manifest.files}
     if name not in digests:
         raise IntegrityError(f"{root / MANIFEST}: does not name {name}; expected an output of `reshard zigzag`")
@@ -145,7 +147,7 @@ def _read_small(root: Path, manifest: Manifest, name: str) -> bytes:
 
 
 def _refuse_damaged(staging: Staging, copied: Iterable[FileRecord]) -> None:
-    """IntegrityError unless every byte that was copied is what was once written, as far as digests tell."""
+    """IntegrityError if a copied byte differs from what was written, as far as the manifest has digests."""
     records = {record.name: record for record in staging.manifest.files}
     for record in copied:
         written = records[record.name]
@@ -158,7 +160,7 @@ def _refuse_damaged(staging: Staging, copied: Iterable[FileRecord]) -> None:
 
 
 def _copy_of(record: FileRecord, header: Header | None) -> OutputFile:
-    """The file of `record` as it is; of a safetensors file, `header`, and each tensor."""
+    """Plan an unchanged copy of the file: as a whole, or as `header` and tensors if it is a safetensors file."""
     if header is None:
         return replace(whole_file(record.name, record.size), rank=record.rank)
     parts = [Part(None, Range(record.name, 0, len(header.raw)))]
@@ -180,9 +182,9 @@ def _notes(manifest: Manifest, staged: Collection[int] | None) -> list[str]:
     if staged is not None:
         return []
     if manifest.layout == "source":
-        why = "its files are those of the source, not by rank"
+        why = "this output has the files of the source, not files by rank"
     elif all(record.rank is None for record in manifest.files):
         why = "its experts are fused into one tensor a layer, so every rank reads all of them: no files by rank"
     else:
-        why = "these are all of its ranks"
+        why = "these are all of the output's ranks"
     return [f"{why}; the whole output is copied"]

@@ -1,20 +1,21 @@
-"""What is in a trace: `reshard trace info`."""
+"""`reshard trace info`: describes the recordings in a trace."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..traffic.choices import MOST_TOKENS, runs
-from ..traffic.recordings import Recording, counted_once, read_recordings
-from ..traffic.trace_file import MOST_EXPERTS
+from ..traffic.choices import MAX_TOKENS, stretches
+from ..traffic.recordings import Recording, count_distinct_tokens, read_recordings
+from ..traffic.trace_file import MAX_EXPERTS
 
 
 @dataclass(frozen=True, slots=True)
 class RecordingInfo:
-    """One recording. `busiest` is, for each layer with experts, how often its busiest expert was chosen over the mean.
+    """One recording. `busiest` has, for each MoE layer, the busiest expert's number of tokens over the mean expert's.
 
-    The mean is of all experts, or where the recording does not say how many there are, of those up to the last chosen.
+    The mean is over all experts. If the recording does not say how many there are, it is over the experts up to the
+    highest id chosen.
     """
 
     where: str
@@ -35,23 +36,23 @@ class TraceInfo:
 
 
 def trace_info(path: str | Path) -> TraceInfo:
-    """Describe what is recorded in the directory or file `path`; TraceError where that is nothing.
+    """Describe the recordings in the directory or file `path`. Raises TraceError if there are none.
 
-    Where a recording is long, its busiest experts are those of a part of it, spread evenly.
+    For a long recording, `busiest` is measured on an evenly spread sample of its tokens.
     """
     recordings = read_recordings(Path(path))
     infos = tuple(_info(recording) for recording in recordings)
-    tokens = counted_once((recording, recording.tokens) for recording in recordings)
+    tokens = count_distinct_tokens((recording, recording.tokens) for recording in recordings)
     return TraceInfo(Path(path), tokens, infos)
 
 
 def _info(recording: Recording) -> RecordingInfo:
     import torch
 
-    counts_LE = torch.zeros(len(recording.layers), MOST_EXPERTS, dtype=torch.long)
-    for run in runs(recording.tokens, MOST_TOKENS):
-        for layer, ids in enumerate(recording.read(run.start, len(run)).unbind(1)):
-            counts_LE[layer] += torch.bincount(ids[ids >= 0], minlength=MOST_EXPERTS)
+    counts_LE = torch.zeros(len(recording.layers), MAX_EXPERTS, dtype=torch.long)
+    for stretch in stretches(recording.tokens, MAX_TOKENS):
+        for layer, ids in enumerate(recording.read(stretch.start, len(stretch)).unbind(1)):
+            counts_LE[layer] += torch.bincount(ids[ids >= 0], minlength=MAX_EXPERTS)
     experts = recording.num_experts or int(counts_LE.any(dim=0).nonzero().max()) + 1
     busiest = {
         name: float(count_E.max() / count_E.double().mean())

@@ -1,8 +1,8 @@
-"""Is an output what its manifest says, and what its source says? Trusts neither the plan nor the copy that made it.
+"""Checks an output against its manifest, and against its source if given. Trusts neither the plan nor the copy.
 
-The output is read once: the digest of every file and tensor, its headers, index and config. A tensor without a digest,
-whose blocks are the source's, is not read, and counted. With the source, `compare` then holds the source against the
-same manifest. Every problem found is reported, not only the first.
+Reads the output once: hashes every file and tensor, and parses headers, index and config. A tensor without a digest,
+which shares its blocks with the source, is counted but not read. With the source, `compare` then checks the source
+against the same manifest. All problems are reported, not only the first.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ from blake3 import blake3
 
 from ..checkpoint.directory import CONFIG, File, read_checkpoint
 from ..checkpoint.header import read_header
-from ..checkpoint.source import find_source
 from ..errors import CheckpointError, OutputError
-from ..execute.run import Progress, default_workers
+from ..execute.fill import Progress
+from ..execute.run import default_workers
 from ..execute.sources import BLOCK_SIZE, OpenSources, SourceFiles
-from ..model.layers import parse_expert_name, routing_section
+from ..model.names import parse_expert_name
+from ..model.routing import routing_section
 from ..placement.contract import CONTRACT_KEY
 from ..placement.permutations import rank_slots
 from ..record.manifest import MANIFEST, FileRecord, Manifest, read_manifest
-from .compare import Original, RouterComparison, compare_files, compare_routers, compare_tensors
+from .compare import RouterComparison, compare_files, compare_routers, compare_tensors
+from .original import read_original
 
-LARGEST_SMALL_FILE = 64 << 20  # bytes; what a quick look still reads
+MAX_SMALL_FILE = 64 << 20  # bytes; `quick` reads no larger file
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was looked at, and every problem found, a sentence each.
+    """What was checked, and every problem found, a sentence each.
 
-    Of `tensors`, `unread` have no digest, or were not asked for; `size` is the bytes read.
+    `unread` of the `tensors` were not read: they have no digest, or `quick` skipped them. `size` is the bytes read.
     `staged_ranks` is None for a whole output.
     """
 
@@ -61,34 +63,34 @@ def verify(
 ) -> Verification:
     """Check the output directory `out` against its manifest, and with `src` against the checkpoint it was made from.
 
-    With `quick` no tensor is read, nor a large file: only sizes, headers, the index and the configs.
+    With `quick`, reads no tensors and no large files: only sizes, headers, the index and the configs.
 
-    A staged directory must hold the files of its ranks; of other ranks' files, those that are there are checked too.
-    `progress` is told the bytes read: the output's, then the source's tensors. Raises IntegrityError where the manifest
-    itself is absent or damaged, and CheckpointError where `src` is not sound; what is wrong with the output is in the
-    result.
+    A staged directory must hold the files of its ranks. Other ranks' files are checked if they are there. Calls
+    `progress` with the bytes read: of the output, then of the source's tensors. Raises IntegrityError if the manifest
+    itself is absent or damaged, and CheckpointError if `src` is not sound; the result lists what is wrong with the
+    output.
     """
     started = time.monotonic()
     root = Path(out)
     manifest = read_manifest(root)
     records = _records(root, manifest)
-    source = None if src is None else Original.read(find_source(src))
+    source = None if src is None else read_original(src)
     if quick and source is not None:
-        raise OutputError(f"{root}: a quick look reads no tensors, so there is nothing to compare with {src}")
+        raise OutputError(f"{root}: a quick check reads no tensors: leave out `quick` to compare with {src}")
     lock = threading.Lock()
-    looked = 0
+    bytes_read = 0
 
     def report(read: int, unread: int = 0) -> None:
-        nonlocal looked
+        nonlocal bytes_read
         with lock:
-            looked += read
+            bytes_read += read
             progress(read + unread)
 
     routers = None
     with ThreadPoolExecutor(workers or default_workers(), thread_name_prefix="reshard") as pool:
         by_file = pool.map(lambda record: list(_check_file(root, record, report, quick)), records)
         problems = [problem for of_file in by_file for problem in of_file]
-        if not problems:  # the consequences of damage are not worth a second line
+        if not problems:  # after damage, an inconsistency would only be a second line for the same fault
             problems = list(_check_consistency(root, manifest))
         if source is not None and not problems:
             problems = compare_tensors(source, root, manifest, pool, report) or compare_files(source, manifest)
@@ -101,7 +103,7 @@ def verify(
         files=len(records) + 1,
         tensors=len(digests),
         unread=len(digests) if quick else digests.count(None),
-        size=looked,
+        size=bytes_read,
         seconds=time.monotonic() - started,
         staged_ranks=None if manifest.staged_ranks is None else tuple(manifest.staged_ranks),
         routers=routers,
@@ -110,13 +112,13 @@ def verify(
 
 
 def _records(root: Path, manifest: Manifest) -> list[FileRecord]:
-    """The files that must be there, and what is there all the same of ranks that were not staged."""
+    """The files that must be there, and those of ranks that were not staged if they are there."""
     expected = {record.name for record in manifest.expected_files}
     return [record for record in manifest.files if record.name in expected or (root / record.name).exists()]
 
 
 class _Report(Protocol):
-    """Told how many bytes were read, and how many passed over."""
+    """Called with the number of bytes read, and of bytes skipped."""
 
     def __call__(self, read: int, unread: int = 0) -> None: ...
 
@@ -143,7 +145,7 @@ def _check_file(root: Path, record: FileRecord, report: _Report, quick: bool) ->
 
 
 def _check_bytes(opened: OpenSources, record: FileRecord, report: _Report, quick: bool) -> Iterator[str]:
-    if quick and record.size > LARGEST_SMALL_FILE:
+    if quick and record.size > MAX_SMALL_FILE:
         report(0, record.size)
         return
     whole = blake3()
@@ -159,10 +161,10 @@ def _check_weights(opened: OpenSources, record: FileRecord, report: _Report, qui
     header = read_header(path)
     report(len(header.raw))
     for name in sorted(record.tensors.keys() ^ {tensor.name for tensor in header.tensors}):
-        expected = "expected" if name in record.tensors else "not expected"
-        yield f"{path}: tensor {name}: {expected} in this file by the manifest"
+        fault = "missing from this file" if name in record.tensors else "not expected in this file"
+        yield f"{path}: tensor {name}: {fault}, according to {MANIFEST}"
     if blake3(header.raw).hexdigest() != record.header:
-        yield f"{path}: its header is not what was written"
+        yield f"{path}: its header is not the one that was written"
     whole = blake3(header.raw)
     buffer = _buffer(record.size)
     sound = True
@@ -179,7 +181,7 @@ def _check_weights(opened: OpenSources, record: FileRecord, report: _Report, qui
             sound = False
             yield f"{path}: tensor {tensor.name}: its bytes are not those that were written"
     if sound and not quick and record.digest not in (None, whole.hexdigest()):
-        yield f"{path}: its digest in {MANIFEST} is not that of its bytes"
+        yield f"{path}: its bytes do not match its digest in {MANIFEST}"
 
 
 def _buffer(size: int) -> memoryview:
@@ -191,7 +193,7 @@ def _may_be_absent(manifest: Manifest) -> set[str]:
 
 
 def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
-    """What digests do not say: whether the parts of a sound output fit each other."""
+    """Check what digests cannot show: whether the parts of an undamaged output agree."""
     try:
         checkpoint = read_checkpoint(root, absent=_may_be_absent(manifest))
         contract = manifest.parsed_contract(str(root / MANIFEST))
@@ -200,22 +202,22 @@ def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
         return
     config = checkpoint.config
     if config.get(CONTRACT_KEY) != manifest.contract:
-        yield f"{root / CONFIG}: its {CONTRACT_KEY} is not the routing contract of {MANIFEST}"
+        yield f"{root / CONFIG}: its {CONTRACT_KEY} differs from the routing contract in {MANIFEST}"
     locked = str(config.get("model_type")).startswith("reshard_")
     if manifest.plugin_required != (contract is not None) or locked != manifest.plugin_required:
         yield (
-            f"{root / CONFIG}: model type {config.get('model_type')!r:.80}, but by {MANIFEST} the plugin is "
-            f"{'' if manifest.plugin_required else 'not '}required"
+            f"{root / CONFIG}: model type {config.get('model_type')!r:.80}, but according to {MANIFEST} the "
+            f"plugin is {'' if manifest.plugin_required else 'not '}required"
         )
     if contract is not None:
         if contract.physical_to_logical != manifest.placement:
-            yield f"{root / CONFIG}: the placement in {CONTRACT_KEY} is not that of {MANIFEST}"
-        asked = routing_section(config, str(root / CONFIG))
-        groups = (asked.get("n_group"), asked.get("topk_group"))
-        if groups != (contract.n_group, contract.topk_group):
-            yield f"{root / CONFIG}: n_group and topk_group are {groups}, in {CONTRACT_KEY} they are others"
+            yield f"{root / CONFIG}: the placement in {CONTRACT_KEY} differs from that in {MANIFEST}"
+        routing = routing_section(config, str(root / CONFIG))
+        found, expected = (routing.get("n_group"), routing.get("topk_group")), (contract.n_group, contract.topk_group)
+        if found != expected:
+            yield f"{root / CONFIG}: n_group and topk_group are {found}, but {expected} in {CONTRACT_KEY}"
     if manifest.routing.group_limited != manifest.plugin_required:
-        yield f"{root / MANIFEST}: plugin_required is {manifest.plugin_required}, its routing says otherwise"
+        yield f"{root / MANIFEST}: plugin_required is {manifest.plugin_required}, but its routing says otherwise"
     for name in sorted(checkpoint.files.keys() - {record.name for record in manifest.files} - {MANIFEST}):
         if not any(part.startswith(".") for part in name.split("/")):
             yield f"{root / name}: not in {MANIFEST}; an engine might read it: move it away"
@@ -226,4 +228,4 @@ def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
             if expert is None or manifest.layout == "source":
                 continue
             if record.rank is None or expert.expert not in slots[expert.layer][record.rank]:
-                yield f"{root / record.name}: tensor {name}: not one of rank {record.rank}'s experts"
+                yield f"{root / record.name}: tensor {name}: not an expert of rank {record.rank}"

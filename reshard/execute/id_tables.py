@@ -1,4 +1,4 @@
-"""Tensors whose values are expert ids, such as `tid2eid` of DeepSeek-V4's hash layers."""
+"""Maps tensors whose values are expert ids, such as `tid2eid` of DeepSeek-V4's hash layers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 
 def map_expert_ids(data: bytearray, dtype: str, mapping: Sequence[int]) -> None:
-    """Replace, in place, each id by `mapping[id]`.
+    """Replace each id by `mapping[id]`, in place.
 
     Parameters:
         data: the tensor's bytes, little endian
         dtype: its safetensors dtype, an integer one
-        mapping: [E]
+        mapping: [E], the new id of each expert
 
-    Raises ValueError where an id is not in 0..E-1 or `dtype` cannot hold the ids.
+    Raises ValueError if an id is not in 0..E-1 or `dtype` cannot hold the new ids.
 
     """
     import torch

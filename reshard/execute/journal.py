@@ -1,8 +1,8 @@
-"""An unfinished run's memory: which output files are complete, in the output directory itself.
+"""The journal of an unfinished run: a file in the output directory that records which output files are complete.
 
-The first line says which run this is, each later line records one complete file. A line is written only after the file
-it records is on disk under its final name, so that what the journal says is true whenever the run is cut short. The
-journal is also the lock: while it is held, no second run writes to the same directory.
+The first line says which run this is; each later line records one complete file. A line is written only after its file
+is on disk under its final name, so the journal is true whenever the run is cut short. The journal is also the lock:
+while one run holds it, no other writes to the same directory.
 """
 
 from __future__ import annotations
@@ -18,27 +18,25 @@ import msgspec
 
 from ..errors import OutputError
 from ..record.manifest import FileRecord, is_inside
-
-JOURNAL = ".reshard-journal"
-PARTIAL = ".partial"
+from .destination import JOURNAL, PARTIAL, check_out, make_directory, sync_directory
 
 
 class _Opening(msgspec.Struct, frozen=True):
-    """The journal's first line: a digest of all that decides what is written, and the files that may be written."""
+    """The journal's first line: a digest of all that decides what is written, and the names of the files to write."""
 
     fingerprint: str
     names: list[str]
 
 
 class Written(msgspec.Struct, frozen=True):
-    """A file that is complete: its record, and how many of its bytes lie in blocks of the source."""
+    """A complete file: its record, and how many of its bytes are in blocks shared with the source."""
 
     record: FileRecord
     shared: int
 
 
 class Journal:
-    """A run's hold on the output directory `out`: a context manager, closed but not removed on failure.
+    """The journal and lock of a run in the directory `out`. A context manager; after a failure the file remains.
 
     Attributes:
         done: the files that are complete, by name
@@ -46,10 +44,10 @@ class Journal:
     """
 
     def __init__(self, out: Path, fingerprint: str, names: Iterable[str], *, restart: bool = False) -> None:
-        """Begin a run in `out` or take up an unfinished one with the same `fingerprint`.
+        """Begin a run in `out`, or resume an unfinished one with the same `fingerprint`.
 
-        Raises OutputError where `out` holds anything else, or another run holds it. With `restart`, what an unfinished
-        run left there is removed first, whatever run it was.
+        Raises OutputError if `out` holds anything else, or another run has the lock. `restart` first removes what an
+        unfinished run left there, whichever run it was.
         """
         self._out = out
         self._path = out / JOURNAL
@@ -66,35 +64,37 @@ class Journal:
                     f"{out}: another run of reshard is writing there; wait for it, or choose another --out"
                 ) from error
             if not self._path.exists() or not os.path.samestat(os.fstat(self._fd), self._path.stat()):
-                raise OutputError(f"{out}: another run of reshard has just finished there")
+                raise OutputError(f"{out}: another run of reshard has just finished there; choose another --out")
             self._begin(_Opening(fingerprint, sorted(names)), restart)
             undo.pop_all()
 
     def __enter__(self) -> Journal:
-        """Held since it was made."""
+        """The lock is held since `__init__`."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Let go; the next run finds what this one did."""
+        """Release the lock, but keep the file: the next run reads what this one did."""
         os.close(self._fd)
 
     def record(self, written: Written) -> None:
-        """Remember a file that is complete and on disk."""
+        """Record a file that is complete and on disk."""
         self._append(msgspec.json.encode(written))
         self.done[written.record.name] = written
 
     def remove(self) -> None:
-        """The run is finished: nothing of the journal stays."""
+        """Delete the journal, because the run is finished."""
         self._path.unlink()
         sync_directory(self._out)
 
     def _begin(self, opening: _Opening, restart: bool) -> None:
         earlier, done = self._read()
         if earlier is None and any(path.name != JOURNAL for path in self._out.iterdir()):
-            self._path.unlink()  # made just now: what else is there came between the look at it and the lock
-            raise OutputError(f"{self._out}: not empty any more; another run of reshard may have just finished there")
+            self._path.unlink()  # ours, just created: the other files appeared after `check_out`, before our lock
+            raise OutputError(
+                f"{self._out}: no longer empty: a run of reshard may have just finished there; choose another --out"
+            )
         if earlier is not None and restart:
             _discard(self._out, earlier.names)
             os.ftruncate(self._fd, 0)
@@ -105,7 +105,7 @@ class Journal:
         elif earlier.fingerprint != opening.fingerprint:
             raise OutputError(
                 f"{self._out}: holds an unfinished run with other options or another source; "
-                "run that command again to finish it, or add --restart to discard it"
+                "rerun its command to finish it, or add --restart to discard it"
             )
         else:
             self.done = {
@@ -117,7 +117,7 @@ class Journal:
     def _read(self) -> tuple[_Opening | None, list[Written]]:
         data = self._path.read_bytes()
         end = data.rfind(b"\n") + 1
-        os.ftruncate(self._fd, end)  # the last line may be cut short
+        os.ftruncate(self._fd, end)  # drop a last line that was cut short
         whole = data[:end].splitlines()
         if not whole:
             return None, []
@@ -134,35 +134,8 @@ class Journal:
             os.fsync(self._fd)
         except OSError as error:
             raise OutputError(
-                f"{self._path}: cannot be written: {error.strerror}; the same command takes up from here"
+                f"{self._path}: cannot be written: {error.strerror}; rerun the command to resume"
             ) from error
-
-
-def check_out(out: Path) -> None:
-    """OutputError unless `out` is absent, empty, or holds an unfinished run."""
-    if not out.exists() and not out.is_symlink():
-        return
-    if not out.is_dir():
-        raise OutputError(f"{out}: not a directory; choose another --out")
-    if any(out.iterdir()) and not (out / JOURNAL).is_file():
-        raise OutputError(f"{out}: not empty, and no unfinished run of reshard; choose another --out or empty it")
-
-
-def make_directory(directory: Path) -> None:
-    """Make `directory` and those above it, so that they last a power loss."""
-    absent = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in absent:
-        sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in `directory` last a power loss."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _has_size(path: Path, size: int) -> bool:
@@ -170,12 +143,12 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _discard(out: Path, names: Iterable[str]) -> None:
-    """Remove the files `names` and their partial forms, and the sub-folders that are empty then."""
+    """Remove the files `names`, their .partial files, and the sub-folders that this leaves empty."""
     names = [name for name in names if is_inside(name)]
     for name in names:
         for path in (out / name, out / f"{name}{PARTIAL}"):
             path.unlink(missing_ok=True)
     folders = {parent for name in names for parent in Path(name).parents} - {Path()}
     for folder in sorted(folders, reverse=True):
-        with suppress(OSError):  # not empty, or never made
+        with suppress(OSError):  # not empty, or never created
             (out / folder).rmdir()

@@ -1,4 +1,4 @@
-"""Reads ranges of files that must not change meanwhile: large blocks, holes unread, the page cache left as it was."""
+"""Reads ranges of source files in large blocks. Skips holes, keeps the page cache free, and notices changed files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
+from blake3 import blake3
+
 from ..checkpoint.directory import File
+from ..checkpoint.header import Tensor
 from ..errors import CheckpointError
 from . import syscalls
 
@@ -16,7 +19,7 @@ ZEROS = memoryview(bytes(BLOCK_SIZE))
 
 
 class SourceFiles:
-    """The files below `root` that are read: they must be as `files` says, and begin with their `headers`."""
+    """The files below `root`. Each must still be as `files` says, and begin with its header in `headers`."""
 
     def __init__(self, root: Path, files: Mapping[str, File], headers: Mapping[str, bytes] | None = None) -> None:
         self.root = root
@@ -24,12 +27,12 @@ class SourceFiles:
         self.headers = headers or {}
 
     def open(self) -> OpenSources:
-        """File descriptors for one thread's use."""
+        """Open files for the use of one thread."""
         return OpenSources(self)
 
 
 class OpenSources:
-    """Source files opened as they are needed, closed together. Each method raises CheckpointError where it fails."""
+    """Source files, opened when first needed and closed together. A method that fails raises CheckpointError."""
 
     def __init__(self, sources: SourceFiles) -> None:
         self.root = sources.root
@@ -39,18 +42,18 @@ class OpenSources:
         self._sparse: set[str] = set()
 
     def __enter__(self) -> OpenSources:
-        """Nothing is open yet."""
+        """Opens nothing yet."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close what was opened."""
+        """Close all files."""
         for fd in self._fds.values():
             os.close(fd)
 
     def fd(self, name: str) -> int:
-        """The descriptor of the file `name`, which is then still what it was."""
+        """The descriptor of the file `name`; opening it checks that the file has not changed."""
         if name not in self._fds:
             try:
                 self._fds[name] = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
@@ -59,7 +62,7 @@ class OpenSources:
             status = os.fstat(self._fds[name])
             if status.st_blocks * 512 < status.st_size:
                 self._sparse.add(name)
-                os.fsync(self._fds[name])  # some file systems take for a hole what is not on disk yet
+                os.fsync(self._fds[name])  # some file systems report data that is not on disk yet as a hole
             self._check(name)
             header = self._headers.get(name, b"")
             found = bytearray(len(header))
@@ -69,12 +72,12 @@ class OpenSources:
         return self._fds[name]
 
     def is_sparse(self, name: str) -> bool:
-        """Whether the file `name` takes less of the disk than its size, so may have holes."""
+        """Whether the file `name` takes less disk than its size, and so may have holes."""
         self.fd(name)
         return name in self._sparse
 
     def segments(self, name: str, offset: int, size: int) -> Iterator[tuple[bool, int, int]]:
-        """The range as (is a hole, offset, size), in order."""
+        """Cut the range into holes and data: (is a hole, offset, size), in order."""
         if not self.is_sparse(name):
             yield False, offset, size
             return
@@ -84,7 +87,7 @@ class OpenSources:
             raise self._unreadable(name, offset, None, error) from error
 
     def read(self, name: str, offset: int, into: memoryview, tensor: str | None = None) -> None:
-        """Fill `into` with the bytes of the file `name` from `offset` on; `tensor` is whose they are, for messages."""
+        """Fill `into` with the bytes of the file `name` from `offset` on; `tensor` names their tensor in errors."""
         fd = self.fd(name)
         filled = 0
         try:
@@ -102,20 +105,34 @@ class OpenSources:
     def blocks(
         self, name: str, offset: int, size: int, buffer: memoryview, tensor: str | None = None
     ) -> Iterator[memoryview]:
-        """The bytes of a range, at most len(`buffer`) at a time, read into it; one is gone when the next is asked for.
+        """Yield the bytes of a range, block by block. Each is read into `buffer` and overwrites the one before.
 
-        Holes are not read: they come as zeros.
+        Holes are not read: they come as blocks of zeros.
         """
         for is_hole, start, length in self.segments(name, offset, size):
-            whole = ZEROS if is_hole else buffer
-            for position in range(start, start + length, len(whole) or 1):
-                block = whole[: start + length - position]
+            memory = ZEROS if is_hole else buffer
+            for position in range(start, start + length, len(memory) or 1):
+                block = memory[: start + length - position]
                 if not is_hole:
                     self.read(name, position, block, tensor)
                 yield block
 
+    def digest(self, tensor: Tensor) -> str:
+        """BLAKE3 of the tensor's bytes."""
+        return self._digest(tensor.file, tensor.offset, tensor.size, tensor.name)
+
+    def digest_file(self, name: str) -> str:
+        """BLAKE3 of a whole file."""
+        return self._digest(name, 0, self._files[name].size, None)
+
+    def _digest(self, name: str, offset: int, size: int, tensor: str | None) -> str:
+        digest = blake3()
+        for block in self.blocks(name, offset, size, memoryview(bytearray(min(size, BLOCK_SIZE))), tensor):
+            digest.update(block)
+        return digest.hexdigest()
+
     def check_unchanged(self) -> None:
-        """CheckpointError where a file that was read is not what it was when the plan was made."""
+        """CheckpointError if a file that was read has changed since the plan was made."""
         for name in self._fds:
             self._check(name)
 
@@ -125,11 +142,13 @@ class OpenSources:
             raise self._changed(name)
 
     def _changed(self, name: str) -> CheckpointError:
-        return CheckpointError(f"{self.root / name}: changed while it was being read; start again when it rests")
+        return CheckpointError(
+            f"{self.root / name}: changed while it was being read; rerun the command when nothing writes to it"
+        )
 
     def _unreadable(self, name: str, offset: int, tensor: str | None, error: OSError) -> CheckpointError:
         of_tensor = f"tensor {tensor}: " if tensor else ""
         return CheckpointError(
-            f"{self.root / name}: {of_tensor}cannot be read at byte {offset}: {error.strerror}; mend or download the "
-            "file again, the same command then takes up from here"
+            f"{self.root / name}: {of_tensor}cannot be read at byte {offset}: {error.strerror}; repair the file or "
+            "download it again, then rerun the command to resume"
         )

@@ -1,8 +1,8 @@
 """Expert ids in config files: quantization ignore lists, per-module schemes and the like.
 
-A string that names one expert (`model.layers.3.mlp.experts.5.down_proj`) gets that expert's new id. A pattern, glob or
-regular expression, is judged by what it picks of this checkpoint's experts: it, or the same with its literal ids
-mapped, must pick exactly the renumbered experts that it picked before. What cannot be told is an error that shows it.
+A string that names one expert (`model.layers.3.mlp.experts.5.down_proj`) gets that expert's new id. A pattern (a glob
+or a regular expression) is tested against the names of this checkpoint's experts. After renumbering it must match the
+same experts as before, either unchanged or with its literal ids mapped. If neither does, an error shows the string.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import fnmatch
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..checkpoint.directory import Checkpoint, refuse_nesting
 from ..errors import CheckpointError, UnsupportedError
-from ..placement.contract import Placement
-from ..placement.permutations import invert
-from .layers import MoeModel, renumber
+from ..placement.permutations import Placement, invert
+from .layers import MoeModel
+from .names import renumber
 
-# The files at the top of a checkpoint in which engines look modules up by name.
+# Top-level files of a checkpoint in which engines look up modules by name.
 CONFIG_FILES = re.compile(r"config\.json|.*quant.*\.json", re.IGNORECASE)
 REGEX_PREFIXES = ("re:", "+:", "-:")
-LONGEST_PATTERN = 1000
+MAX_PATTERN = 1000
 
 _EXPERT_ID = re.compile(r"(?<![A-Za-z0-9_])experts(?:\\?\.|\[\.\])(?P<id>0|[1-9][0-9]{0,8})(?![0-9])")
 _PLAIN = re.compile(r"[\w.\-/]*")
@@ -33,7 +33,7 @@ _MAY_NAME_ONE = re.compile(r"experts\W{0,8}[0-9]")
 def map_config_files(checkpoint: Checkpoint, model: MoeModel, placement: Placement) -> dict[str, Any]:
     """The config files of `checkpoint` that name experts by id, parsed and with their ids mapped.
 
-    Returns only files that changed, by name. Raises UnsupportedError for a string whose experts cannot be told.
+    Returns only files that changed, by name. Raises UnsupportedError if we cannot tell which experts a string means.
     """
     changed = {}
     for name in checkpoint.files:
@@ -46,7 +46,7 @@ def map_config_files(checkpoint: Checkpoint, model: MoeModel, placement: Placeme
             value = json.loads(text)
             mapped = map_strings(value, _Mapper(model, placement, str(path)), str(path))
         except ValueError:
-            continue  # no config that any engine could read; it is copied as it is
+            continue  # no engine can read this as a config; it is copied as it is
         except RecursionError as error:
             raise CheckpointError(f"{path}: nested too deeply to be a config") from error
         if mapped != value:
@@ -55,7 +55,7 @@ def map_config_files(checkpoint: Checkpoint, model: MoeModel, placement: Placeme
 
 
 def map_strings(value: Any, mapper: Callable[[str], str], where: str) -> Any:
-    """JSON `value` with every string in it, keys too, replaced by `mapper`; `where` names the file in errors."""
+    """The JSON `value` with `mapper` applied to every string, keys included; `where` names the file in errors."""
     if isinstance(value, str):
         return mapper(value)
     if isinstance(value, list):
@@ -64,9 +64,8 @@ def map_strings(value: Any, mapper: Callable[[str], str], where: str) -> Any:
         for key, item in value.items():
             if key.rpartition(".")[2] == "experts" and _has_ids(item):
                 raise UnsupportedError(
-                    f"{where}: {key!r:.200} has numbers below it that may be expert ids, in a form that reshard "
-                    "does not "
-                    "know; write the modules' names out"
+                    f"{where}: {key!r:.200} contains numbers that may be expert ids, in a form that reshard does not "
+                    "know; write out the full names of the modules"
                 )
         return {mapper(key): map_strings(item, mapper, where) for key, item in value.items()}
     return value
@@ -88,7 +87,7 @@ class _Mapper:
     def __call__(self, text: str) -> str:
         if _PLAIN.fullmatch(text):
             return self._map_literal_ids(text)
-        if len(text) > LONGEST_PATTERN:
+        if len(text) > MAX_PATTERN:
             if "experts" in text:
                 raise self._unclear(text)
             return text
@@ -99,7 +98,7 @@ class _Mapper:
             table = self._table(text[: match.start()].removesuffix("."), text)
             if int(match["id"]) >= len(table):
                 raise UnsupportedError(
-                    f"{self._where}: {text!r:.200} names expert {match['id']}, but a layer has {len(table)} experts"
+                    f"{self._where}: {text!r:.200} names expert {match['id']}, but its layer has {len(table)} experts"
                 )
             return text[match.start() : match.start("id")] + str(table[int(match["id"])])
 
@@ -117,16 +116,14 @@ class _Mapper:
         return tables.pop()
 
     def _map_pattern(self, text: str) -> str:
-        picks = [readings(pattern) for pattern in (text, self._mapped_or_none(text)) if pattern is not None]
-        names = self._expert_names()
-        before = [{name for name in names if pick(name)} for pick in picks[0]]
-        after = [{names[name] for name in found} for found in before]
-        if before and before == after and (any(before) or not _MAY_NAME_ONE.search(text)):
+        new_names = self._expert_names()
+        matched = _matches(text, new_names)
+        expected = [{new_names[name] for name in names} for names in matched]
+        if matched and matched == expected and (any(matched) or not _MAY_NAME_ONE.search(text)):
             return text
-        if len(picks) == 2 and any(before):
-            mapped = self._map_literal_ids(text)
-            if [{name for name in names if pick(name)} for pick in picks[1]] == after:
-                return mapped
+        mapped = self._mapped_or_none(text)
+        if mapped is not None and any(matched) and _matches(mapped, new_names) == expected:
+            return mapped
         raise self._unclear(text)
 
     def _mapped_or_none(self, text: str) -> str | None:
@@ -136,7 +133,7 @@ class _Mapper:
             return None
 
     def _expert_names(self) -> Mapping[str, str]:
-        """The output's name of every tensor, module and expert below `experts`, by its name in the source."""
+        """The new name of every expert, of its modules and of its tensors, by the name in the source."""
         if self._names is None:
             self._names = {}
             for layer in self._model.layers:
@@ -151,20 +148,25 @@ class _Mapper:
 
     def _unclear(self, text: str) -> UnsupportedError:
         return UnsupportedError(
-            f"{self._where}: {text!r:.200}: cannot tell which experts this means after renumbering; write their ids out"
+            f"{self._where}: {text!r:.200}: cannot tell which experts this means after renumbering; write out their ids"
         )
 
 
-def readings(text: str) -> list[Callable[[str], bool]]:
-    """The ways in which engines read the pattern `text`: as a glob, and as a regular expression where it is one."""
+def _matches(pattern: str, names: Iterable[str]) -> list[set[str]]:
+    """The `names` that `pattern` matches, for each way in which engines may read it."""
+    return [{name for name in names if matches(name)} for matches in matchers(pattern)]
+
+
+def matchers(text: str) -> list[Callable[[str], bool]]:
+    """How engines may read the pattern `text`: as a glob, and as a regular expression if it is a valid one."""
     pattern = text.partition(":")[2] if text.startswith(REGEX_PREFIXES) else text
-    ways: list[Callable[[str], bool]] = []
+    found: list[Callable[[str], bool]] = []
     if pattern == text:
-        ways.append(lambda name: fnmatch.fnmatchcase(name, text))
+        found.append(lambda name: fnmatch.fnmatchcase(name, text))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # [[ and the like, which a later Python may read otherwise
+            warnings.simplefilter("ignore", FutureWarning)  # e.g. [[, whose meaning a later Python may change
             compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError):
-        return ways
-    return [*ways, lambda name: bool(compiled.match(name)), lambda name: bool(compiled.search(name))]
+        return found
+    return [*found, lambda name: bool(compiled.match(name)), lambda name: bool(compiled.search(name))]

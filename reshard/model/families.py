@@ -18,8 +18,8 @@ class Family:
     """One family.
 
     `block` is the module that holds a layer's experts and router (`….<block>.experts.<id>.<anything>`); `scoring` is
-    how router logits become scores where config.json does not say. `assumes_groups`: where config.json does not say
-    how many expert groups there are, some engine assumes eight, so it has to say.
+    how router logits become scores if config.json does not say. `assumes_groups`: if config.json does not give the
+    number of expert groups, some engine assumes eight, so reshard insists that config.json gives it.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Indexed(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RouterTensor:
-    """What is known of a router tensor of some name."""
+    """How a router tensor is indexed by expert, and how many dimensions it has."""
 
     indexed: Indexed
     dimensions: int
@@ -79,16 +79,16 @@ SHARED_MODULES = ("shared_experts", "shared_expert", "shared_expert_gate")
 NUM_EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "experts_per_token")
 SCORING_KEYS = ("scoring_func", "score_function")
-# What these may say: ways to choose that treat all experts alike, groups apart. Anything else is refused.
+# The values that reshard accepts: they treat all experts alike, apart from group limits. Anything else is refused.
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
-# Models that see or hear keep their language model's config below one of these.
+# Vision and audio models keep their language model's config under one of these keys.
 TEXT_CONFIG_KEYS = ("text_config", "language_config", "llm_config")
 GROUP_KEYS = ("n_group", "topk_group")
 ROUTING_KEYS = (
     *(*NUM_EXPERTS_KEYS, *TOP_K_KEYS, *SCORING_KEYS, *GROUP_KEYS),
     *("topk_method", "norm_topk_prob", "routed_scaling_factor"),
 )
-# Routers are computed with, and hash layers hold ids.
+# Router rows must be of a type that we can compute with; expert ids must be integers.
 ROUTER_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 EXPERT_ID_DTYPES = ("I64", "I32", "I16", "I8", "U8")

@@ -1,8 +1,8 @@
-"""A router, run on hidden states with PyTorch: which experts it chooses and with which weights.
+"""Runs a router on hidden states with PyTorch: which experts it chooses, and with which weights.
 
-A plain statement of what the families' own code does, for `verify` to compare a checkpoint's routers before and after.
-Everything is computed in float64, each logit as its own sum, so that equal rows give equal bits wherever they stand.
-Tensors carry their shape in their name: T tokens, H hidden size, E experts, G groups, K experts chosen.
+A plain version of what the families' own code does, for `verify` to compare a checkpoint's routers before and after. It
+computes in float64 and sums each logit separately, so that a gate row gives the same bits in any position. Tensors
+carry their shape in their name: T tokens, H hidden size, E experts, G groups, M experts in a group, K experts chosen.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .layers import MoeLayer, Routing
+from .layers import MoeLayer
+from .routing import Routing
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """A layer's router tensors: `logit_bias_E` is added to the logits, `correction_E` only to what is compared."""
+    """A layer's router tensors. `logit_bias_E` is added to the logits, `correction_E` to the scores for ranking."""
 
     weight_EH: Tensor
     logit_bias_E: Tensor | None
@@ -29,7 +30,7 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The experts chosen for each token, best first; `tied_T` where one of them was no better than the next best."""
+    """The experts chosen for each token, best first. `tied_T`: true if a chosen expert ties with the next in rank."""
 
     experts_TK: Tensor
     weights_TK: Tensor
@@ -43,11 +44,11 @@ def route(hidden_TH: Tensor, router: Router, routing: Routing, group_order: Sequ
         hidden_TH: float64
         router: the tensors of a layer, in any order of experts
         routing: how to choose
-        group_order: [E] physical_to_logical where groups are runs of logical experts but the tensors are in physical
-            order; None where the tensors are in the order that groups are runs of
+        group_order: physical_to_logical [E] if the tensors are in physical order but groups are ranges of logical
+            experts; None if groups are ranges of experts in the tensors' own order
 
     Returns:
-        expert ids in the order of the tensors
+        the chosen experts; an id is a row of the given tensors
 
     """
     import torch
@@ -61,28 +62,28 @@ def route(hidden_TH: Tensor, router: Router, routing: Routing, group_order: Sequ
 def choose(
     logits_TE: Tensor, correction_E: Tensor | None, routing: Routing, group_order: Sequence[int] | None = None
 ) -> Choice:
-    """Choose experts by the logits of each token; the other parameters and what comes back are those of `route`."""
+    """Choose experts from each token's logits; the other parameters and the result are as in `route`."""
     import torch
 
     scores_TE = _scores(logits_TE, routing.scoring)
-    compared_TE = scores_TE if correction_E is None else scores_TE + correction_E
+    ranking_TE = scores_TE if correction_E is None else scores_TE + correction_E
     order_E = torch.arange(routing.num_experts)
     if group_order is not None:
-        # order_E[e]: where logical expert e stands
+        # order_E[e]: the row of logical expert e
         order_E[torch.tensor(group_order)] = torch.arange(routing.num_experts)
-    compared_TE = compared_TE[:, order_E]
+    ranking_TE = ranking_TE[:, order_E]
     if routing.group_limited:
-        compared_TE = _mask_groups(compared_TE, routing, best_two=correction_E is not None)
-    ranked_TE = compared_TE.sort(dim=1, descending=True, stable=True)
+        ranking_TE = _mask_groups(ranking_TE, routing, best_two=correction_E is not None)
+    ranked_TE = ranking_TE.sort(dim=1, descending=True, stable=True)
     chosen_TK = ranked_TE.indices[:, : routing.top_k]
-    compared = ranked_TE.values[:, : routing.top_k + 1]
-    tied_T = (compared[:, 1:] == compared[:, :-1]).any(dim=1)
+    top_scores = ranked_TE.values[:, : routing.top_k + 1]  # the chosen experts' and the next one's
+    tied_T = (top_scores[:, 1:] == top_scores[:, :-1]).any(dim=1)
     experts_TK = order_E[chosen_TK]
     return Choice(experts_TK, _weights(scores_TE.gather(1, experts_TK), routing), tied_T)
 
 
 def read_routers(layer: MoeLayer, files: Mapping[str, Path], wanted: dtype) -> Iterator[Router]:
-    """The layer's router, once for each correction bias it may be used with; `files` says where its tensors are."""
+    """Yield the layer's router once for each correction bias it has, or once; `files` has the file of each tensor."""
     from safetensors import safe_open
 
     tensors = {}
@@ -110,18 +111,18 @@ def _scores(logits_TE: Tensor, scoring: str) -> Tensor:
             return logits_TE.sigmoid()
         case "sqrtsoftplus":
             return torch.nn.functional.softplus(logits_TE).sqrt()
-        case _:  # "… of the chosen": logits are compared, scores are of what was chosen
+        case _:  # "… of the chosen": ranks logits, and scores only the chosen experts
             return logits_TE
 
 
-def _mask_groups(compared_TE: Tensor, routing: Routing, *, best_two: bool) -> Tensor:
-    """-inf outside each token's best groups; a group's score is its best expert's, or the sum of its two best."""
-    tokens = len(compared_TE)
-    grouped_TGM = compared_TE.view(tokens, routing.n_group, -1)
+def _mask_groups(ranking_TE: Tensor, routing: Routing, *, best_two: bool) -> Tensor:
+    """Set -inf outside each token's best groups. A group's score is its best expert's, or the sum of its two best."""
+    tokens = len(ranking_TE)
+    grouped_TGM = ranking_TE.view(tokens, routing.n_group, -1)
     counted = min(2 if best_two else 1, grouped_TGM.shape[2])
     group_scores_TG = grouped_TGM.topk(counted, dim=2).values.sum(dim=2)
     best_TG = group_scores_TG.sort(dim=1, descending=True, stable=True).indices[:, : routing.topk_group]
-    keep_TG = compared_TE.new_zeros(tokens, routing.n_group).scatter(1, best_TG, 1.0).bool()
+    keep_TG = ranking_TE.new_zeros(tokens, routing.n_group).scatter(1, best_TG, 1.0).bool()
     return grouped_TGM.masked_fill(~keep_TG.unsqueeze(2), float("-inf")).view(tokens, -1)
 
 

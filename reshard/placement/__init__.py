@@ -1,1 +1,7 @@
-"""placement."""
+"""Where experts go: pure functions of numbers, and the contract that an engine must keep.
+
+`permutations` has zigzag and its inverse, `strategies` what a user may ask for, `balance` (with `swaps`) the search
+for a placement that suits recorded traffic, and `contract` what a group-limited output tells the engine. In come a
+`MoeShape` and loaded traffic; out comes a `Placement`: physical_to_logical [E] for each MoE layer. Nothing here reads
+a checkpoint or knows a weight. The vLLM plugin builds on this package and on no other but `traffic.trace_file`.
+"""

@@ -1,17 +1,18 @@
-"""A placement for the traffic of one MoE layer: the slowest rank first, then how far tokens travel. Pure functions.
+"""Places the experts of one MoE layer for recorded traffic: the slowest rank first, then fan-out. Pure functions.
 
-The slowest rank of a batch is the one with the most (token, expert) pairs, and all others wait for it. EPLB packs
-experts by how often they are used; in a batch it also matters which of them are used at the same time, and a trace
-tells. In the order of the code:
+The slowest rank of a batch is the one with the most (token, expert) pairs; all other ranks wait for it. EPLB packs
+experts by how often they are used. In a batch it also matters which experts are used together, and a trace shows that.
+The steps, in the order of the code:
 
-    1. packed    experts by falling load, each to the least loaded rank with room: DeepSeek's EPLB without replicas
-    2. batches   the trace cut into batches of 64, 512 and 4096 consecutive tokens
-    3. spread    swap experts of two ranks while that lowers the slowest rank's load, on average over batches
-    4. gather    swap on while tokens reach fewer nodes and ranks, and the slowest rank's load stays as it is
-    5. balanced  judge zigzag and others, 1, 3 and 4 on tokens that they were not made from, and do what is best
+    1. packed    DeepSeek's EPLB without replicas: experts by falling load, each to the least loaded rank with room
+    2. batches   cut the trace into batches of 64, 512 and 4096 consecutive tokens (in `swaps`)
+    3. spread    swap experts of two ranks while that lowers the slowest rank's load, averaged over batches
+    4. gather    swap on while tokens reach fewer nodes and ranks; the slowest rank's load may rise by TOLERANCE
+    5. balanced  judge the simple placements and those of 3 and 4 on tokens that they were not made from; take the best
 
-Tensors carry their shape in their name: T tokens, K experts chosen, E experts, R EP ranks, B batches, U ranks or nodes,
-N swaps. `rank_E` is a placement as the rank of each logical expert; a node has consecutive ranks. Shuffles are seeded.
+Tensors carry their shape in their name: T tokens, K experts chosen, E experts, R EP ranks, B batches, U units (ranks or
+nodes), N swaps. `rank_E` is a placement as the rank of each logical expert. A node has consecutive ranks. Random
+numbers are seeded.
 """
 
 from __future__ import annotations
@@ -19,23 +20,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .permutations import node_zigzag, rank_slots, zigzag
+from .permutations import node_zigzag, rank_of_each, rank_slots, zigzag
+from .swaps import BATCH_SIZES, Batches, Loads, batches, estimated_change, lowest_changes, slowest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BATCH_SIZES = (64, 512, 4096)
-TOKENS = 1 << 16  # looked at of a longer trace
-TRAVELLERS = 1 << 12  # tokens that fan-out is lowered on
-WORTH = 1e-2  # ranks a token, on average: a swap that lowers fan-out by less is not made
-TOLERANCE = 0.005  # of the mean rank's load: placements are equally balanced that differ by less
-SWAPS = 128  # tried exactly at a time
-SMOOTHNESS = 0.2  # of the mean rank's load: ranks this close to the slowest count too when swaps are estimated
-STARTS = 256  # of searches, over the number of experts
-ROUNDING = 1e-5
+TOKENS = 1 << 16  # a longer trace is sampled down to this many
+FAN_OUT_TOKENS = 1 << 12  # `gather` lowers the fan-out of this many tokens
+WORTH = 1e-2  # ranks per token, on average: `gather` makes no swap that gains less
+TOLERANCE = 0.005  # of the mean rank's load: two placements that differ by less are equally balanced
+STARTS = 256  # `search` starts STARTS // E times
+ROUNDING = 1e-5  # of the mean rank's load: a smaller difference may be float32 rounding
 
 
 # 1. Packing
@@ -45,125 +43,50 @@ def packed(load_E: Sequence[float], ep_size: int) -> tuple[int, ...]:
     """DeepSeek's EPLB without replicas: the most loaded expert first, each to the least loaded rank with room.
 
     Parameters:
-        load_E: how often each logical expert is used
-        ep_size: R
+        load_E: [E], how often each logical expert is used
+        ep_size: R, EP ranks; need not divide E
 
     Returns:
         physical_to_logical: [E]
     """
     room = [len(slots) for slots in rank_slots(len(load_E), ep_size)]
-    load, held = [0.0] * ep_size, [list[int]() for _ in range(ep_size)]
+    load, experts = [0.0] * ep_size, [list[int]() for _ in range(ep_size)]
     for expert in sorted(range(len(load_E)), key=lambda expert: -load_E[expert]):
-        rank = min((rank for rank in range(ep_size) if len(held[rank]) < room[rank]), key=lambda rank: load[rank])
-        held[rank].append(expert)
+        rank = min((rank for rank in range(ep_size) if len(experts[rank]) < room[rank]), key=lambda rank: load[rank])
+        experts[rank].append(expert)
         load[rank] += load_E[expert]
-    return tuple(expert for experts in held for expert in sorted(experts))
-
-
-def ranks_of(physical_to_logical: Sequence[int], ep_size: int) -> Tensor:
-    """The rank of each logical expert, rank_E."""
-    import torch
-
-    rank_E = torch.empty(len(physical_to_logical), dtype=torch.long)
-    for rank, slots in enumerate(rank_slots(len(physical_to_logical), ep_size)):
-        rank_E[list(physical_to_logical[slots.start : slots.stop])] = rank
-    return rank_E
+    return tuple(expert for of_rank in experts for expert in sorted(of_rank))
 
 
 def placement_of(rank_E: Tensor) -> tuple[int, ...]:
-    """physical_to_logical [E], the experts of a rank in ascending order."""
+    """physical_to_logical [E] of `rank_E`; each rank's experts are in ascending order."""
     return tuple(rank_E.argsort(stable=True).tolist())
-
-
-# 2. Batches
-
-
-@dataclass(frozen=True)
-class Batches:
-    """What each expert has to do in each batch, in parts of the mean rank's load, and what each batch counts for.
-
-    Batch sizes count alike, and so do batches of one size: `weight_B` sums to 1.
-    """
-
-    load_EB: Tensor
-    weight_B: Tensor
-
-
-def batches(ids_TK: Tensor, num_experts: int, ep_size: int, sizes: Sequence[int] = BATCH_SIZES) -> Batches:
-    """Cut a trace into batches of consecutive tokens, of each size; where it is shorter, it is one batch."""
-    import torch
-
-    tokens, top_k = ids_TK.shape
-    sizes = sorted({min(size, tokens) for size in sizes})
-    loads, weights = [], []
-    for size in sizes:
-        number = tokens // size
-        batch_BK = ids_TK[: number * size].reshape(number, size * top_k)
-        slot_BK = batch_BK + num_experts * torch.arange(number).unsqueeze(1)
-        count_BE = slot_BK.flatten().bincount(minlength=number * num_experts).view(number, num_experts)
-        loads.append(count_BE.T.float() * ep_size / (size * top_k))
-        weights.append(torch.full((number,), 1 / (number * len(sizes))))
-    return Batches(torch.cat(loads, dim=1).contiguous(), torch.cat(weights))
-
-
-def slowest(rank_E: Tensor, traffic: Batches, ep_size: int) -> float:
-    """What `spread` minimizes: the slowest rank's load over the mean rank's, on average over batches."""
-    return _Loads(rank_E, traffic, ep_size).value
-
-
-class _Loads:
-    """The load of ranks under a placement that changes by swaps."""
-
-    def __init__(self, rank_E: Tensor, traffic: Batches, ep_size: int) -> None:
-        self.rank_E, self.traffic = rank_E.clone(), traffic
-        load_EB = traffic.load_EB
-        self.load_RB = load_EB.new_zeros(ep_size, load_EB.shape[1]).index_add_(0, rank_E, load_EB)
-
-    @property
-    def value(self) -> float:
-        return float(self.load_RB.amax(dim=0) @ self.traffic.weight_B)
-
-    def after(self, one_N: Tensor, other_N: Tensor) -> Tensor:
-        """The value after each of N swaps of two experts on two ranks, [N]."""
-        import torch
-
-        load_EB, load_RB = self.traffic.load_EB, self.load_RB
-        rank_N, other_rank_N = self.rank_E[one_N], self.rank_E[other_N]
-        more_NB = load_EB[other_N] - load_EB[one_N]
-        most_NB = torch.maximum(load_RB[rank_N] + more_NB, load_RB[other_rank_N] - more_NB)
-        # of the three busiest ranks at least one takes no part in a swap
-        left_RB, busiest = load_RB.clone(), []
-        for _ in range(3):
-            busiest.append(left_RB.max(dim=0))
-            left_RB.scatter_(0, busiest[-1].indices.unsqueeze(0), float("-inf"))
-        rest_NB = busiest[2].values
-        for busy in (busiest[1], busiest[0]):
-            swapped_NB = (busy.indices == rank_N.unsqueeze(1)) | (busy.indices == other_rank_N.unsqueeze(1))
-            rest_NB = torch.where(swapped_NB, rest_NB, busy.values)
-        return torch.maximum(most_NB, rest_NB) @ self.traffic.weight_B
-
-    def swap(self, one: int, other: int) -> None:
-        more_B = self.traffic.load_EB[other] - self.traffic.load_EB[one]
-        self.load_RB[self.rank_E[one]] += more_B
-        self.load_RB[self.rank_E[other]] -= more_B
-        self.rank_E[[one, other]] = self.rank_E[[other, one]]
 
 
 # 3. The slowest rank
 
 
 def spread(rank_E: Tensor, traffic: Batches, ep_size: int) -> Tensor:
-    """Swap experts of two ranks until no swap that is tried lowers `slowest`; rank_E after that.
+    """Swap experts of two ranks until no swap that is tried lowers `slowest`.
 
-    All swaps are estimated at once, and the best SWAPS of them tried exactly. The best of these is made, those that
-    would have helped are tried again, and so on; when none helps all are estimated anew. With no more than SWAPS in
-    all, none helps at the end.
+        1. Estimate the change of every swap at once; keep the SWAPS best.
+        2. Compute those exactly, make the best one, and drop those that would not have helped.
+        3. Repeat 2 with the rest until none helps; then begin again at 1.
+        4. Stop when 1 finds no swap that helps. If there are at most SWAPS swaps in all, then no swap helps.
+
+    Parameters:
+        rank_E: [E], where to start
+        traffic: the batches to balance
+        ep_size: R
+
+    Returns:
+        rank_E: [E]
     """
-    loads = _Loads(rank_E, traffic, ep_size)
+    loads = Loads(rank_E, traffic, ep_size)
     value = loads.value
     while True:
         before = value
-        one_N, other_N = _lowest(_estimated_change(loads), loads.rank_E)
+        one_N, other_N = lowest_changes(estimated_change(loads), loads.rank_E)
         while len(one_N):
             value_N = loads.after(one_N, other_N)
             helps_N = value_N < value - ROUNDING
@@ -179,76 +102,59 @@ def spread(rank_E: Tensor, traffic: Batches, ep_size: int) -> Tensor:
 
 
 def search(starts: Sequence[Tensor], traffic: Batches, ep_size: int) -> Tensor:
-    """The best that `spread` comes to from STARTS // E starts: those given, then the first of them shuffled.
+    """Run `spread` from STARTS // E starts, at least one, and take the best result.
 
-    With hundreds of experts one end is as good as another, on tokens that were not searched on too. With few it may be
-    far from the best there is, and a start costs little.
+    With hundreds of experts all starts end equally well, also on tokens that the search did not see. With few experts a
+    search may end far from the best placement, and another start is cheap.
+
+    Parameters:
+        starts: [E] each, rank_E to start from; after these come shuffles of the first
+        traffic: the batches to balance
+        ep_size: R
+
+    Returns:
+        rank_E: [E]
     """
     import torch
 
-    experts = len(starts[0])
-    number = max(1, STARTS // experts)
-    shuffles = (torch.randperm(experts, generator=torch.Generator().manual_seed(seed)) for seed in range(number))
-    tried = [*starts, *(starts[0][shuffle] for shuffle in shuffles)][:number]
-    ends = [spread(rank_E, traffic, ep_size) for rank_E in tried]
-    return min(ends, key=lambda rank_E: slowest(rank_E, traffic, ep_size))
-
-
-def _estimated_change(loads: _Loads) -> Tensor:
-    """By how much each swap of two experts changes the slowest rank's load, [E, E], to second order.
-
-    The slope of a maximum knows of one rank only, and not how soon the next takes over: a softened one is estimated.
-    """
-    import torch
-
-    load_EB, rank_E = loads.traffic.load_EB, loads.rank_E
-    share_RB = torch.softmax(loads.load_RB / SMOOTHNESS, dim=0)
-    bend_RB = share_RB * (1 - share_RB) * loads.traffic.weight_B / SMOOTHNESS
-    share_RB *= loads.traffic.weight_B
-    # what an expert's load adds to a rank, to first and second order
-    slope_ER = load_EB @ share_RB.T
-    curve_ER = load_EB.square() @ bend_RB.T / 2
-    enters_EE = (slope_ER + curve_ER)[:, rank_E]
-    leaves_E = (curve_ER - slope_ER).gather(1, rank_E.unsqueeze(1))
-    crossed_EE = (bend_RB[rank_E] * load_EB) @ load_EB.T
-    one_EE = enters_EE + leaves_E - crossed_EE
-    return one_EE + one_EE.T
-
-
-def _lowest(change_EE: Tensor, rank_E: Tensor) -> tuple[Tensor, Tensor]:
-    """The swaps of experts of two ranks with the lowest (most negative) change, each once."""
-    import torch
-
-    experts = len(rank_E)
-    apart_EE = (rank_E.unsqueeze(1) != rank_E).triu()
-    number = min(SWAPS, int(apart_EE.sum()))
-    flat_N = change_EE.masked_fill(~apart_EE, float("inf")).flatten().topk(number, largest=False).indices
-    return torch.div(flat_N, experts, rounding_mode="floor"), flat_N % experts
+    num_experts = len(starts[0])
+    number = max(1, STARTS // num_experts)
+    shuffles = (torch.randperm(num_experts, generator=torch.Generator().manual_seed(seed)) for seed in range(number))
+    all_starts = [*starts, *(starts[0][shuffle] for shuffle in shuffles)][:number]
+    found = [spread(rank_E, traffic, ep_size) for rank_E in all_starts]
+    return min(found, key=lambda rank_E: slowest(rank_E, traffic, ep_size))
 
 
 # 4. Fan-out
 
 
 def gather(rank_E: Tensor, ids_TK: Tensor, traffic: Batches, ep_size: int, nodes: int, ceiling: float) -> Tensor:
-    """Swap experts while tokens reach fewer nodes, or as many and fewer ranks; rank_E after that.
+    """Swap experts while that lowers fan-out: tokens reach fewer nodes, or as many nodes and fewer ranks.
+
+    Each step makes the best swap that keeps `slowest` at or below `ceiling` and gains at least WORTH ranks per token.
 
     Parameters:
-        rank_E: where to begin
-        ids_TK: the tokens whose fan-out is lowered
-        traffic: its `slowest` stays at `ceiling` or below
+        rank_E: [E], where to start
+        ids_TK: [T, K], the tokens whose fan-out to lower
+        traffic: the batches on which `slowest` is computed
         ep_size: R, a multiple of `nodes`
+        nodes: M
+        ceiling: as `slowest`, in mean rank loads
+
+    Returns:
+        rank_E: [E]
     """
-    loads = _Loads(rank_E, traffic, ep_size)
-    levels = [_Reached(ids_TK, rank_E, ep_size, ep_size // nodes)] if nodes > 1 else []
-    levels.append(_Reached(ids_TK, rank_E, ep_size, 1))
-    least = len(ids_TK) * WORTH
+    loads = Loads(rank_E, traffic, ep_size)
+    levels = [_FanOut(ids_TK, rank_E, ep_size, ep_size // nodes)] if nodes > 1 else []
+    levels.append(_FanOut(ids_TK, rank_E, ep_size, 1))
+    min_gain = len(ids_TK) * WORTH
     while True:
         change_EE = levels[-1].change()
-        if nodes > 1:  # one node outweighs all ranks that a token can reach
+        if nodes > 1:  # one node outweighs all the ranks that a token can reach, K at most
             change_EE += ids_TK.shape[1] * levels[0].change()
-        change_EE.masked_fill_(_estimated_change(loads) > ceiling - loads.value, 0)
-        one_N, other_N = _lowest(change_EE, loads.rank_E)
-        allowed_N = (change_EE[one_N, other_N] <= -least) & (loads.after(one_N, other_N) <= ceiling + ROUNDING)
+        change_EE.masked_fill_(estimated_change(loads) > ceiling - loads.value, 0)
+        one_N, other_N = lowest_changes(change_EE, loads.rank_E)
+        allowed_N = (change_EE[one_N, other_N] <= -min_gain) & (loads.after(one_N, other_N) <= ceiling + ROUNDING)
         if not allowed_N.any():
             return loads.rank_E
         best = int(allowed_N.nonzero()[0])
@@ -258,8 +164,15 @@ def gather(rank_E: Tensor, ids_TK: Tensor, traffic: Batches, ep_size: int, nodes
             level.swap(one, other)
 
 
-class _Reached:
-    """On how many units (ranks, or nodes) tokens' experts lie, and what swaps change about it."""
+class _FanOut:
+    """How many units (ranks or nodes) the tokens reach in all, and how each swap of two experts changes that.
+
+    Attributes:
+        unit_E: the unit of each expert
+        chosen_TE: 1 if the token chose the expert
+        alone_EE: [e, f], tokens that chose e and f, and e as the only expert on its unit; f may be e
+        absent_EU: [e, u], tokens that chose e and no expert on unit u
+    """
 
     def __init__(self, ids_TK: Tensor, rank_E: Tensor, ep_size: int, ranks_in_unit: int) -> None:
         import torch
@@ -269,21 +182,21 @@ class _Reached:
         self.alone_EE, self.absent_EU = self._count(self.chosen_TE)
 
     def _count(self, chosen_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of one expert and another of which the one is alone on its unit; tokens of an expert not on a unit."""
+        """alone_EE and absent_EU of the given tokens."""
         import torch
 
-        held_TU = torch.zeros(len(chosen_TE), self.units).index_add_(1, self.unit_E, chosen_TE)
-        alone_TE = chosen_TE * (held_TU[:, self.unit_E] == 1)
-        return alone_TE.T @ chosen_TE, chosen_TE.T @ (held_TU == 0).float()
+        count_TU = torch.zeros(len(chosen_TE), self.units).index_add_(1, self.unit_E, chosen_TE)
+        alone_TE = chosen_TE * (count_TU[:, self.unit_E] == 1)
+        return alone_TE.T @ chosen_TE, chosen_TE.T @ (count_TU == 0).float()
 
     def change(self) -> Tensor:
-        """How many units more tokens would reach in all, after each swap of two experts, [E, E]; exact."""
-        # a token with both experts goes where it went: their swap neither leaves a unit nor enters one
+        """How many more units all tokens would reach after each swap of two experts: [E, E], exact; 0 within a unit."""
+        # a token that chose both experts reaches the same units as before: alone_EE cancels it out
         one_EE = self.absent_EU[:, self.unit_E] - self.alone_EE.diagonal().unsqueeze(1) + self.alone_EE
         return (one_EE + one_EE.T).masked_fill(self.unit_E.unsqueeze(1) == self.unit_E, 0)
 
     def swap(self, one: int, other: int) -> None:
-        """Swap two experts; only their tokens count anew."""
+        """Swap two experts. Only the tokens that chose one of them are counted again."""
         touched_TE = self.chosen_TE[self.chosen_TE[:, [one, other]].any(dim=1)]
         alone_EE, absent_EU = self._count(touched_TE)
         self.unit_E[[one, other]] = self.unit_E[[other, one]]
@@ -292,23 +205,29 @@ class _Reached:
         self.absent_EU += absent_after_EU - absent_EU
 
 
-# 5. All of it
+# 5. Choosing
 
 
 def balanced(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int = 1) -> tuple[int, ...]:
-    """The placement of one layer under which the slowest rank of a batch is expected to have the least to do.
+    """The placement of one layer under which we expect the slowest rank of a batch to have the least load.
 
-    A placement that was searched for fits the tokens of the search better than others. So it has to win where it was
-    not made from. Of every other stretch of the trace five placements are made, and judged on the stretches between:
-    linear, zigzag (with nodes, node-zigzag too), EPLB's packing, and what the search finds without and with `gather`.
-    A trace shorter than half of TOKENS is judged the other way round as well. Good is what comes within TOLERANCE of
-    the best and is no worse than any of the simple ones; of the good, that is done on the whole trace which sends
-    tokens to the fewest nodes, then ranks. On other tokens of the same source it is thus expected to be no worse than
-    the simple ones, as far as the trace is like them: a short one, or one of few texts, tells less.
+    A searched placement fits the tokens that it was searched on better than other tokens. So candidates are judged on
+    tokens that they were not made from:
+
+        1. Cut the trace into stretches of consecutive tokens. Make the candidates from every other stretch: the simple
+           ones (linear, node-zigzag if there are nodes, zigzag, packed), then the search without and with `gather`.
+        2. Judge each candidate by `slowest` on the stretches between. If the trace has at most TOKENS / 2 tokens, do
+           both again with the two sides exchanged, and average.
+        3. A candidate is acceptable if it comes within TOLERANCE of the best and is no worse than any simple one.
+        4. Make the candidates again, from the whole trace. Among the acceptable ones, take the one with which tokens
+           reach the fewest nodes, then ranks.
+
+    So on other tokens of the same kind we expect it to be no worse than the simple placements. This holds as far as the
+    trace resembles those tokens: a short trace, or one of few texts, tells less.
 
     Parameters:
-        ids_TK: logical experts that each token chose, in the order of the tokens; at least 16 tokens, and of more than
-            TOKENS stretches that are spread evenly
+        ids_TK: [T, K], the logical experts that each token chose, tokens in their order; at least 16 tokens. A trace of
+            more than TOKENS is sampled in evenly spread stretches.
         num_experts: E
         ep_size: R; need not divide E
         nodes: M, a divisor of R
@@ -317,17 +236,17 @@ def balanced(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int = 1) -> 
         physical_to_logical: [E], each rank's experts in ascending order
     """
     ids_TK = _sample(ids_TK.long(), TOKENS, BATCH_SIZES[-1])
-    values = _unseen(ids_TK, num_experts, ep_size, nodes)
-    limit = min(min(values) + TOLERANCE, *values[:-2]) + ROUNDING
-    ways = _ways(ids_TK, num_experts, ep_size, nodes)
-    good = [rank_E for rank_E, value in zip(ways, values, strict=True) if value <= limit]
-    return placement_of(min(good, key=lambda rank_E: _reach(rank_E, ids_TK, ep_size, nodes)))
+    values = _held_out(ids_TK, num_experts, ep_size, nodes)
+    limit = min(min(values) + TOLERANCE, *values[:-2]) + ROUNDING  # all but the last two are simple
+    candidates = _candidates(ids_TK, num_experts, ep_size, nodes)
+    acceptable = [rank_E for rank_E, value in zip(candidates, values, strict=True) if value <= limit]
+    return placement_of(min(acceptable, key=lambda rank_E: _fan_out(rank_E, ids_TK, ep_size, nodes)))
 
 
 def balanced_layers(
     layers: Sequence[Tensor], num_experts: int, ep_size: int, nodes: int = 1
 ) -> Iterator[tuple[int, ...]]:
-    """`balanced` for each layer's ids_TK, in their order: a thread a processor, and a layer on one of them."""
+    """`balanced` for the ids_TK of each layer, in the given order. One thread per processor, each on one layer."""
     import torch
 
     pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
@@ -337,33 +256,37 @@ def balanced_layers(
         pool.shutdown(cancel_futures=True)
 
 
-def _ways(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int) -> list[Tensor]:
-    """What can be done with a trace, as rank_E: the simple ones first; then a search, without and with `gather`."""
+def _candidates(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int) -> list[Tensor]:
+    """The candidates made from a trace, as rank_E: the simple ones, then the search without and with `gather`."""
+    import torch
+
     load_E = ids_TK.flatten().bincount(minlength=num_experts).tolist()
-    dealt, filled = zigzag(num_experts, ep_size), packed(load_E, ep_size)
-    by_node = [node_zigzag(num_experts, ep_size, nodes)] if nodes > 1 and num_experts % ep_size == 0 else []
-    simple = [ranks_of(made, ep_size) for made in (tuple(range(num_experts)), *by_node, dealt, filled)]
+    placements = [tuple(range(num_experts))]
+    if nodes > 1 and num_experts % ep_size == 0:
+        placements.append(node_zigzag(num_experts, ep_size, nodes))
+    placements += [zigzag(num_experts, ep_size), packed(load_E, ep_size)]
+    simple = [torch.tensor(rank_of_each(placement, ep_size)) for placement in placements]
     traffic = batches(ids_TK, num_experts, ep_size)
-    found = search((simple[-1], simple[-2]), traffic, ep_size)
-    ceiling = slowest(found, traffic, ep_size) + TOLERANCE
-    near = gather(found, _sample(ids_TK, TRAVELLERS, BATCH_SIZES[0]), traffic, ep_size, nodes, ceiling)
-    return [*simple, found, near]
+    searched = search((simple[-1], simple[-2]), traffic, ep_size)
+    ceiling = slowest(searched, traffic, ep_size) + TOLERANCE
+    fan_out_TK = _sample(ids_TK, FAN_OUT_TOKENS, BATCH_SIZES[0])
+    return [*simple, searched, gather(searched, fan_out_TK, traffic, ep_size, nodes, ceiling)]
 
 
-def _unseen(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int) -> list[float]:
-    """`slowest` of each of the ways on stretches of the trace, made from those between."""
-    one_TK, other_TK = _alternate(ids_TK)
+def _held_out(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int) -> list[float]:
+    """`slowest` of each candidate on tokens that it was not made from."""
+    one_TK, other_TK = _split(ids_TK)
     sides = [(one_TK, other_TK), (other_TK, one_TK)]
-    judged = []
+    by_side = []
     for made_from_TK, judged_on_TK in sides if 2 * len(ids_TK) <= TOKENS else sides[:1]:
         traffic = batches(judged_on_TK, num_experts, ep_size)
-        ways = _ways(made_from_TK, num_experts, ep_size, nodes)
-        judged.append([slowest(rank_E, traffic, ep_size) for rank_E in ways])
-    return [sum(values) / len(values) for values in zip(*judged, strict=True)]
+        candidates = _candidates(made_from_TK, num_experts, ep_size, nodes)
+        by_side.append([slowest(rank_E, traffic, ep_size) for rank_E in candidates])
+    return [sum(values) / len(values) for values in zip(*by_side, strict=True)]
 
 
-def _reach(rank_E: Tensor, ids_TK: Tensor, ep_size: int, nodes: int) -> tuple[int, int]:
-    """How many nodes, and how many ranks, tokens are sent to, all tokens together."""
+def _fan_out(rank_E: Tensor, ids_TK: Tensor, ep_size: int, nodes: int) -> tuple[int, int]:
+    """How many nodes, and how many ranks, the tokens reach in all."""
 
     def units(ranks_in_unit: int) -> int:
         unit_TK = (rank_E[ids_TK] // ranks_in_unit).sort(dim=1).values
@@ -373,17 +296,17 @@ def _reach(rank_E: Tensor, ids_TK: Tensor, ep_size: int, nodes: int) -> tuple[in
 
 
 def _sample(ids_TK: Tensor, tokens: int, length: int) -> Tensor:
-    """Of a longer trace stretches of that length, evenly spread, `tokens` in all."""
+    """`tokens` of a longer trace, as evenly spread stretches of `length` tokens; a shorter trace as it is."""
     if len(ids_TK) <= tokens:
         return ids_TK
-    there, wanted = len(ids_TK) // length, tokens // length
-    taken = [number * there // wanted for number in range(wanted)]
-    return ids_TK[: there * length].reshape(there, length, -1)[taken].flatten(0, 1)
+    stretches, wanted = len(ids_TK) // length, tokens // length
+    taken = [number * stretches // wanted for number in range(wanted)]
+    return ids_TK[: stretches * length].reshape(stretches, length, -1)[taken].flatten(0, 1)
 
 
-def _alternate(ids_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Every other stretch of a trace, and those between."""
+def _split(ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Every other stretch of a trace, and the stretches between."""
     length = min(BATCH_SIZES[-1], len(ids_TK) // 8)
-    there = len(ids_TK) // length
-    stretches = ids_TK[: there * length].reshape(there, length, -1)
-    return stretches[::2].flatten(0, 1), stretches[1::2].flatten(0, 1)
+    stretches = len(ids_TK) // length
+    ids_STK = ids_TK[: stretches * length].reshape(stretches, length, -1)
+    return ids_STK[::2].flatten(0, 1), ids_STK[1::2].flatten(0, 1)

@@ -1,8 +1,7 @@
-"""The routing contract: what an engine must know to route a renumbered group-limited model as the original was routed.
+"""The routing contract: what an engine must know to route a renumbered group-limited model as the original does.
 
-It stands in the output's config.json under ``expert_placement``, together with the values of the keys that were changed
-so that nothing loads the output by mistake. This module depends on nothing of the rest but `placement` and `errors`:
-it is all that an engine's plugin has to read.
+The output's config.json holds it under ``expert_placement``, with the original values of the keys that were changed to
+lock the output. An engine's plugin needs this module and `permutations`, and no other code of reshard.
 """
 
 from __future__ import annotations
@@ -12,19 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
-from .permutations import is_permutation
+from .permutations import Placement, is_permutation
 
 CONTRACT_KEY = "expert_placement"
 CONTRACT_VERSION = 1
 LOCKED_KEYS = ("model_type", "architectures", "auto_map")
 
-Placement = Mapping[str, tuple[int, ...]]
-"""physical_to_logical [E] of each MoE layer, by the module that holds its experts (`model.layers.3.mlp`)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """Expert groups are runs of E / n_group consecutive *logical* experts, wherever those physically are."""
+    """How to route the output. A group is E / n_group consecutive *logical* experts, whatever their slots."""
 
     strategy: str
     ep_size: int
@@ -35,10 +31,10 @@ class Contract:
 
 
 def lock_config(config: Mapping[str, Any], contract: Contract) -> dict[str, Any]:
-    """The source's `config` made unloadable for every engine that does not know the contract.
+    """The source's `config`, changed so that no engine without the plugin can load it.
 
-    Both `model_type` and `architectures` are renamed: with only one of them renamed some engine still loads the output
-    and routes wrongly. Neither may be left to an `auto_map`.
+    `model_type` and `architectures` are both renamed, because some engines look at only one of them. `auto_map` is
+    removed, because it names code that would load the model.
     """
     locked = {key: value for key, value in config.items() if key != "auto_map"}
     locked["model_type"] = f"reshard_{config['model_type']}"
@@ -51,14 +47,14 @@ def lock_config(config: Mapping[str, Any], contract: Contract) -> dict[str, Any]
 
 
 def unlock_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `lock_config`: `config` as the original had it, the contract left out."""
+    """The inverse of `lock_config`: the original's `config`, without the contract."""
     original = config[CONTRACT_KEY]["original"]
     unlocked = {key: value for key, value in config.items() if key != CONTRACT_KEY and key not in LOCKED_KEYS}
     return {**unlocked, **original}
 
 
 def contract_to_json(contract: Contract) -> dict[str, Any]:
-    """The contract as it stands in config.json."""
+    """The contract as config.json holds it."""
     return {
         "version": CONTRACT_VERSION,
         "strategy": contract.strategy,
@@ -72,14 +68,13 @@ def contract_to_json(contract: Contract) -> dict[str, Any]:
 
 
 def contract_from_json(value: Any, where: str) -> Contract:
-    """Read a contract; `where` names the file in the CheckpointError for one that this version cannot honour."""
+    """Read a contract. Raises CheckpointError, which names the file `where`, if this version cannot honour it."""
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: {CONTRACT_KEY} must be an object, found {value!r:.80}")
     if value.get("version") != CONTRACT_VERSION:
         raise CheckpointError(
             f"{where}: {CONTRACT_KEY} has version {value.get('version')!r:.80}, this reshard reads version "
-            f"{CONTRACT_VERSION}; "
-            "upgrade reshard"
+            f"{CONTRACT_VERSION}; upgrade reshard"
         )
     fields = {
         "strategy": str,
@@ -106,7 +101,7 @@ def contract_from_json(value: Any, where: str) -> Contract:
 
 
 def placement_to_json(placement: Placement) -> list[int] | dict[str, list[int]]:
-    """One list [E] where all layers agree, else a list for each layer."""
+    """One list [E] if all layers agree, else one list for each layer."""
     permutations = set(placement.values())
     if len(permutations) == 1:
         return list(permutations.pop())
@@ -115,12 +110,12 @@ def placement_to_json(placement: Placement) -> list[int] | dict[str, list[int]]:
 
 def placement_from_json(value: Any, layers: list[str], where: str) -> Placement:
     """The inverse of `placement_to_json` for the MoE layers named in `layers`."""
-    named = bool(layers) and all(isinstance(layer, str) for layer in layers)
-    by_layer = value if isinstance(value, dict) else dict.fromkeys(layers if named else (), value)
-    if not named or set(by_layer) != set(layers):
+    are_names = bool(layers) and all(isinstance(layer, str) for layer in layers)
+    by_layer = value if isinstance(value, dict) else dict.fromkeys(layers if are_names else (), value)
+    if not are_names or set(by_layer) != set(layers):
         raise CheckpointError(f"{where}.physical_to_logical must have an entry for each of the MoE layers")
     for layer, permutation in by_layer.items():
-        numbers = isinstance(permutation, list) and all(type(expert) is int for expert in permutation)
-        if not numbers or not is_permutation(permutation):
+        are_integers = isinstance(permutation, list) and all(type(expert) is int for expert in permutation)
+        if not are_integers or not is_permutation(permutation):
             raise CheckpointError(f"{where}.physical_to_logical: layer {layer}: expected a permutation of 0..E-1")
     return {layer: tuple(by_layer[layer]) for layer in layers}

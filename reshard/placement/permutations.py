@@ -1,13 +1,16 @@
-"""Where experts live: pure functions on permutations, nothing else.
+"""Pure functions on permutations of experts.
 
-Words, as in DeepSeek's EPLB: a *logical* expert is an expert's id in the source, a *physical* expert its id in the
-output and its slot in the engine. An EP rank owns consecutive physical experts (vLLM's linear rule), so choosing the
-permutation is choosing the placement.
+The terms are those of DeepSeek's EPLB. A *logical* expert is an expert's id in the original. A *physical* expert is its
+slot: its id in the output and in the engine. An EP rank owns consecutive physical experts (vLLM's linear rule), so a
+permutation is a placement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+Placement = Mapping[str, tuple[int, ...]]
+"""physical_to_logical [E] of each MoE layer, by the module that holds its experts (`model.layers.3.mlp`)."""
 
 
 def zigzag(num_experts: int, ep_size: int) -> tuple[int, ...]:
@@ -24,10 +27,10 @@ def zigzag(num_experts: int, ep_size: int) -> tuple[int, ...]:
 
 
 def node_zigzag(num_experts: int, ep_size: int, nodes: int) -> tuple[int, ...]:
-    """Leave each node the consecutive experts that linear placement gives it, and deal those out among its ranks.
+    """Keep on each node the experts that linear placement puts there, and deal them out to the node's ranks.
 
-    DeepSeek's routers limit a token to few groups of consecutive experts, and so to few nodes; dealing experts out over
-    all ranks undoes that, dealing them out within a node does not.
+    DeepSeek's routers limit a token to a few groups of consecutive experts, and so to a few nodes. Zigzag over all
+    ranks undoes that; zigzag within each node keeps it.
 
     Parameters:
         num_experts: E
@@ -38,9 +41,9 @@ def node_zigzag(num_experts: int, ep_size: int, nodes: int) -> tuple[int, ...]:
         physical_to_logical: [E]
 
     """
-    of_node = num_experts // nodes
-    within = zigzag(of_node, ep_size // nodes)
-    return tuple(node * of_node + expert for node in range(nodes) for expert in within)
+    node_experts = num_experts // nodes
+    within_node = zigzag(node_experts, ep_size // nodes)
+    return tuple(node * node_experts + expert for node in range(nodes) for expert in within_node)
 
 
 def invert(permutation: Sequence[int]) -> tuple[int, ...]:
@@ -78,12 +81,29 @@ def rank_slots(num_experts: int, ep_size: int) -> tuple[range, ...]:
     return tuple(range(starts[rank], starts[rank + 1]) for rank in range(ep_size))
 
 
+def rank_of_each(physical_to_logical: Sequence[int], ep_size: int) -> tuple[int, ...]:
+    """The EP rank that owns each logical expert.
+
+    Parameters:
+        physical_to_logical: [E]
+        ep_size: R
+
+    Returns:
+        rank_E: [E]
+    """
+    ranks = [0] * len(physical_to_logical)
+    for rank, slots in enumerate(rank_slots(len(physical_to_logical), ep_size)):
+        for slot in slots:
+            ranks[physical_to_logical[slot]] = rank
+    return tuple(ranks)
+
+
 def describe_ranks(ranks: Iterable[int]) -> str:
-    """EP ranks as one writes them: 0-3,6."""
-    runs: list[tuple[int, int]] = []
+    """EP ranks in the notation of `--ranks`, such as 0-3,6."""
+    ranges: list[tuple[int, int]] = []
     for rank in sorted(ranks):
-        if runs and runs[-1][1] == rank - 1:
-            runs[-1] = runs[-1][0], rank
+        if ranges and ranges[-1][1] == rank - 1:
+            ranges[-1] = ranges[-1][0], rank
         else:
-            runs.append((rank, rank))
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+            ranges.append((rank, rank))
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

@@ -1,4 +1,4 @@
-"""Where each byte of an output file comes from, as runs: what can share the source's blocks, what takes room. Pure."""
+"""Finds which bytes of an output file can share the source's disk blocks, and how much disk the rest needs. Pure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from .files import Content, OutputFile, Part, Range, Rows
 
-LEAST_SHARED = 1 << 16  # bytes: for fewer, a copy is less work than the file system's record of a shared block
+MIN_SHARED = 1 << 16  # bytes; for fewer, a copy costs less than the file system's record of the shared blocks
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """`size` bytes at `at` of an output file that are those at `offset` of the source file `file`."""
+class Extent:
+    """`size` bytes at `at` of an output file; the source file `file` has the same bytes at `offset`."""
 
     file: str
     offset: int
@@ -26,18 +26,18 @@ class Run:
         return self.at + self.size
 
 
-def runs(parts: Iterable[Part]) -> Iterator[Run]:
-    """The longest runs of an output file that is `parts`, front to back."""
-    last: Run | None = None
+def extents(parts: Iterable[Part]) -> Iterator[Extent]:
+    """The extents of an output file that consists of `parts`, front to back, each as long as possible."""
+    last: Extent | None = None
     at = 0
     for part in parts:
         for file, offset, size in _ranges(part.content):
             if last and (last.file, last.offset + last.size, last.end) == (file, offset, at):
-                last = Run(file, last.offset, last.at, last.size + size)
+                last = Extent(file, last.offset, last.at, last.size + size)
             else:
                 if last:
                     yield last
-                last = Run(file, offset, at, size)
+                last = Extent(file, offset, at, size)
             at += size
         if not isinstance(part.content, (Range, Rows)):
             at += part.content.size
@@ -55,22 +55,22 @@ def _ranges(content: Content) -> Iterator[tuple[str, int, int]]:
                 yield file, offset + row * row_size, row_size
 
 
-def shareable(parts: Iterable[Part], block_size: int | None) -> list[Run]:
-    """The whole blocks of an output file that can be those of the source: its runs lie alike on blocks there."""
-    return [blocks for run in runs(parts) if (blocks := _whole_blocks(run, block_size))] if block_size else []
+def shareable(parts: Iterable[Part], block_size: int | None) -> list[Extent]:
+    """The extents of whole blocks that an output file can share: at the same offset within a block in both files."""
+    return [blocks for extent in extents(parts) if (blocks := _whole_blocks(extent, block_size))] if block_size else []
 
 
-def _whole_blocks(run: Run, block_size: int) -> Run | None:
-    if (run.at - run.offset) % block_size:
+def _whole_blocks(extent: Extent, block_size: int) -> Extent | None:
+    if (extent.at - extent.offset) % block_size:
         return None
-    skipped = -run.at % block_size
-    size = (run.size - skipped) // block_size * block_size
-    return Run(run.file, run.offset + skipped, run.at + skipped, size) if size >= LEAST_SHARED else None
+    skipped = -extent.at % block_size
+    size = (extent.size - skipped) // block_size * block_size
+    return Extent(extent.file, extent.offset + skipped, extent.at + skipped, size) if size >= MIN_SHARED else None
 
 
 @dataclass(frozen=True, slots=True)
 class Holes:
-    """The holes of a file: those before the i-th begin have `before[i]` bytes together; ascending."""
+    """The holes of a file, ascending: `before[i]` is the total size of the holes before the i-th."""
 
     begins: tuple[int, ...]
     ends: tuple[int, ...]
@@ -78,24 +78,24 @@ class Holes:
 
     @staticmethod
     def of(holes: Sequence[tuple[int, int]]) -> Holes:
-        """From (begin, end) of each, ascending."""
+        """Build from the (begin, end) of each hole, ascending."""
         before = [0]
         for begin, end in holes:
             before.append(before[-1] + end - begin)
         return Holes(tuple(begin for begin, _ in holes), tuple(end for _, end in holes), tuple(before))
 
     def below(self, offset: int) -> int:
-        """Bytes of holes before `offset`."""
+        """Total size of the holes before `offset`, in bytes."""
         number = bisect_right(self.begins, offset)
         return self.before[number] - max(0, self.ends[number - 1] - offset) if number else 0
 
 
-def room(file: OutputFile, block_size: int | None, holes: Mapping[str, Holes]) -> int:
-    """Bytes of disk that `file` needs: not those that it shares, nor the holes of its source files."""
-    size = file.size - sum(run.size for run in shareable(file.parts, block_size))
+def needed_size(file: OutputFile, block_size: int | None, holes: Mapping[str, Holes]) -> int:
+    """Bytes of disk that `file` needs; shared blocks and holes need none. `holes` has those of the source files."""
+    size = file.size - sum(extent.size for extent in shareable(file.parts, block_size))
     if block_size is None and holes:
         for part in file.parts:
             if isinstance(part.content, (Range, Rows)) and part.content.file in holes:
-                of_file, offset = holes[part.content.file], part.content.offset
-                size -= of_file.below(offset + part.content.size) - of_file.below(offset)
+                in_source, offset = holes[part.content.file], part.content.offset
+                size -= in_source.below(offset + part.content.size) - in_source.below(offset)
     return size

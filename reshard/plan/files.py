@@ -1,6 +1,6 @@
 """What to write: output files as lists of byte ranges to copy, and the few tensors to rewrite. Pure; no I/O.
 
-A plan is data. It can be printed (`--dry-run`), carried out (`copy`), or compared with what lies on disk.
+A plan is data. It can be printed (`--dry-run`), carried out (`execute`), or compared with what is on disk.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.directory import File
-from ..execute.reflink import Sharing
+from .sharing import Sharing
 
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """Bytes that stand in the plan itself: headers, config.json."""
+    """Bytes that the plan itself holds: headers, config.json."""
 
     data: bytes
 
     @property
     def size(self) -> int:
-        """Bytes written."""
+        """Bytes."""
         return len(self.data)
 
 
@@ -39,7 +39,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A range that is len(order) rows of equal size; row `i` of the output is row `order[i]` of the source."""
+    """A range of len(order) rows of equal size; row `i` of the output is row `order[i]` of the source."""
 
     file: str
     offset: int
@@ -49,7 +49,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class ExpertIds:
-    """A range of integers of type `dtype` that are expert ids; `id` becomes `mapping[id]`."""
+    """A range of expert ids, integers of type `dtype`; each `id` becomes `mapping[id]`."""
 
     file: str
     offset: int
@@ -62,16 +62,15 @@ Content = Literal | Range | Rows | ExpertIds
 
 
 class Digests(Enum):
-    """Of which bytes digests are taken."""
+    """Which tensors to checksum: all, or only those that are copied."""
 
     ALL = "all"
-    COPIED = "copied"  # not of blocks that are shared with the source: these are then not even read
-    NONE = "none"  # of what is rewritten only: the kernel copies the rest
+    COPIED = "copied"  # shared blocks are not read, so they get no digest
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of an output file: a tensor, by its name there, or what is none (a header, a whole small file)."""
+    """A piece of an output file: `tensor` is a tensor's name in the output, None for a header or a small file."""
 
     tensor: str | None
     content: Content
@@ -80,7 +79,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file to write, front to back. `rank` is the EP rank that alone needs it, None where every rank does."""
+    """A file to write, front to back. `rank` is the only EP rank that needs it; None if every rank does."""
 
     name: str
     parts: tuple[Part, ...]
@@ -88,16 +87,16 @@ class OutputFile:
 
     @property
     def size(self) -> int:
-        """Bytes the file will have."""
+        """Size of the finished file, in bytes."""
         return sum(part.content.size for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A whole output. `source_files` says what the files below `source` were when the plan was made.
+    """A whole output. `source_files` and `headers` are the files below `source`, and their headers, at planning time.
 
-    `files` may be written in any order. The files named in `last`, which make the output loadable, are made from the
-    records of the others when those are complete. `headers` are the headers of source files, as they were.
+    `files` may be written in any order. The files named in `last` make the output loadable: they are made from the
+    records of `files` when those are complete.
     """
 
     source: Path
@@ -128,10 +127,10 @@ def plan_index(files: Iterable[OutputFile], metadata: Mapping[str, Any]) -> byte
 
 
 def whole_file(name: str, size: int) -> OutputFile:
-    """The source file `name` of `size` bytes, copied under the same name."""
+    """A copy of the source file `name` of `size` bytes, under the same name."""
     return OutputFile(name, (Part(None, Range(name, 0, size)),))
 
 
 def literal_file(name: str, data: bytes) -> OutputFile:
-    """A file whose bytes are known beforehand."""
+    """A file whose content the plan holds."""
     return OutputFile(name, (Part(None, Literal(data)),))

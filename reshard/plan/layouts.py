@@ -1,8 +1,8 @@
-"""Which tensors go into which file of an output, and in which order: by EP rank, or file by file as in the source.
+"""Decides which tensors go into which output file, and in which order: by EP rank, or file by file as in the source.
 
-Blocks can be shared with the source where a tensor's bytes lie on blocks as they do there. Headers are padded to that
-end, and by rank, where most of the source can be shared so, the tensors of one source file are put into an order in
-which the small ones shift the large ones into place. Pure; no I/O.
+A tensor can share disk blocks with the source if it begins as far into a block as it does there. Headers are padded
+for that. In the layout by rank, if most of the source can be shared, the tensors of each source file are also
+reordered: small ones shift the large ones after them into place. Pure; no I/O.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from dataclasses import dataclass
 
 from ..checkpoint.directory import Checkpoint
 from ..checkpoint.header import DTYPE_BITS, Tensor, build_header
-from ..model.layers import MoeModel, renumber
-from ..placement.contract import Placement
-from ..placement.permutations import invert, rank_slots
-from .extents import LEAST_SHARED, shareable
+from ..model.layers import MoeModel
+from ..model.names import renumber
+from ..placement.permutations import Placement, invert, rank_slots
+from .extents import MIN_SHARED, shareable
 from .files import Content, Digests, ExpertIds, Literal, OutputFile, Part, Range, Rows
 
-USUAL_BLOCK = 4096  # bytes; where blocks cannot be shared now, a copy of the output may
-MOST_CUTS = 8  # files for each source file and rank, at the most, that sharing may take
+DEFAULT_BLOCK_SIZE = 4096  # bytes; if blocks cannot be shared now, a later copy of the output may share them
+MAX_FILES = 8  # per source file and rank; if sharing needs more output files, it is not worth it
 
 
 @dataclass(frozen=True, slots=True)
-class _Placed:
-    """A tensor as it will be in the output, `tensor.name` included, and where its bytes come from."""
+class _Item:
+    """A tensor of the output, and the part that writes it. `tensor` has its new name, but its offset in the source."""
 
     tensor: Tensor
     part: Part
 
     @property
-    def unit(self) -> int:
-        """Bytes of the pieces that can share blocks, each for itself: the whole tensor, or its rows."""
+    def piece_size(self) -> int:
+        """Bytes of each piece that can share blocks: of the whole tensor, or of a row; 0 if it is rewritten."""
         match self.part.content:
             case Range(_, _, size):
                 return size
@@ -48,9 +48,9 @@ class _Placed:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """The tensors of a file in order; its data begins `start` bytes after a multiple of `block_size`."""
+    """The tensors of a file, in order; its data begins `start` bytes after a multiple of `block_size`."""
 
-    placed: Sequence[_Placed]
+    items: Sequence[_Item]
     start: int = 0
     block_size: int = 8
 
@@ -65,59 +65,61 @@ def by_rank(
     block_size: int | None,
     digests: Digests,
 ) -> list[OutputFile]:
-    """The safetensors files of an output: those every rank needs, then each rank's, in the order they are loaded.
+    """The safetensors files of an output: those that every rank needs, then each rank's in the order it loads them.
 
     Parameters:
         placement: physical_to_logical [E] of each MoE layer
         ep_size: R
-        max_shard_size: bytes of tensors in a file at the most; a single larger tensor still gets its file
-        block_size: bytes; files are cut and ordered so that blocks of this size can be shared, None: so as to be few
+        max_shard_size: most bytes of tensors in a file; a larger tensor gets a file of its own
+        block_size: bytes; cut and order the files so that blocks of this size can be shared. None: make few files
 
     """
-    everything = _place(checkpoint, model, placement, digests)
-    of_experts = {tensor.name for layer in model.layers for tensors in layer.experts for tensor in tensors}
-    shared = [placed for name, placed in everything.items() if name not in of_experts]
-    ranks: list[list[_Placed]] = [[] for _ in range(ep_size)]
+    items = _arrange(checkpoint, model, placement, digests)
+    expert_tensors = {tensor.name for layer in model.layers for tensors in layer.experts for tensor in tensors}
+    shared = [item for name, item in items.items() if name not in expert_tensors]
+    ranks: list[list[_Item]] = [[] for _ in range(ep_size)]
     for layer in model.layers:
         if not layer.experts:
             continue
         physical_to_logical = placement[layer.name]
-        for placed, slots in zip(ranks, rank_slots(len(physical_to_logical), ep_size), strict=True):
+        for of_rank, slots in zip(ranks, rank_slots(len(physical_to_logical), ep_size), strict=True):
             for physical in slots:
-                placed += [everything[tensor.name] for tensor in layer.experts[physical_to_logical[physical]]]
+                of_rank += [items[tensor.name] for tensor in layer.experts[physical_to_logical[physical]]]
 
-    def files(stem: str, rank: int | None, placed: list[_Placed]) -> Iterator[OutputFile]:
-        cut = _cut(placed, max_shard_size) if block_size is None else _cut_alike(placed, max_shard_size, block_size)
-        shards = list(cut)
+    def files(stem: str, rank: int | None, tensors: list[_Item]) -> Iterator[OutputFile]:
+        if block_size is None:
+            shards = list(_cut(tensors, max_shard_size))
+        else:
+            shards = list(_cut_to_share(tensors, max_shard_size, block_size))
         for number, shard in enumerate(shards, start=1):
             yield _file(f"{stem}-{number:05}-of-{len(shards):05}.safetensors", rank, shard, checkpoint)
 
     width = max(2, len(str(ep_size)))
-    of_ranks = (
+    rank_files = (
         file
-        for rank, placed in enumerate(ranks)
-        for file in files(f"model-ep{rank:0{width}}-of-{ep_size:0{width}}", rank, placed)
+        for rank, of_rank in enumerate(ranks)
+        for file in files(f"model-ep{rank:0{width}}-of-{ep_size:0{width}}", rank, of_rank)
     )
-    return [*files("model-shared", None, shared), *of_ranks]
+    return [*files("model-shared", None, shared), *rank_files]
 
 
 def as_source(
     checkpoint: Checkpoint, model: MoeModel, placement: Placement, *, block_size: int | None, digests: Digests
 ) -> list[OutputFile]:
-    """One safetensors file for each of the source's, of the same name, its tensors in the same order.
+    """One safetensors file for each of the source's, with the same name and its tensors in the same order.
 
     Parameters:
         placement: physical_to_logical [E] of each MoE layer
-        block_size: bytes; the data begins as far into a block of this size as it does in the source
+        block_size: bytes; a file's data begins as far into a block of this size as in the source. None: 4096
 
     """
-    everything = _place(checkpoint, model, placement, digests)
-    block_size = block_size or USUAL_BLOCK
+    items = _arrange(checkpoint, model, placement, digests)
+    block_size = block_size or DEFAULT_BLOCK_SIZE
     return [
         _file(
             name,
             None,
-            _Shard([everything[tensor.name] for tensor in header.tensors], len(header.raw) % block_size, block_size),
+            _Shard([items[tensor.name] for tensor in header.tensors], len(header.raw) % block_size, block_size),
             checkpoint,
         )
         for name, header in checkpoint.shards.items()
@@ -125,18 +127,18 @@ def as_source(
 
 
 def why_not_shared(files: Sequence[OutputFile], checkpoint: Checkpoint, ep_size: int, block_size: int) -> str | None:
-    """Why files cut to share blocks are not worth it, in words; None where they are."""
+    """Why it is not worth cutting the files to share blocks, in words; None if it is."""
     size = sum(file.size for file in files)
-    shared = sum(run.size for file in files for run in shareable(file.parts, block_size))
+    shared = sum(extent.size for file in files for extent in shareable(file.parts, block_size))
     if shared * 2 < size:
-        return f"only {shared} of {size} bytes of tensors could lie on blocks as in the source"
-    if len(files) > MOST_CUTS * (ep_size + 1) * len(checkpoint.shards):
-        return f"its tensors would have to be cut into {len(files)} files to lie on blocks as in the source"
+        return f"only {shared} of {size} bytes of tensors could share blocks with the source"
+    if len(files) > MAX_FILES * (ep_size + 1) * len(checkpoint.shards):
+        return f"to share blocks with the source, its tensors would need {len(files)} files"
     return None
 
 
-def _place(checkpoint: Checkpoint, model: MoeModel, placement: Placement, digests: Digests) -> Mapping[str, _Placed]:
-    """Every tensor of the source, by its name there, in its order."""
+def _arrange(checkpoint: Checkpoint, model: MoeModel, placement: Placement, digests: Digests) -> Mapping[str, _Item]:
+    """Every tensor as it will be in the output, by its name in the source, in the source's order."""
     tables = {layer: invert(physical_to_logical) for layer, physical_to_logical in placement.items()}
     rewritten: dict[str, Part] = {}
     for layer in model.layers:
@@ -148,13 +150,13 @@ def _place(checkpoint: Checkpoint, model: MoeModel, placement: Placement, digest
         for tensor in layer.expert_ids:
             ids = ExpertIds(tensor.file, tensor.offset, tensor.size, tensor.dtype, tables[layer.name])
             rewritten[tensor.name] = Part(tensor.name, ids)
-    placed = {}
+    items = {}
     for name, tensor in checkpoint.tensors.items():
         new_name = renumber(name, tables)
-        as_it_is = Part(new_name, Range(tensor.file, tensor.offset, tensor.size), digests)
+        copied = Part(new_name, Range(tensor.file, tensor.offset, tensor.size), digests)
         renamed = Tensor(new_name, tensor.dtype, tensor.shape, tensor.file, tensor.offset, tensor.size)
-        placed[name] = _Placed(renamed, rewritten.get(name, as_it_is))
-    return placed
+        items[name] = _Item(renamed, rewritten.get(name, copied))
+    return items
 
 
 def _rows(tensor: Tensor, order: Sequence[int]) -> Content:
@@ -162,16 +164,16 @@ def _rows(tensor: Tensor, order: Sequence[int]) -> Content:
 
 
 def _file(name: str, rank: int | None, shard: _Shard, checkpoint: Checkpoint) -> OutputFile:
-    metadata = _metadata(checkpoint, {item.tensor.file for item in shard.placed})
-    tensors = [item.tensor for item in shard.placed]
+    metadata = _metadata(checkpoint, {item.tensor.file for item in shard.items})
+    tensors = [item.tensor for item in shard.items]
     header = build_header(tensors, metadata, start=shard.start, alignment=shard.block_size)
-    return OutputFile(name, (Part(None, Literal(header)), *(item.part for item in shard.placed)), rank)
+    return OutputFile(name, (Part(None, Literal(header)), *(item.part for item in shard.items)), rank)
 
 
-def _cut(placed: Sequence[_Placed], max_shard_size: int) -> Iterator[_Shard]:
-    shard: list[_Placed] = []
+def _cut(items: Sequence[_Item], max_shard_size: int) -> Iterator[_Shard]:
+    shard: list[_Item] = []
     size = 0
-    for item in placed:
+    for item in items:
         if shard and size + item.tensor.size > max_shard_size:
             yield _Shard(_aligned(shard))
             shard, size = [], 0
@@ -181,8 +183,8 @@ def _cut(placed: Sequence[_Placed], max_shard_size: int) -> Iterator[_Shard]:
         yield _Shard(_aligned(shard))
 
 
-def _aligned(shard: list[_Placed]) -> list[_Placed]:
-    """The tensors in their own order where each then begins at a multiple of its element size, else largest first."""
+def _aligned(shard: list[_Item]) -> list[_Item]:
+    """Order the tensors so that each begins at a multiple of its element size: as given, or largest elements first."""
     offset = 0
     for item in shard:
         if offset % item.element_size:
@@ -191,28 +193,29 @@ def _aligned(shard: list[_Placed]) -> list[_Placed]:
     return shard
 
 
-def _cut_alike(placed: Sequence[_Placed], max_shard_size: int, block_size: int) -> Iterator[_Shard]:
-    """Files in each of which every large tensor lies as far into a block as in the source.
+def _cut_to_share(items: Sequence[_Item], max_shard_size: int, block_size: int) -> Iterator[_Shard]:
+    """Cut into files in which every large tensor begins as far into a block as in the source.
 
-    1. A file holds tensors of one source file only: those of another lie a header apart, and nothing shifts them by it.
-    2. Large tensors that lie alike follow each other.
-    3. Where none is left that fits here, a small one goes next and shifts what comes after it.
-    4. Where no small one is left either, a new file begins, whose header is padded for the next large one.
+    1. A file holds tensors of one source file only. Another source file has a header of another size, and so its
+       tensors begin elsewhere in their blocks.
+    2. The next tensor is a large one that fits: in the source it begins as far into a block as the file has got.
+    3. If no large one fits, the next is a small one, which shifts those after it.
+    4. If no small one is left either, a new file begins. Its header is padded to fit the next large tensor.
     """
-    of_file: dict[str, list[_Placed]] = defaultdict(list)
-    for item in placed:
-        of_file[item.tensor.file].append(item)
-    for items in of_file.values():
-        large: dict[int, deque[_Placed]] = {}  # by offset into a block; those first that come first
-        small: deque[_Placed] = deque()
-        for item in items:
-            if item.unit >= LEAST_SHARED:
+    by_file: dict[str, list[_Item]] = defaultdict(list)
+    for item in items:
+        by_file[item.tensor.file].append(item)
+    for of_file in by_file.values():
+        large: dict[int, deque[_Item]] = {}  # by offset into a block, in the source's order
+        small: deque[_Item] = deque()
+        for item in of_file:
+            if item.piece_size >= MIN_SHARED:
                 large.setdefault(item.tensor.offset % block_size, deque()).append(item)
             else:
                 small.append(item)
         while large or small:
             start = at = next(iter(large), 0)
-            shard: list[_Placed] = []
+            shard: list[_Item] = []
             size = 0
             while queue := large.get(at) or (small if small and at % small[0].element_size == 0 else None):
                 if shard and size + queue[0].tensor.size > max_shard_size:
@@ -227,7 +230,7 @@ def _cut_alike(placed: Sequence[_Placed], max_shard_size: int, block_size: int) 
 
 
 def _metadata(checkpoint: Checkpoint, sources: set[str]) -> dict[str, str]:
-    """The `__metadata__` of all `sources` together; where two disagree on a key, the first file's value."""
+    """The `__metadata__` of all `sources` together; if two disagree on a key, the first file's value."""
     merged: dict[str, str] = {}
     for name in sorted(sources, reverse=True):
         merged.update(checkpoint.shards[name].metadata)

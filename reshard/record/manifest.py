@@ -1,7 +1,7 @@
 """reshard_manifest.json: the record of what was done, enough to verify the output and to restore the source.
 
 The structs below are its format; `manifest.schema.json` is generated from them. The file is written in one canonical
-form and ends with a digest of itself, so that a flipped bit in it is found like one anywhere else.
+form and ends with a digest of itself, so that a flipped bit in it is found, as in any other file.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from blake3 import blake3
 
 from ..checkpoint.directory import MAX_NESTING, File
 from ..errors import IntegrityError
-from ..model.layers import Routing
-from ..placement.contract import Contract, Placement, contract_from_json, placement_from_json
+from ..model.routing import Routing
+from ..placement.contract import Contract, contract_from_json, placement_from_json
+from ..placement.permutations import Placement
 
 MANIFEST = "reshard_manifest.json"
 MANIFEST_VERSION = 1
-MAX_CONTRACT_NESTING = MAX_NESTING + 8  # it keeps values of a config
+MAX_CONTRACT_NESTING = MAX_NESTING + 8  # a contract holds values of a config
 
 Layout = Literal["ranks", "source"]
-"""Files by EP rank, or one for each file of the source."""
+"""Output files by EP rank, or one for each file of the source."""
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
@@ -35,8 +36,9 @@ Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file of the source, with what restore cannot take from the output (zlib, base64): the `header` of a safetensors
-    file, the whole `content` of a small file that was rewritten. A file with neither was copied under its own name.
+    """A file of the source, with the bytes that `restore` cannot take from the output, as base64 of zlib: the `header`
+    of a safetensors file, or the whole `content` of a small file that was rewritten. A file with neither was copied
+    under its own name.
     """
 
     name: str
@@ -56,7 +58,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A MoE layer: the module that holds its experts, and its tensors that are indexed by expert in another way."""
+    """A MoE layer: the module that holds its experts, its tensors with a row per expert, those with expert ids."""
 
     name: str
     num_experts: Positive
@@ -65,10 +67,10 @@ class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file of the output: `rank` is the EP rank that alone needs it, `digest` is BLAKE3 over the whole file. Of a
-    safetensors file, `header` is the BLAKE3 of its header (the length before it included), and `tensors` has that of
-    each tensor's bytes. A digest is null where not all the bytes were read: blocks shared with the source, or copied by
-    the kernel.
+    """A file of the output. `rank` is the only EP rank that needs it, null if every rank does. `digest` is BLAKE3 over
+    the whole file. For a safetensors file, `header` is the BLAKE3 of its header (with the length before it), and
+    `tensors` has that of each tensor's bytes. A digest is null if some of the bytes were not read, because their blocks
+    are shared with the source or, in outputs of earlier versions, because the kernel copied them.
     """
 
     name: str
@@ -80,7 +82,7 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """The whole record. `physical_to_logical` is one list, or one for each MoE layer where layers differ."""
+    """The whole record. `physical_to_logical` is one list, or one for each MoE layer if layers differ."""
 
     version: Positive
     reshard_version: str
@@ -96,12 +98,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     moe_layers: list[LayerRecord]
     source: Source
     files: list[FileRecord]
-    staged_ranks: list[Count] | None = None  # in the file only where `stage` left out the files of other ranks
+    staged_ranks: list[Count] | None = None  # in the file only if `stage` left out the files of other ranks
     digest: Digest  # no default: `omit_defaults` would leave that out
 
     @property
     def expected_files(self) -> list[FileRecord]:
-        """The files that the directory must hold: all of them, or in a staged directory those of its ranks."""
+        """The files that the directory must hold: all, or for its ranks only if it was staged."""
         return self.files if self.staged_ranks is None else self.files_for(self.staged_ranks)
 
     def files_for(self, ranks: Container[int]) -> list[FileRecord]:
@@ -115,11 +117,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     @property
     def digests(self) -> dict[str, str | None]:
-        """The digest of each tensor of the output, by its name there; None where none was taken."""
+        """The digest of each tensor of the output, by its name there; None if it was not computed."""
         return {name: digest for record in self.files for name, digest in record.tensors.items()}
 
     def parsed_contract(self, where: str) -> Contract | None:
-        """The routing contract, None for a model that needs none."""
+        """The routing contract; None for a model that needs none."""
         return contract_from_json(self.contract, where) if self.contract is not None else None
 
 
@@ -130,7 +132,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest of the output directory `root`; IntegrityError where there is none or it is damaged."""
+    """The manifest of the output directory `root`; IntegrityError if there is none or it is damaged."""
     path = root / MANIFEST
     try:
         data = path.read_bytes()
@@ -157,7 +159,7 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def _is_deep(contract: Any) -> bool:
-    """Whether it is nested deeper than a contract of reshard can be; told without recursion."""
+    """Whether `contract` is nested deeper than any that reshard writes; found without recursion."""
     level = [contract]
     for _ in range(MAX_CONTRACT_NESTING):
         inner = (
@@ -168,7 +170,7 @@ def _is_deep(contract: Any) -> bool:
 
 
 def _inconsistency(manifest: Manifest) -> str | None:
-    """What a manifest that was not written by reshard may have wrong, in words."""
+    """What is inconsistent in a manifest that reshard did not write, in words; None if nothing is."""
     for layer in manifest.moe_layers:
         placed = len(manifest.placement[layer.name])
         if placed != layer.num_experts:
@@ -196,12 +198,12 @@ def is_inside(name: str) -> bool:
 
 
 def find_files(root: Path, records: Iterable[FileRecord]) -> dict[str, File]:
-    """The files of `records` in the output `root`, by name; IntegrityError where one is absent or of another size."""
+    """The files of `records` in the output `root`, by name; IntegrityError if one is missing or of another size."""
     files = {}
     for record in records:
         path = root / record.name
         if not path.is_file():
-            raise IntegrityError(f"{path}: absent; expected {record.size} bytes: copy it here from the whole output")
+            raise IntegrityError(f"{path}: missing; expected {record.size} bytes: copy it here from the whole output")
         status = path.stat()
         if status.st_size != record.size:
             raise IntegrityError(f"{path}: damaged: {status.st_size} bytes, expected {record.size}")
@@ -215,17 +217,17 @@ def record_bytes(name: str, data: bytes) -> FileRecord:
 
 
 def pack(data: bytes) -> str:
-    """`data` as `SourceFile` keeps it."""
+    """Compress `data` into the text that `SourceFile` keeps."""
     return b64encode(zlib.compress(data, 9)).decode()
 
 
 def unpack(saved: str) -> bytes:
-    """The inverse of `pack`; IntegrityError where `saved` is no such thing."""
+    """The inverse of `pack`; IntegrityError if `saved` is damaged."""
     try:
         return zlib.decompress(b64decode(saved, validate=True))
     except (ValueError, zlib.error) as error:
         raise IntegrityError(
-            f"{MANIFEST}: damaged: what it keeps of a source file cannot be unpacked: {error}"
+            f"{MANIFEST}: damaged: the saved bytes of a source file cannot be unpacked: {error}"
         ) from error
 
 

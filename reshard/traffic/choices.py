@@ -1,7 +1,7 @@
-"""Which experts tokens choose: logical ids [T, K] for each MoE layer, as recorded, or from a checkpoint's own gates.
+"""Which experts tokens choose: logical ids [T, K] for each MoE layer, from a trace or from a checkpoint's own gates.
 
-Random hidden states are no text: what a router has learned sends a batch of one kind of text to fewer experts. What is
-measured on random traffic is therefore a lower bound on how uneven the load will be.
+Random hidden states are not text. A router has learned to send a batch of one kind of text to fewer experts, so the
+imbalance measured on random traffic is a lower bound.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from typing import TYPE_CHECKING
 from ..checkpoint.directory import Checkpoint
 from ..errors import TraceError
 from ..model.layers import MoeLayer, MoeModel
-from .recordings import Recording, counted_once, read_recordings
-from .trace_file import layer_key
+from ..placement.layer_names import find_layer
+from .recordings import Recording, count_distinct_tokens, read_recordings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_TOKENS = 1 << 16
-RUN = 4096  # consecutive tokens that a choice of tokens keeps together: a batch is made of neighbours
+MAX_TOKENS = 1 << 16
+STRETCH = 4096  # tokens; sampling takes consecutive ones, because a batch consists of neighbours
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """`ids` has for each MoE layer the logical experts that each token chose, [T, K] int64; tokens of a batch are
-    neighbours. `tokens` is T, and `of` how many there were to choose them from.
+    """The logical experts that tokens chose.
+
+    `ids` maps each MoE layer's name to an int64 tensor [T, K]; tokens of a batch are neighbours. `tokens` is T, and
+    `of` is how many tokens these were sampled from.
     """
 
     ids: dict[str, Tensor]
@@ -37,76 +39,74 @@ class Traffic:
 
 
 def recorded_traffic(
-    path: Path, model: MoeModel, root: Path, most: int = MOST_TOKENS, start: float = 0.0, end: float = 1.0
+    path: Path, model: MoeModel, root: Path, most: int = MAX_TOKENS, start: float = 0.0, end: float = 1.0
 ) -> Traffic:
-    """What was recorded in the directory or file `path` of the model in `root`.
+    """Load the traffic of the model in `root` that was recorded in the directory or file `path`.
 
-    Of each recording the tokens from the part `start` to the part `end` of it (0 to 1), in time; where they are more
-    than `most` in all, runs of consecutive ones that are spread evenly. Layers that were not recorded (MTP drafts are
-    not) are left out. Raises TraceError where nothing was recorded, or another model.
+    Takes each recording's tokens from fraction `start` to fraction `end` (0 to 1), in the order recorded. If these are
+    more than `most` in all, samples stretches of consecutive tokens, spread evenly. Layers that were not recorded,
+    such as those of MTP drafts, are left out. Raises TraceError if nothing was recorded, or another model was.
     """
     import torch
 
     recordings = read_recordings(path)
-    spans = [range(*(math.ceil(part * recording.tokens) for part in (start, end))) for recording in recordings]
-    total = counted_once(zip(recordings, map(len, spans), strict=True))
+    spans = [range(math.ceil(start * found.tokens), math.ceil(end * found.tokens)) for found in recordings]
+    total = count_distinct_tokens(zip(recordings, map(len, spans), strict=True))
     parts: dict[str, list[Tensor]] = {layer.name: [] for layer in model.layers}
     for recording, span in zip(recordings, spans, strict=True):
         columns = _columns(recording, model, root)
-        for run in runs(len(span), len(span) * min(most, total) // max(total, 1)):
-            ids_TLK = recording.read(span.start + run.start, len(run))[:, list(columns.values())]
-            _refuse_strange(ids_TLK, recording, model)
+        for stretch in stretches(len(span), len(span) * min(most, total) // max(total, 1)):
+            ids_TLK = recording.read(span.start + stretch.start, len(stretch))[:, list(columns.values())]
+            _refuse_unknown_experts(ids_TLK, recording, model)
             ids_TLK = ids_TLK[(ids_TLK >= 0).flatten(1).all(dim=1)]
             for column, layer in enumerate(columns):
                 parts[layer].append(ids_TLK[:, column])
     found = {layer: torch.cat(part) for layer, part in parts.items() if part}
-    tokens = min(map(len, found.values()), default=0)  # stages of a pipeline may have been cut off at different tokens
+    tokens = min(map(len, found.values()), default=0)  # pipeline stages may have stopped at different tokens
     if not tokens:
-        raise TraceError(f"{path}: no token of the MoE layers of {root} is recorded there; record more")
+        raise TraceError(f"{path}: has no recorded tokens for the MoE layers of {root}; record more")
     return Traffic({layer: ids[:tokens] for layer, ids in found.items()}, tokens, total)
 
 
-def runs(tokens: int, most: int) -> list[range]:
-    """All of `tokens` tokens, or at most `most`: runs of at most RUN consecutive ones, spread evenly."""
-    if tokens <= most:
-        return [range(first, min(first + RUN, tokens)) for first in range(0, tokens, RUN)]
-    length = min(RUN, most)
-    number = most // length if length else 0
-    step = tokens // max(number, 1)
-    return [range(first, first + length) for first in range((step - length) // 2, tokens, step)][:number]
+def stretches(tokens: int, max_tokens: int) -> list[range]:
+    """Choose at most `max_tokens` of `tokens` tokens: all, or stretches spread evenly, each at most STRETCH long."""
+    if tokens <= max_tokens:
+        return [range(first, min(first + STRETCH, tokens)) for first in range(0, tokens, STRETCH)]
+    length = min(STRETCH, max_tokens)
+    count = max_tokens // length if length else 0
+    step = tokens // max(count, 1)
+    return [range(first, first + length) for first in range((step - length) // 2, tokens, step)][:count]
 
 
 def _columns(recording: Recording, model: MoeModel, root: Path) -> dict[str, int]:
-    """Which of a recording's layers is which of the model's MoE layers; TraceError where it is of another model."""
+    """The column of each of the model's MoE layers in `recording`; TraceError if it is another model's."""
     routing, where = model.routing, recording.where
     for what, found, expected in (
-        ("experts in a layer", recording.num_experts or routing.num_experts, routing.num_experts),
-        ("experts of a token", recording.top_k, routing.top_k),
+        ("experts per layer", recording.num_experts or routing.num_experts, routing.num_experts),
+        ("experts per token", recording.top_k, routing.top_k),
     ):
         if found != expected:
             raise TraceError(
                 f"{where}: recorded with {found} {what}, but {root} has {expected}; give the trace of this model"
             )
-    named = {layer.name: layer.name for layer in model.layers}
-    keyed = {key: layer.name for layer in reversed(model.layers) if (key := layer_key(layer.name))}
+    names = [layer.name for layer in model.layers]
     columns = {}
     for column, layer in enumerate(recording.layers):
-        key = layer_key(layer)
-        name = named.get(layer) or (keyed.get(key) if key else None)
+        name = find_layer(layer, names)
         if name is not None:
             columns[name] = column
         elif not recording.all_layers:
             raise TraceError(
-                f"{where}: has layer {layer}, and {root} has no such MoE layer; give the trace of this model"
+                f"{where}: has layer {layer}, but {root} has no such MoE layer; give the trace of this model"
             )
     return columns
 
 
-def _refuse_strange(ids_TLK: Tensor, recording: Recording, model: MoeModel) -> None:
-    """TraceError where a token chose an expert that is not there."""
+def _refuse_unknown_experts(ids_TLK: Tensor, recording: Recording, model: MoeModel) -> None:
+    """TraceError if a token chose an expert that the model does not have."""
     if ids_TLK.numel() and int(ids_TLK.max()) >= model.routing.num_experts:
         raise TraceError(
-            f"{recording.where}: has expert {int(ids_TLK.max())}, and a layer has {model.routing.num_experts}; "
+            f"{recording.where}: has expert {int(ids_TLK.max())}, but a layer has {model.routing.num_experts} experts; "
             "give the trace of this model"
         )
 
@@ -114,9 +114,10 @@ def _refuse_strange(ids_TLK: Tensor, recording: Recording, model: MoeModel) -> N
 def random_traffic(
     checkpoint: Checkpoint, model: MoeModel, tokens: int, seed: int, progress: Callable[[int], None]
 ) -> Traffic:
-    """Route `tokens` random hidden states through the gates of every MoE layer; `progress` is told the layers done.
+    """Route `tokens` random hidden states through the gate of every MoE layer.
 
-    Where a layer chooses by token instead (`tid2eid`), random tokens are looked up in its table.
+    If a layer chooses by token id instead (`tid2eid`), looks up random token ids in its table. Calls `progress` with
+    the number of layers done.
     """
     ids = {}
     for number, layer in enumerate(model.layers):

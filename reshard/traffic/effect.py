@@ -1,7 +1,7 @@
-"""What a placement does to traffic: how uneven ranks are loaded, and how far tokens travel. Pure functions.
+"""What a placement does to traffic: how evenly it loads the ranks, and how many ranks and nodes a token reaches.
 
-Tensors carry their shape in their name: T tokens, K experts chosen, E experts, R EP ranks, B batches, G runs of
-consecutive experts.
+Pure functions. Tensors carry their shape in their name: T tokens, K experts chosen, E experts, R EP ranks, B batches,
+G ranges of consecutive experts.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..placement.permutations import rank_slots
+from ..placement.permutations import rank_of_each
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Tokens looked at together: bounds what is held beside the traffic itself, at any number of ranks and experts.
+# Tokens processed at once: bounds the memory used beside the traffic, whatever the number of ranks and experts.
 _CHUNK = 1 << 13
 
 
@@ -23,10 +23,10 @@ _CHUNK = 1 << 13
 class Effect:
     """What one layer's placement does to its traffic.
 
-    `imbalance` is, for each batch size, the busiest rank's (token, expert) pairs over the mean, on average over
-    batches: the critical path over perfect balance, as far as time follows pairs. `ranks` and `nodes` are how many of
-    them a token's experts lie on, on average: to how many all-to-all has to send it. `loads` [R] are each rank's pairs
-    over the mean, all tokens together: 1 is an even share.
+    `imbalance` has a value for each batch size: the busiest rank's (token, expert) pairs over the mean, averaged over
+    batches. If time follows pairs, this is the layer's time over its time in perfect balance. `ranks` and `nodes` say
+    how many of them hold a token's experts, on average: all-to-all sends the token to that many. `loads` [R] has each
+    rank's pairs over the mean, for all tokens together: 1 is an even share.
     """
 
     imbalance: tuple[float, ...]
@@ -37,13 +37,15 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Coselection:
-    """Which experts one token chooses together, by runs of consecutive experts.
+    """Which experts a token chooses together, by ranges of consecutive experts.
 
-    `share` [G, G] says for each two runs which part of all pairs of a token's experts lies in them; `expected` [G, G]
-    what that part would be if tokens chose each expert as often as they do, but independently of the others. Both add
-    up to 1, and to 0 where a token chooses one expert only. share / expected, unlike share, does not say which experts
-    are popular, but which are wanted together: above 1, one rank that has them is loaded by the same tokens, and
-    several that have them make these tokens travel.
+    A pair is two experts that the same token chose. `share` [G, G] is the fraction of all pairs that lies in each two
+    ranges. `expected` [G, G] is what this fraction would be if every expert were chosen as often as it is, but
+    independently of the others. Each matrix sums to 1, or to 0 if tokens choose one expert only.
+
+    `share` depends on how popular experts are. share / expected does not: above 1, tokens choose experts of the two
+    ranges together. If one rank holds both ranges, the same tokens load it twice; if several ranks hold them, these
+    tokens travel to all of them.
     """
 
     share: tuple[tuple[float, ...], ...]
@@ -56,20 +58,16 @@ def effect(
     """Measure a placement on the logical experts `ids_TK` that tokens chose.
 
     Parameters:
-        ids_TK: int64; batches are consecutive tokens, and what is left of the last is left out
+        ids_TK: int64; batches are consecutive tokens, and an incomplete last batch is left out
         physical_to_logical: [E]
         ep_size: R
-        nodes: a divisor of R; a node has consecutive ranks
+        nodes: a divisor of R; each node holds consecutive ranks
         batch_sizes: each at most T
 
     """
     import torch
 
-    num_experts = len(physical_to_logical)
-    rank_E = torch.empty(num_experts, dtype=torch.long)
-    for rank, slots in enumerate(rank_slots(num_experts, ep_size)):
-        rank_E[list(physical_to_logical[slots.start : slots.stop])] = rank
-    rank_TK = rank_E[ids_TK]
+    rank_TK = torch.tensor(rank_of_each(physical_to_logical, ep_size))[ids_TK]
     tokens, top_k = rank_TK.shape
     imbalance = []
     for size in batch_sizes:
@@ -86,9 +84,10 @@ def effect(
 
 
 def mean_effect(effects: Sequence[Effect]) -> Effect:
-    """The mean over layers; its `loads` are those of each layer's busiest rank, of the next, down to the idlest.
+    """The mean over layers. `loads` averages the load of each layer's busiest rank, of its next busiest, and so on.
 
-    Layers wait for their busiest rank one after the other: one layer's busy rank is no help to another's.
+    Each layer waits for its own busiest rank, so a rank's high load in one layer does not make up for its low load in
+    another.
     """
     count = len(effects)
     return Effect(
@@ -99,31 +98,29 @@ def mean_effect(effects: Sequence[Effect]) -> Effect:
     )
 
 
-def coselection(ids_TK: Tensor, num_experts: int, runs: int) -> Coselection:
-    """How often experts of any two of `runs` runs of consecutive experts were chosen by the same token.
+def coselection(ids_TK: Tensor, num_experts: int, ranges: int) -> Coselection:
+    """Count how often a token chose experts of both of two ranges, for every two of `ranges` ranges.
 
     Parameters:
-        ids_TK: int64, the K experts of a token all different
+        ids_TK: int64; the K experts of a token are all different
         num_experts: E
-        runs: G, as even as E allows
+        ranges: G, the number of ranges of consecutive experts, as equal as E allows
 
     """
     import torch
 
-    run_E = torch.empty(num_experts, dtype=torch.long)
-    for run, experts in enumerate(rank_slots(num_experts, runs)):
-        run_E[experts.start : experts.stop] = run
-    pairs_GG = torch.zeros(runs, runs, dtype=torch.double)
-    for pairs_TG in _pairs(run_E[ids_TK], 1, runs):
+    range_E = torch.tensor(rank_of_each(range(num_experts), ranges))
+    pairs_GG = torch.zeros(ranges, ranges, dtype=torch.double)
+    for pairs_TG in _pairs(range_E[ids_TK], 1, ranges):
         counts_TG = pairs_TG.double()
-        pairs_GG += counts_TG.T @ counts_TG - counts_TG.sum(dim=0).diag()  # without an expert and itself
+        pairs_GG += counts_TG.T @ counts_TG - counts_TG.sum(dim=0).diag()  # less each expert with itself
     popularity_E = torch.bincount(ids_TK.flatten(), minlength=num_experts).double()
-    popularity_G = torch.zeros(runs, dtype=torch.double).index_add_(0, run_E, popularity_E)
-    itself_G = torch.zeros(runs, dtype=torch.double).index_add_(0, run_E, popularity_E.square())
-    expected_GG = torch.outer(popularity_G, popularity_G) - itself_G.diag()
+    popularity_G = torch.zeros(ranges, dtype=torch.double).index_add_(0, range_E, popularity_E)
+    with_itself_G = torch.zeros(ranges, dtype=torch.double).index_add_(0, range_E, popularity_E.square())
+    expected_GG = torch.outer(popularity_G, popularity_G) - with_itself_G.diag()
     if not float(pairs_GG.sum()):
         expected_GG.zero_()
-    return Coselection(_rows(pairs_GG), _rows(expected_GG))
+    return Coselection(_shares(pairs_GG), _shares(expected_GG))
 
 
 def mean_coselection(found: Sequence[Coselection]) -> Coselection:
@@ -135,22 +132,22 @@ def mean_coselection(found: Sequence[Coselection]) -> Coselection:
 
 
 def _pairs(owner_TK: Tensor, size: int, owners: int) -> Iterator[Tensor]:
-    """How many of each whole batch's (token, expert) pairs each owner has: [B, owners], some batches at a time."""
+    """Count each owner's (token, expert) pairs in each whole batch: yields [B, owners], some batches at a time."""
     import torch
 
     tokens, top_k = owner_TK.shape
-    at_once = max(1, _CHUNK // size) * size
+    chunk = max(1, _CHUNK // size) * size
     whole = tokens // size * size
-    for first in range(0, whole, at_once):
-        some_TK = owner_TK[first : min(first + at_once, whole)]
-        batches = len(some_TK) // size
+    for first in range(0, whole, chunk):
+        chunk_TK = owner_TK[first : min(first + chunk, whole)]
+        batches = len(chunk_TK) // size
         offset_B1 = torch.arange(batches).unsqueeze(1) * owners
-        flat = (some_TK.reshape(batches, size * top_k) + offset_B1).flatten()
+        flat = (chunk_TK.reshape(batches, size * top_k) + offset_B1).flatten()
         yield torch.bincount(flat, minlength=batches * owners).view(batches, owners)
 
 
-def _rows(matrix_GG: Tensor) -> tuple[tuple[float, ...], ...]:
-    """The matrix as shares of its sum, 0 where that is 0."""
+def _shares(matrix_GG: Tensor) -> tuple[tuple[float, ...], ...]:
+    """The matrix divided by its sum; all zeros if the sum is 0."""
     total = float(matrix_GG.sum())
     return tuple(tuple(value / total if total else 0.0 for value in row) for row in matrix_GG.tolist())
 

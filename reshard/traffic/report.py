@@ -1,32 +1,31 @@
-"""What `reshard analyze` and `reshard trace info` found, in words: for the terminal, and for the page."""
+"""Describes in words what `reshard analyze` found, for the terminal and for the page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..commands.analyze import Analysis
-from ..commands.trace_info import TraceInfo
+from .analysis import Analysis
 from .effect import Effect
 
 _COLUMNS = 5
 _TYPICAL_BATCH = 64
-# A copy to each rank or node is what most backends send; DeepEP's low-latency kernels have a row for each expert that a
-# token chose (torchtitan pull request 3808), and send as many unless layered (DeepEP pull request 500).
-WHERE = (
-    ("every rank has every token (tensor parallelism)", "the busiest rank alone: no token is sent"),
-    ("all-to-all within a node", "the busiest rank, and ranks a token: to each goes a copy over a fast link"),
-    ("all-to-all across nodes", "nodes a token: to each goes a copy over the slow network; then the busiest rank"),
+# Most backends send one copy to each rank or node. DeepEP's low-latency kernels have a row for each expert that a token
+# chose (torchtitan pull request 3808), and send that many copies unless they are layered (DeepEP pull request 500).
+WHAT_COUNTS = (
+    ("every rank has every token (tensor parallelism)", "the busiest rank only: no token is sent"),
+    ("all-to-all within a node", "the busiest rank, and ranks per token: each gets a copy over a fast link"),
+    ("all-to-all across nodes", "nodes per token: each gets a copy over the slow network; then the busiest rank"),
 )
 
 
 def describe_analysis(analysis: Analysis, *, by_layer: bool = False) -> list[str]:
-    """The table over all layers and what it means, and where `by_layer` the same table for each layer."""
+    """The table over all layers and what it means; with `by_layer` also the same table for each layer."""
     means = {candidate.strategy: candidate.mean for candidate in analysis.candidates}
     lines = [*headlines(analysis), "", *_table(analysis, means), "", *_worst(analysis)]
     for name, *phrases in compare(analysis):
         lines += ["", f"{name}:", *(f"  {phrase}" for phrase in phrases)]
-    lines += ["", "What counts where, as far as time follows (token, expert) pairs:"]
-    lines += [f"  {where:50}{what}" for where, what in WHERE]
+    lines += ["", "What counts, if time follows (token, expert) pairs:"]
+    lines += [f"  {setup:50}{what}" for setup, what in WHAT_COUNTS]
     if by_layer:
         for layer in analysis.layers:
             effects = {candidate.strategy: candidate.layers[layer] for candidate in analysis.candidates}
@@ -35,12 +34,12 @@ def describe_analysis(analysis: Analysis, *, by_layer: bool = False) -> list[str
 
 
 def headlines(analysis: Analysis) -> list[str]:
-    """What was looked at, and whose choices these are."""
+    """What was analyzed, and where its traffic comes from."""
     groups = f" from {analysis.topk_group} of {analysis.n_group} groups" if analysis.n_group > 1 else ""
-    nodes = f" of {analysis.nodes} nodes" if analysis.nodes > 1 else ""
+    nodes = f" on {analysis.nodes} nodes" if analysis.nodes > 1 else ""
     lines = [
         f"{analysis.path}: {analysis.family}, {len(analysis.layers)} MoE layers of {analysis.num_experts} experts, "
-        f"{analysis.top_k} a token{groups}, on {analysis.ep_size} EP ranks{nodes}",
+        f"{analysis.top_k} per token{groups}; {analysis.ep_size} EP ranks{nodes}",
         f"traffic: {analysis.tokens} {analysis.traffic}",
     ]
     lines += [f"left out: {name}: {why}" for name, why in analysis.unfit.items()]
@@ -50,35 +49,36 @@ def headlines(analysis: Analysis) -> list[str]:
 
 
 def compare(analysis: Analysis) -> list[tuple[str, ...]]:
-    """For each candidate but the first: a heading, and a phrase for each number that it changes."""
+    """Compare each other candidate with the first: a heading, and a phrase for each number."""
     before, *others = analysis.candidates
     number = typical_batch(analysis)
     found = []
     for candidate in others:
         was, now = before.mean, candidate.mean
         phrases = [
-            f"{_more(now.imbalance[number])} more time than in perfect balance, not {_more(was.imbalance[number])}, in "
-            f"batches of {_tokens(analysis.batch_sizes[number])}: "
-            f"{_change(now.imbalance[number], was.imbalance[number])} of the experts' time",
-            f"{now.ranks:.2f} ranks a token, not {was.ranks:.2f}: {_change(now.ranks, was.ranks)} to send",
+            f"at {_tokens(analysis.batch_sizes[number])} the busiest rank has {now.imbalance[number]:.2f}x the mean "
+            f"load ({before.strategy}: {was.imbalance[number]:.2f}x): "
+            f"{_change(now.imbalance[number], was.imbalance[number], 'time for experts')}",
+            f"a token reaches {now.ranks:.2f} ranks ({before.strategy}: {was.ranks:.2f}): "
+            f"{_change(now.ranks, was.ranks, 'data to send')}",
         ]
         if analysis.nodes > 1:
             phrases.append(
-                f"{now.nodes:.2f} nodes a token, not {was.nodes:.2f}: {_change(now.nodes, was.nodes)} to send between "
-                "nodes"
+                f"a token reaches {now.nodes:.2f} nodes ({before.strategy}: {was.nodes:.2f}): "
+                f"{_change(now.nodes, was.nodes, 'data to send between nodes')}"
             )
         found.append((f"{candidate.strategy} instead of {before.strategy}", *phrases))
     return found
 
 
 def typical_batch(analysis: Analysis) -> int:
-    """Which batch size sentences speak of: the position of the one nearest to a decoding step's."""
+    """The index of the batch size that sentences quote: the one nearest to a decoding step's."""
     sizes = analysis.batch_sizes
     return min(range(len(sizes)), key=lambda number: abs(sizes[number] - _TYPICAL_BATCH))
 
 
 def _table(analysis: Analysis, effects: Mapping[str, Effect]) -> list[str]:
-    """A row for each placement; of many batch sizes every n-th, the last among them."""
+    """A row for each placement. If there are many batch sizes, shows every n-th, the last included."""
     sizes = analysis.batch_sizes
     step = -(-(len(sizes) - 1) // (_COLUMNS - 1)) or 1
     shown = range((len(sizes) - 1) % step, len(sizes), step)
@@ -94,10 +94,10 @@ def _table(analysis: Analysis, effects: Mapping[str, Effect]) -> list[str]:
             for name, found in effects.items()
         ),
     ]
-    heading = "busiest rank over mean, in batches of tokens"
+    heading = "busiest rank over mean, by tokens in a batch"
     width = max(len(heading), len(rows[0][1]) - 1)
     return [
-        f"  {'':14}{heading:>{width}}{'a token is on':>18}",
+        f"  {'':14}{heading:>{width}}{'a token reaches':>18}",
         *(f"  {name:14}{imbalance:>{width}}{fan_out:>18}" for name, imbalance, fan_out in rows),
     ]
 
@@ -106,38 +106,17 @@ def _worst(analysis: Analysis) -> list[str]:
     number = typical_batch(analysis)
     worst = []
     for candidate in analysis.candidates:
-        most, layer = max((found.imbalance[number], layer) for layer, found in candidate.layers.items())
-        worst.append(f"{most:.3f} with {candidate.strategy} ({layer})")
-    return [f"most uneven layer in batches of {_tokens(analysis.batch_sizes[number])}: {', '.join(worst)}"]
+        highest, layer = max((found.imbalance[number], layer) for layer, found in candidate.layers.items())
+        worst.append(f"{candidate.strategy} {highest:.2f}x ({layer})")
+    return [f"least even layer at {_tokens(analysis.batch_sizes[number])}: {', '.join(worst)}"]
 
 
 def _tokens(size: int) -> str:
     return f"{size} token{'s' * (size != 1)}"
 
 
-def _more(ratio: float) -> str:
-    return f"{100 * (ratio - 1):.1f} %"
-
-
-def _change(now: float, was: float) -> str:
+def _change(now: float, was: float, what: str) -> str:
     percent = 100 * (now / was - 1)
-    return f"{abs(percent):.0f} % {'less' if percent < 0 else 'more'}" if abs(percent) >= 0.5 else "no change"
-
-
-def describe_trace(info: TraceInfo) -> list[str]:
-    """The lines of `reshard trace info`."""
-    lines = [f"{info.path}: {info.tokens} tokens in {len(info.streams)} recordings"]
-    for stream in info.streams:
-        experts = f" of {stream.num_experts}" if stream.num_experts else ""
-        lines += [
-            f"  {stream.where}",
-            f"    by {stream.by}",
-            f"    {stream.tokens} tokens, {len(stream.busiest)} MoE layers, top {stream.top_k}{experts} experts",
-        ]
-        if stream.busiest:
-            layer, most = max(stream.busiest.items(), key=lambda item: item[1])
-            middle = sorted(stream.busiest.values())[len(stream.busiest) // 2]
-            lines.append(
-                f"    busiest expert over mean: {middle:.2f} in the middle layer, at most {most:.2f} ({layer})"
-            )
-    return lines
+    if abs(percent) < 0.5:
+        return f"no change in {what}"
+    return f"{abs(percent):.0f} % {'less' if percent < 0 else 'more'} {what}"

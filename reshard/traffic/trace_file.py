@@ -1,11 +1,11 @@
-"""A trace on disk: which experts each token chose in each MoE layer, as a running engine wrote it down.
+"""A trace on disk: which experts each token chose in each MoE layer, as a running engine recorded it.
 
     DIR/<model>-dp00-pp00-000001.trace    the tokens of DP rank 0 in the layers of PP stage 0: the first of its files
 
-A file is one line of JSON, the `Header`, and then a row for each token: the ids of the experts that it chose, [L, K],
-as U8 (up to 256 experts) or U16, little endian. Rows are appended and never touched again: whatever ends a writer
-leaves whole rows and at most a part of one, which readers pass over. The files of a stream stay within a limit
-together; the oldest goes first. As with `contract`, this is all that an engine's plugin has to import.
+A file is one line of JSON, the `Header`, followed by a row for each token: the ids of the experts that it chose,
+[L, K], as U8 (up to 256 experts) or U16, little endian. The writer only appends rows. If it is killed, the file ends in
+at most one partial row, which readers skip. A limit holds for all files of a stream together; the writer deletes the
+oldest first. An engine's plugin needs this module and no other of `traffic`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ import msgspec
 from blake3 import blake3
 
 from ..errors import TraceError
-from ..placement.contract import Placement, placement_from_json
+from ..placement.contract import placement_from_json
+from ..placement.permutations import Placement
 
 SUFFIX = ".trace"
 TRACE_VERSION = 1
-DEFAULT_LIMIT = 1 << 30  # bytes of a stream: 2.3 million tokens of R1
-MOST_EXPERTS = 1 << 16  # that an id has room for
-MOST_LAYERS = 1000
-SEGMENTS = 8  # files that a stream is cut into, so that what goes first is a part
+DEFAULT_LIMIT = 1 << 30  # bytes of a stream, enough for 2.3 million tokens of R1
+MAX_EXPERTS = 1 << 16  # an id has at most 16 bits
+MAX_LAYERS = 1000
+SEGMENTS = 8  # files of a full stream; deleting the oldest loses only that part
 _NAME = re.compile(r"(?P<stream>[0-9a-f]{8}-dp\d{2,}-pp\d{2,})-(?P<number>\d{6,})\.trace")
-_LAYER = re.compile(r"([A-Za-z_]\w*)\.(\d+)(?:\.|$)")
-_LONGEST_HEADER = 64 << 20
+_MAX_HEADER = 64 << 20
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """What the rows of a stream are.
+    """Describes the rows of a stream.
 
-    `layers` are the MoE layers that a row has, named as the engine names the module that holds their experts.
-    `physical_to_logical`: the permutation by which the ids in the rows are physical, [E] for all layers or one for each
-    by name; None where they are logical.
+    `layers` are the MoE layers in a row, each named like the engine's module that holds its experts.
+    `physical_to_logical` is None if the ids in the rows are logical. If they are physical, it maps them to logical ids:
+    one list [E] for all layers, or one for each layer by name.
     """
 
     reshard_trace: int
@@ -57,26 +57,26 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def row_size(self) -> int:
-        """Bytes of a token."""
+        """Bytes of a row, which is one token."""
         return len(self.layers) * self.top_k * self.id_size
 
     @property
     def stream(self) -> str:
-        """What the names of the stream's files begin with."""
+        """The prefix of the names of the stream's files."""
         return f"{blake3(_encode(self)).hexdigest()[:8]}-dp{self.dp_rank:02}-pp{self.pp_rank:02}"
 
     def placement(self, where: str) -> Placement | None:
-        """physical_to_logical by layer; `where` names the file in the CheckpointError for one that is none."""
+        """physical_to_logical by layer. Raises CheckpointError, which names the file `where`, if it is not valid."""
         if self.physical_to_logical is None:
             return None
         return placement_from_json(self.physical_to_logical, list(self.layers), where)
 
 
 class TraceWriter:
-    """Appends rows to a stream in `directory`, which may have earlier files of it, and keeps it within `limit` bytes.
+    """Appends rows to a stream in `directory` and keeps all its files, earlier ones included, within `limit` bytes.
 
-    Raises OSError where the disk does, also from `write`: what was written then ends in a part of a row, and nothing
-    may be written after it.
+    The constructor and `write` pass on the disk's OSError. After one from `write` the file may end in a partial row:
+    write no more.
     """
 
     def __init__(self, directory: Path, header: Header, limit: int = DEFAULT_LIMIT) -> None:
@@ -84,26 +84,26 @@ class TraceWriter:
         self._header = header
         self._limit = limit
         start = len(_encode(header))
-        self._rows = max(1, (limit // SEGMENTS - start) // header.row_size)  # of a file
-        self._file_size = start + self._rows * header.row_size
+        self._rows_per_file = max(1, (limit // SEGMENTS - start) // header.row_size)
+        self._file_size = start + self._rows_per_file * header.row_size
         directory.mkdir(parents=True, exist_ok=True)
         self._file = self._next_file()
-        self._left = self._rows  # what the file has room for
+        self._rows_left = self._rows_per_file  # that the current file has room for
 
     def write(self, rows: memoryview) -> None:
-        """Append whole rows; in the file, and safe from a kill of the process, when this returns."""
+        """Append whole rows. When this returns, the file has them, even if the process is killed."""
         size = self._header.row_size
         while rows:
-            if not self._left:
+            if not self._rows_left:
                 self.close()
-                self._file, self._left = self._next_file(), self._rows
-            number = min(self._left, len(rows) // size)
-            _write(self._file, rows[: number * size])
-            self._left -= number
-            rows = rows[number * size :]
+                self._file, self._rows_left = self._next_file(), self._rows_per_file
+            count = min(self._rows_left, len(rows) // size)
+            _write(self._file, rows[: count * size])
+            self._rows_left -= count
+            rows = rows[count * size :]
 
     def close(self) -> None:
-        """No more is written."""
+        """Close the file; write no more after this."""
         self._file.close()
 
     def _next_file(self) -> FileIO:
@@ -125,7 +125,7 @@ class TraceWriter:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One file of a stream: `rows` whole rows from byte `start` on."""
+    """One file of a stream. Its `rows` whole rows begin at byte `start`."""
 
     path: Path
     start: int
@@ -134,23 +134,23 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The rows of one header, in the order in which they were written."""
+    """All rows with the same header, in the order in which they were written."""
 
     header: Header
     segments: tuple[Segment, ...]
 
     @property
     def tokens(self) -> int:
-        """Rows."""
+        """The number of rows; each is one token."""
         return sum(segment.rows for segment in self.segments)
 
     @property
     def size(self) -> int:
-        """Bytes of its files."""
+        """Bytes of its headers and whole rows."""
         return sum(segment.start + segment.rows * self.header.row_size for segment in self.segments)
 
     def read(self, first: int, count: int) -> bytearray:
-        """The rows `first` to `first + count`; TraceError where a file has become shorter meanwhile."""
+        """The rows `first` to `first + count`. Raises TraceError if a file has become shorter since it was found."""
         rows, size = bytearray(), self.header.row_size
         for segment in self.segments:
             begin, end = max(first, 0), min(first + count, segment.rows)
@@ -166,17 +166,17 @@ class Stream:
 
 
 def read_streams(directory: Path) -> list[Stream]:
-    """The streams in `directory`, by name; TraceError where a file is no part of a trace that this version reads."""
+    """The streams in `directory`, sorted by name. Raises TraceError if this version cannot read a *.trace file."""
     streams: dict[str, Stream] = {}
     for path in sorted(directory.glob(f"*{SUFFIX}")):
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
-                line = file.readline(_LONGEST_HEADER)
+                line = file.readline(_MAX_HEADER)
         except OSError as error:
             raise TraceError(f"{path}: cannot be read: {error.strerror}") from error
         if not size:
-            continue  # its writer was ended before the header
+            continue  # its writer was killed before it wrote the header
         header = _decode(line, path)
         segment = Segment(path, len(line), (size - len(line)) // header.row_size)
         before = streams[header.stream].segments if header.stream in streams else ()
@@ -184,31 +184,25 @@ def read_streams(directory: Path) -> list[Stream]:
     return list(streams.values())
 
 
-def layer_key(name: str) -> tuple[str, int] | None:
-    """What engines and checkpoints agree on in a layer's name: ("layers", 3) for `model.layers.3.mlp`."""
-    match = _LAYER.search(name)
-    return (match[1], int(match[2])) if match else None
-
-
 def _decode(line: bytes, path: Path) -> Header:
     if not line.endswith(b"\n"):
-        raise TraceError(f"{path}: no trace: expected a line of JSON at its beginning; move the file away")
+        raise TraceError(f"{path}: not a trace: expected a line of JSON at its beginning; move the file away")
     try:
         header = msgspec.json.decode(line, type=Header)
     except msgspec.DecodeError as error:
-        raise TraceError(f"{path}: no trace of reshard: {error}; move the file away") from error
+        raise TraceError(f"{path}: not a trace of reshard: {error}; move the file away") from error
     if header.reshard_trace != TRACE_VERSION:
         raise TraceError(
-            f"{path}: a trace of version {header.reshard_trace}, this reshard reads version {TRACE_VERSION}; upgrade it"
+            f"{path}: a trace of version {header.reshard_trace}, this reshard reads {TRACE_VERSION}; upgrade reshard"
         )
     if not header.layers or len(set(header.layers)) < len(header.layers):
-        raise TraceError(f"{path}: expected the names of its layers, each once, found {header.layers!r:.80}")
-    if not 0 < header.top_k <= header.num_experts <= MOST_EXPERTS:
-        raise TraceError(f"{path}: top {header.top_k} of {header.num_experts} experts cannot be; move the file away")
+        raise TraceError(f"{path}: expected distinct names of layers, found {header.layers!r:.80}; move it away")
+    if not 0 < header.top_k <= header.num_experts <= MAX_EXPERTS:
+        raise TraceError(f"{path}: top {header.top_k} of {header.num_experts} experts is impossible; move it away")
     if (placement := header.placement(str(path))) is not None and any(
         len(permutation) != header.num_experts for permutation in placement.values()
     ):
-        raise TraceError(f"{path}: physical_to_logical has not {header.num_experts} experts; move the file away")
+        raise TraceError(f"{path}: physical_to_logical does not have {header.num_experts} experts; move the file away")
     return header
 
 

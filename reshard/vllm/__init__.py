@@ -28,22 +28,23 @@ def register() -> None:
     """What the entry point calls, once or many times in a process; imports nothing of vLLM before vLLM does."""
     import os
 
-    from . import configs, eplb, loading, placed_weights, recording, request, routing, weight_filter, worker
-    from .patching import when_imported
+    from wrapt import register_post_import_hook
 
-    configs.install()
-    when_imported("vllm.config.vllm", request.install)
-    when_imported("vllm.model_executor.layers.fused_moe.runner.moe_runner", _install_runner)
-    when_imported("vllm.model_executor.layers.fused_moe.routed_experts", placed_weights.install)
-    when_imported("vllm.model_executor.layers.fused_moe.layer", routing.install)
-    when_imported("vllm.model_executor.model_loader.base_loader", loading.install_check)
-    when_imported("vllm.model_executor.model_loader.default_loader", loading.install_file_choice)
-    when_imported("vllm.model_executor.model_loader.default_loader", weight_filter.install_choice)
-    when_imported("vllm.model_executor.model_loader.weight_utils", weight_filter.install_question)
-    when_imported("vllm.distributed.eplb.eplb_state", eplb.install)
-    when_imported("vllm.v1.worker.gpu_worker", worker.install)
+    from . import configs, eplb, loading, placed_weights, recording, request, routing, weight_filter, worker
+
+    register_post_import_hook(configs.install, "transformers.configuration_utils")
+    register_post_import_hook(request.install, "vllm.config.vllm")
+    register_post_import_hook(_install_runner, "vllm.model_executor.layers.fused_moe.runner.moe_runner")
+    register_post_import_hook(placed_weights.install, "vllm.model_executor.layers.fused_moe.routed_experts")
+    register_post_import_hook(routing.install, "vllm.model_executor.layers.fused_moe.layer")
+    register_post_import_hook(loading.install_check, "vllm.model_executor.model_loader.base_loader")
+    register_post_import_hook(loading.install_file_choice, "vllm.model_executor.model_loader.default_loader")
+    register_post_import_hook(weight_filter.install_choice, "vllm.model_executor.model_loader.default_loader")
+    register_post_import_hook(weight_filter.install_question, "vllm.model_executor.model_loader.weight_utils")
+    register_post_import_hook(eplb.install, "vllm.distributed.eplb.eplb_state")
+    register_post_import_hook(worker.install, "vllm.v1.worker.gpu_worker")
     if os.environ.get(recording.VARIABLE):
-        when_imported("vllm.v1.worker.gpu_worker", recording.install)
+        register_post_import_hook(recording.install, "vllm.v1.worker.gpu_worker")
 
 
 def _install_runner(module: ModuleType) -> None:

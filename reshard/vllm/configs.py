@@ -7,28 +7,27 @@ contract stays in, as an attribute of the config object, for `routing` to find.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 from ..placement.contract import CONTRACT_KEY, contract_from_json, unlock_config
 from .support import require_support
 
 
-def install() -> None:
-    """Make configs with a contract readable in this process."""
-    from transformers.configuration_utils import PretrainedConfig
-
-    old = PretrainedConfig.get_config_dict
+def install(module: ModuleType) -> None:
+    """Make configs with a contract readable in this process; `module` defines Transformers' PretrainedConfig."""
+    old = module.PretrainedConfig.get_config_dict
     if hasattr(old, "replaced_by_reshard"):
         return
 
     def get_config_dict(
-        cls: type[PretrainedConfig], /, pretrained_model_name_or_path: Any, **kwargs: Any
+        cls: type[Any], /, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         config, rest = old.__func__(cls, pretrained_model_name_or_path, **kwargs)
         return read_config(config, str(pretrained_model_name_or_path)), rest
 
     get_config_dict.replaced_by_reshard = True  # type: ignore[attr-defined]
-    PretrainedConfig.get_config_dict = classmethod(get_config_dict)
+    module.PretrainedConfig.get_config_dict = classmethod(get_config_dict)
 
 
 def read_config(config: dict[str, Any], where: str) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..placement.contract import CONTRACT_KEY, Placement, contract_from_json, placement_from_json, placement_to_json
+from ..placement.contract import CONTRACT_KEY, contract_from_json, placement_from_json, placement_to_json
+from ..placement.permutations import Placement
 from ..traffic.trace_file import DEFAULT_LIMIT, TRACE_VERSION, Header, TraceWriter
 from .patching import replace_once
 from .routing import placement_of

@@ -17,9 +17,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
-from ..placement.contract import CONTRACT_KEY, Contract, Placement, contract_from_json
+from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
 from ..placement.layer_names import find_layer
-from ..placement.permutations import invert
+from ..placement.permutations import Placement, invert
 from .fused import Fused, fused_in_place_of
 from .patching import replace_once
 from .served import ServedPlacement, current_placement

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ from command_line import run, run_well
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import owner
+from torch import Tensor
 from traces import write_trace
 
 import reshard.traffic.effect
 from reshard.checkpoint.directory import read_checkpoint
 from reshard.model.layers import read_model
 from reshard.placement.permutations import zigzag
-from reshard.placement.strategies import STRATEGIES, Offer, Zigzag
+from reshard.placement.strategies import STRATEGIES, Balanced, MoeShape, Offer, Placed, Zigzag
 from reshard.traffic.effect import Coselection, Effect, coselection, effect, mean_coselection, mean_effect
 
 EXPERTS, RANKS, GROUP = 16, 4, 4
@@ -185,7 +187,7 @@ def test_linear_and_zigzag_are_told_apart_for_every_layer(source: Path) -> None:
     assert "lower bound" in found["traffic"]
     assert found["lower_bound"]
     assert found["together"]["are_groups"]
-    assert found["together"]["runs"] == [[0, 3], [4, 7], [8, 11], [12, 15]]
+    assert found["together"]["ranges"] == [[0, 3], [4, 7], [8, 11], [12, 15]]
     same_group = [found["together"]["mean"]["share"][group][group] for group in range(4)]
     assert sum(same_group) > sum(found["together"]["mean"]["expected"][group][group] for group in range(4))
 
@@ -205,11 +207,11 @@ def test_the_table_has_the_numbers_and_says_what_they_mean(source: Path) -> None
     for mean in (linear, zigzag_):
         row = f"{mean['imbalance'][0]:9.3f} {mean['ranks']:9.2f}{mean['nodes']:8.2f}".split()
         assert row in [line.split()[1:] for line in text.splitlines()]
-    more = [f"{100 * (mean['imbalance'][0] - 1):.1f} %" for mean in (zigzag_, linear)]
-    assert f"{more[0]} more time than in perfect balance, not {more[1]}, in batches of 64 tokens" in text
+    load = [f"{mean['imbalance'][0]:.2f}x" for mean in (zigzag_, linear)]
+    assert f"at 64 tokens the busiest rank has {load[0]} the mean load (linear: {load[1]})" in text
     change = 100 * (zigzag_["ranks"] / linear["ranks"] - 1)
     assert change < -1
-    assert f"{zigzag_['ranks']:.2f} ranks a token, not {linear['ranks']:.2f}: {-change:.0f} % less to send" in text
+    assert f"reaches {zigzag_['ranks']:.2f} ranks (linear: {linear['ranks']:.2f}): {-change:.0f} % less data" in text
     assert "across nodes" in text
 
 
@@ -235,14 +237,14 @@ def test_the_placements_are_those_asked_for_and_the_first_is_what_others_are_com
 def test_a_placement_needs_its_option(name: str, option: str, source: Path) -> None:
     result = run("analyze", source, "--ep", RANKS, "--placement", name)
     assert result.exit_code == 2
-    assert f"--placement {name} takes {option}" in result.output
+    assert f"--placement {name} needs {option}" in result.output
 
 
 def test_a_model_without_groups_is_told_apart_by_as_many_runs_as_ranks(tmp_path: Path) -> None:
     build(Spec("qwen3_moe", experts=10), tmp_path / "source")
     found = json.loads(run_well("analyze", tmp_path / "source", "--ep", 4, "--tokens", 64, "--json"))
     assert not found["together"]["are_groups"]
-    assert found["together"]["runs"] == [[0, 2], [3, 5], [6, 7], [8, 9]]
+    assert found["together"]["ranges"] == [[0, 2], [3, 5], [6, 7], [8, 9]]
 
 
 class Traces:
@@ -288,7 +290,7 @@ def test_of_a_longer_trace_a_part_is_used_and_that_is_said(traces: Traces, sourc
     arguments = ("analyze", source, "--ep", RANKS, "--trace", tmp_path, "--tokens", 300, "--batch", 100, "--json")
     found = json.loads(run_well(*arguments))
     assert found["tokens"] == 300
-    assert found["traffic"].endswith(", spread evenly over the 1000 there")
+    assert found["traffic"].endswith(", sampled evenly from 1000")
     loads = found["candidates"][0]["layers"][traces.layers[0]]["loads"]
     assert loads == pytest.approx([2.0, 2.0, 0.0, 0.0]), "as many of each half"
 
@@ -296,20 +298,25 @@ def test_of_a_longer_trace_a_part_is_used_and_that_is_said(traces: Traces, sourc
 def test_tokens_that_a_placement_was_made_from_do_not_judge_it(
     traces: Traces, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Made(Zigzag):
+    class Made(Balanced):  # of any trace, however short
         name = "made"
-        share = 0.5
+
+        def place(self, model: MoeShape, traffic: Mapping[str, Tensor]) -> Placed:
+            return Zigzag(self.ep_size).place(model)
+
+    def offer(share: float) -> Offer:
+        return Offer(lambda ep_size, options: Made(ep_size, tmp_path, share=share), needs=("trace",))
 
     arguments = ("analyze", source, "--ep", RANKS, "--trace", tmp_path, "--json")
     traces.put([[0, 1]] * 50 + [[4, 5]] * 51)
     assert json.loads(run_well(*arguments))["tokens"] == 101
-    monkeypatch.setitem(STRATEGIES, "made", Offer(lambda ep_size, options: Made(ep_size), needs=("trace",)))
+    monkeypatch.setitem(STRATEGIES, "made", offer(0.5))
     found = json.loads(run_well(*arguments))
     assert [candidate["strategy"] for candidate in found["candidates"]] == ["linear", "zigzag", "made"]
     assert found["tokens"] == 50
     assert found["traffic"].endswith("after the first 50%, which made was made from")
     assert found["candidates"][0]["layers"][traces.layers[0]]["loads"] == [0.0, 4.0, 0.0, 0.0]
-    Made.share = 1.0
+    monkeypatch.setitem(STRATEGIES, "made", offer(1.0))
     result = run(*arguments)
     assert result.exit_code == 1
     assert "record more" in result.output
@@ -366,7 +373,7 @@ def test_a_placement_from_a_file_is_one_more_row(source: Path, tmp_path: Path) -
     [
         (["--ep", 1], 1, "--ep must be from 2 to the 16 experts"),
         (["--ep", 4, "--nodes", 3], 1, "--nodes must divide the 4 EP ranks"),
-        (["--ep", 4, "--tokens", 4, "--batch", 8, "--batch", 64], 1, "no batch of 8, 64 tokens can be had from 4"),
+        (["--ep", 4, "--tokens", 4, "--batch", 8, "--batch", 64], 1, "4 tokens are too few for a batch of 8, 64"),
         (["--ep", 4, "--tokens", 0], 2, "--tokens"),
         ([], 2, "--ep"),
     ],

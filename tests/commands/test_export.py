@@ -11,17 +11,22 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from checkpoints import Spec, build
 from command_line import run, run_well
 
 from reshard import OutputError, export, read_checkpoint, read_model, write_resharding
-from reshard.commands.export import FORMAT_NAMES
-from reshard.commands.place import plan_resharding
+from reshard.commands.engine_files import FORMAT_NAMES
+from reshard.commands.original import read_original
+from reshard.commands.resharding import plan_resharding
 from reshard.placement.permutations import zigzag
+from reshard.placement.strategies import Placed
 
 Owned = dict[int, list[list[int]]]
 """Of each layer, by its number, the logical experts that each EP rank owns, in ascending order."""
@@ -171,8 +176,30 @@ def deepseek_eplb(path: Path, model: Served) -> Owned:
     return owned
 
 
+def vllm(path: Path, model: Served) -> Owned:
+    """reshard's placement file, by its schema; what the plugin makes of it is in tests/serving.
+
+    Slots are dealt to ranks by vLLM's linear rule: consecutive, and one more for each of the first E % R ranks.
+    """
+    data = json.loads(path.read_text())
+    schema = json.loads((files("reshard.placement") / "placement.schema.json").read_text())
+    jsonschema.validate(data, schema)
+    assert (data["ep_size"], data["num_experts"]) == (model.ep_size, model.num_experts)
+    layers = (*model.moe_layers, *model.mtp_layers)
+    assert len(data["layers"]) == len(layers)
+    base, more = divmod(model.num_experts, model.ep_size)
+    owned: Owned = {}
+    for layer, name in zip(layers, data["layers"], strict=True):
+        orders = data["physical_to_logical"]
+        slots = iter(orders[name] if isinstance(orders, dict) else orders)
+        owned[layer] = [sorted(islice(slots, base + (rank < more))) for rank in range(model.ep_size)]
+        assert next(slots, None) is None
+    return owned
+
+
 Reader = Callable[[Path, Served], Owned]
 READERS: tuple[tuple[str, Reader], ...] = (
+    ("vllm", vllm),
     ("sglang", sglang),
     ("vllm-ascend", vllm_ascend),
     ("vllm-ascend", vllm_ascend_before),
@@ -268,8 +295,7 @@ def scattered(source: Path, seed: int = 0) -> dict[str, tuple[int, ...]]:
 
 def reshard_by(placement: dict[str, tuple[int, ...]], source: Path, output: Path) -> None:
     """An output for 4 ranks that places experts by any placement."""
-    checkpoint = read_checkpoint(source)
-    write_resharding(plan_resharding(checkpoint, read_model(checkpoint), "mine", 4, placement), output)
+    write_resharding(plan_resharding(read_original(source), "mine", 4, Placed(placement)), output)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,8 +310,8 @@ def test_the_file_goes_to_stdout_and_a_line_to_stderr_that_says_it_is_for_the_or
         assert result.exit_code == 0, result.output
         assert result.stdout == export(v3 / "source", to, 4).content
         layers = 3 if to == "sglang" else 4  # without that of MTP, which it leaves as it is
-        assert result.stderr.startswith(f"zigzag for 4 EP ranks, {layers} MoE layers of 16 experts, as ")
-        assert f"for serving the original, {v3 / 'source'}:  " in result.stderr
+        assert result.stderr.startswith(f"zigzag for 4 EP ranks, {layers} MoE layers of 16 experts, for ")
+        assert f"serve the original, {v3 / 'source'}, with:  " in result.stderr
         assert result.stderr.count("\n") == 1
         assert run("export", *words, "--to", to, "--quiet").stderr == ""
 
@@ -310,21 +336,20 @@ def test_json_reports_the_file_or_where_it_is(v3: Path, tmp_path: Path) -> None:
 
 
 def test_a_format_that_is_none_is_refused_with_those_that_are(v3: Path) -> None:
-    result = run("export", v3 / "source", "--to", "vllm", "--ep", 4)
+    result = run("export", v3 / "source", "--to", "orca", "--ep", 4)
     assert result.exit_code == 2
     assert all(name in result.stderr for name in FORMAT_NAMES)
-    with pytest.raises(OutputError, match="'vllm'; known are sglang, vllm-ascend, trtllm, eplb"):
-        export(v3 / "source", "vllm", 4)  # type: ignore[arg-type]
+    with pytest.raises(OutputError, match="'orca'; known are vllm, sglang, vllm-ascend, trtllm, eplb"):
+        export(v3 / "source", "orca", 4)  # type: ignore[arg-type]
 
 
 @every_format
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["source"], "say for how many EP ranks with --ep"),
+        (["source"], "give the number of EP ranks with --ep"),
         (["source", "--ep", 1], "--ep must be from 2 to the 16 experts"),
         (["source", "--ep", 17], "--ep must be from 2 to the 16 experts"),
-        (["source", "--ep", 3], "16 experts cannot be dealt evenly to 3 EP ranks"),
         (["output", "--ep", 2], "an output for 4 EP ranks, not 2; leave --ep out, or export from the original"),
         (["nothing", "--ep", 2], "no such directory"),
         (["source/inference", "--ep", 2], "model.safetensors"),
@@ -339,12 +364,21 @@ def test_what_no_engine_could_use_is_refused_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@every_format
-def test_an_output_whose_ranks_differ_in_size_is_refused_too(to: str, v3: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", [to for to in FORMAT_NAMES if to != "vllm"])
+def test_ranks_of_different_size_are_refused_by_engines_that_cannot_have_them(
+    to: str, v3: Path, tmp_path: Path
+) -> None:
     run_well("zigzag", "--src", v3 / "source", "--ep", 3, "--out", tmp_path / "output")
-    result = run("export", tmp_path / "output", "--to", to)
-    assert result.exit_code == 1
-    assert "cannot be dealt evenly to 3 EP ranks" in result.stderr
+    for arguments in (("export", tmp_path / "output"), ("export", v3 / "source", "--ep", 3)):
+        result = run(*arguments, "--to", to)
+        assert result.exit_code == 1
+        assert "16 experts cannot be dealt evenly to 3 EP ranks" in result.stderr
+
+
+def test_ranks_may_differ_by_one_expert_in_vllm(v3: Path, tmp_path: Path) -> None:
+    run_well("export", v3 / "source", "--to", "vllm", "--ep", 3, "--out", tmp_path / "placement.json")
+    model = served(V3, 3)
+    assert vllm(tmp_path / "placement.json", model) == in_zigzag(model)
 
 
 @pytest.mark.parametrize("to", ["sglang", "vllm-ascend"])
@@ -359,7 +393,7 @@ def test_a_file_that_is_there_is_left_alone(v3: Path, tmp_path: Path) -> None:
     (tmp_path / "placement.json").write_text("mine")
     result = run("export", v3 / "output", "--to", "eplb", "--out", tmp_path / "placement.json")
     assert result.exit_code == 1
-    assert "is there already" in result.stderr
+    assert "already exists" in result.stderr
     assert (tmp_path / "placement.json").read_text() == "mine"
 
 

@@ -21,8 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import assert_identical_trees, assert_resharded, linear, read_safetensors, tree
 
-from reshard import OutputError, read_checkpoint, read_model, write_resharding
-from reshard.commands.place import plan_resharding
+from reshard import OutputError, write_resharding
+from reshard.commands.original import read_original
+from reshard.commands.resharding import plan_resharding
+from reshard.placement.strategies import Placed
 
 FLIPS = 150
 
@@ -297,22 +299,20 @@ def test_verify_lets_be_what_a_download_leaves_in_hidden_folders(spoilt: Path) -
 
 @pytest.mark.parametrize("permutation", [(0, 0, 1, 2, 3, 4, 5, 6), (0, 1, 2, 3), tuple(range(9))])
 def test_what_is_no_permutation_is_refused_before_anything_is_planned(permutation: tuple[int, ...], good: Path) -> None:
-    checkpoint = read_checkpoint(good / "source")
-    model = read_model(checkpoint)
-    placement = {layer.name: permutation for layer in model.layers}
+    original = read_original(good / "source")
+    placement = {layer.name: permutation for layer in original.model.layers}
     with pytest.raises(OutputError, match="permutation"):
-        plan_resharding(checkpoint, model, "mine", 2, placement)
+        plan_resharding(original, "mine", 2, Placed(placement))
     with pytest.raises(OutputError, match="placement for each"):
-        plan_resharding(checkpoint, model, "mine", 2, {})
+        plan_resharding(original, "mine", 2, Placed({}))
 
 
 def test_layers_may_each_have_their_own_permutation(good: Path, tmp_path: Path) -> None:
-    checkpoint = read_checkpoint(good / "source")
-    model = read_model(checkpoint)
+    original = read_original(good / "source")
     chance = random.Random(0)
-    placement = {layer.name: tuple(chance.sample(range(8), 8)) for layer in model.layers}
+    placement = {layer.name: tuple(chance.sample(range(8), 8)) for layer in original.model.layers}
     assert len(set(placement.values())) > 1
-    write_resharding(plan_resharding(checkpoint, model, "mine", 3, placement), tmp_path / "output")
+    write_resharding(plan_resharding(original, "mine", 3, Placed(placement)), tmp_path / "output")
     run_well("verify", tmp_path / "output", "--src", good / "source")
     run_well("restore", tmp_path / "output", "--out", tmp_path / "restored")
     assert_identical_trees(good / "source", tmp_path / "restored")

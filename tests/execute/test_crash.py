@@ -138,7 +138,7 @@ def test_what_the_journal_calls_complete_is_so_after_a_power_cut(
 def test_without_the_flush_of_each_file_a_power_cut_makes_the_journal_lie(source: Path, tmp_path: Path) -> None:
     """The control of the test above."""
     script = (
-        "import os, reshard.syscalls\n"
+        "import os, reshard.execute.syscalls\n"
         "fsync = os.fsync\n"
         "def of_journal_only(fd):\n"
         "    if os.readlink(f'/proc/self/fd/{fd}').endswith('journal'):\n"
@@ -168,7 +168,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_room_lets_it_go_on(
             _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
         assert len(errors.splitlines()) == 1
-        assert "No space left on device; the same command takes up from here" in errors
+        assert "No space left on device; rerun the command to resume" in errors
         assert not (out / "config.json").exists()
         filler.unlink()
         run_well("zigzag", "--src", source, "--out", out, *OPTIONS)
@@ -338,15 +338,14 @@ def test_holes_stay_holes_and_digests_are_those_of_zeros(source: Path, tmp_path:
 
     assert taken(sparse) < 0.7 * taken(source)
     for layout in ("ranks", "source"):
-        for digests in ("all", "none"):
-            out, back = tmp_path / f"{layout}-{digests}", tmp_path / f"{layout}-{digests}-back"
-            options = ["--layout", layout, "--digests", digests, "--reflink", "never" if digests == "all" else "auto"]
-            run_well("zigzag", "--src", sparse, "--out", out, "--ep", RANKS, *options)
-            run_well("verify", out, "--src", sparse)
-            run_well("restore", out, "--out", back)
-            assert_identical_trees(sparse, back)
-            for directory in (out, back):
-                assert taken(directory) < 1.3 * taken(sparse)
+        out, back = tmp_path / layout, tmp_path / f"{layout}-back"
+        options = ["--layout", layout, "--digests", "all", "--reflink", "never"]
+        run_well("zigzag", "--src", sparse, "--out", out, "--ep", RANKS, *options)
+        run_well("verify", out, "--src", sparse)
+        run_well("restore", out, "--out", back)
+        assert_identical_trees(sparse, back)
+        for directory in (out, back):
+            assert taken(directory) < 1.3 * taken(sparse)
 
 
 def test_a_sparse_source_needs_no_more_room_than_its_data(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from checkpoints import Spec, build
 from command_line import run, run_well
@@ -18,11 +19,14 @@ from filesystems import Mounted, mounted
 from oracle import assert_identical_trees, assert_resharded, read_safetensors, tree
 
 from reshard import OutputError, read_checkpoint, read_model, verify, write_resharding
-from reshard.commands.place import plan_resharding
-from reshard.execute.reflink import Sharing
+from reshard.commands.original import read_original
+from reshard.commands.resharding import Writing, plan_resharding
 from reshard.placement.permutations import zigzag
+from reshard.placement.strategies import Placed
 from reshard.plan.files import Digests, Range
 from reshard.plan.layouts import by_rank, why_not_shared
+from reshard.plan.sharing import Sharing
+from reshard.record.manifest import Manifest, encode_manifest
 
 RANKS = 2
 LARGE = 1 << 16
@@ -60,7 +64,7 @@ def zigzag_report(source: Path, out: Path, *options: object) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("layout", ["source", "ranks"])
-@pytest.mark.parametrize("digests", ["all", "copied", "none"])
+@pytest.mark.parametrize("digests", ["all", "copied"])
 def test_an_output_takes_hardly_any_room_and_is_right(disk: Mounted, out: Path, layout: str, digests: str) -> None:
     source = disk.path / "source"
     before, used = tree(source), disk.used()
@@ -90,11 +94,11 @@ def test_by_default_blocks_are_shared_and_by_rank_digests_taken_of_all(disk: Mou
     assert report["undigested_tensors"] > 100
     shutil.rmtree(out)
     text = run_well("zigzag", "--src", disk.path / "source", "--ep", RANKS, "--out", out, "--layout", "source")
-    assert "disk blocks shared with" in text
+    assert "share disk blocks with" in text
     assert "have no digest" in text
 
 
-@pytest.mark.parametrize("digests", ["all", "none"])
+@pytest.mark.parametrize("digests", ["all", "copied"])
 def test_nothing_is_shared_where_the_user_says_never(disk: Mounted, out: Path, digests: str) -> None:
     used = disk.used()
     report = zigzag_report(disk.path / "source", out, "--layout", "source", "--reflink", "never", "--digests", digests)
@@ -163,7 +167,7 @@ def test_blocks_are_only_shared_where_every_file_lies_on_the_same_file_system(
     first.symlink_to(tmp_path / first.name)
     report = zigzag_report(source, out, "--layout", "source")
     assert report["shared"] == 0
-    assert "cross-device" in report["why_not_shared"]
+    assert "on another file system" in report["why_not_shared"]
     assert_resharded(source, out, RANKS, by_rank=False)
     shutil.rmtree(source)
 
@@ -177,20 +181,29 @@ def test_where_blocks_cannot_be_shared_always_is_refused_and_auto_copies(tmp_pat
     assert refused.exit_code == 1
     assert "cannot share blocks" in refused.stderr
     assert not (tmp_path / "out").exists()
-    assert "no disk blocks shared" in run_well(*arguments)
+    assert "copied: this file system has no reflinks" in run_well(*arguments)
     assert_resharded(source, tmp_path / "out", RANKS, by_rank=False)
 
 
-@pytest.mark.parametrize("layout", ["source", "ranks"])
-def test_the_kernel_may_copy_what_needs_no_digest(layout: str, tmp_path: Path) -> None:
-    source = build_large(tmp_path / "source")
-    report = zigzag_report(source, tmp_path / "out", "--layout", layout, "--digests", "none", "--reflink", "auto")
-    assert report["undigested_tensors"] > 50
-    assert_resharded(
-        source, tmp_path / "out", RANKS, by_rank=layout == "ranks", undigested=report["undigested_tensors"]
-    )
-    run_well("restore", tmp_path / "out", "--out", tmp_path / "back")
-    assert_identical_trees(source, tmp_path / "back")
+def test_restore_refuses_an_output_that_was_made_with_digests_none(tmp_path: Path) -> None:
+    """Version 0.1 wrote such outputs: tensors of 64 KiB and more have no digest, and share no blocks either."""
+    source, out = build_large(tmp_path / "source"), tmp_path / "out"
+    zigzag_report(source, out, "--reflink", "never")
+    run_well("restore", out, "--out", tmp_path / "control")
+    path = out / "reshard_manifest.json"
+    manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    files = [
+        msgspec.structs.replace(record, digest=None, tensors=dict.fromkeys(record.tensors))
+        if record.tensors
+        else record
+        for record in manifest.files
+    ]
+    path.write_bytes(encode_manifest(msgspec.structs.replace(manifest, files=files)))
+    run_well("verify", out, "--src", source)
+    refused = run("restore", out, "--out", tmp_path / "back")
+    assert refused.exit_code == 1
+    assert "--digests none" in refused.output
+    assert not (tmp_path / "back").exists()
 
 
 def test_always_is_refused_where_there_is_nothing_to_share(disk: Mounted, out: Path, tmp_path: Path) -> None:
@@ -259,13 +272,11 @@ def test_by_rank_large_tensors_lie_on_blocks_as_in_the_source(shuffled: bool, tm
 def test_files_are_not_cut_for_sharing_where_it_gains_little(tmp_path: Path) -> None:
     build(Spec("deepseek_v3"), tmp_path / "small")  # the control: its tensors are all too small
     for source, worth in ((build_large(tmp_path / "large"), True), (tmp_path / "small", False)):
-        checkpoint = read_checkpoint(source)
-        model = read_model(checkpoint)
-        experts = model.routing.num_experts
-        order = dict.fromkeys((layer.name for layer in model.layers), zigzag(experts, RANKS))
-        resharding = plan_resharding(checkpoint, model, "zigzag", RANKS, order, sharing=Sharing(4096))
+        original = read_original(source)
+        order = dict.fromkeys(original.shape.layers, zigzag(original.num_experts, RANKS))
+        resharding = plan_resharding(original, "zigzag", RANKS, Placed(order), Writing(sharing=Sharing(4096)))
         assert (resharding.plan.sharing.block_size is not None) == worth
-        assert ("could lie on blocks" in resharding.plan.sharing.why_not) != worth
+        assert ("could share blocks" in resharding.plan.sharing.why_not) != worth
 
 
 def test_a_source_file_named_like_a_rank_s_is_refused_where_it_would_keep_its_name(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_run_that_comes_late_does_not_write_into_a_finished_output(
         "reshard.execute.journal.check_out", lambda out: None
     )  # as if the other had finished just after it
     monkeypatch.setattr("reshard.execute.run.check_out", lambda out: None)
-    with pytest.raises(OutputError, match="not empty"):
+    with pytest.raises(OutputError, match="no longer empty"):
         zigzag(source, 2, out)
     assert_identical_trees(whole, out)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from traces import write_trace
 
-from reshard import balance, read_checkpoint, read_model
+from reshard import read_checkpoint, read_model
+from reshard.commands.original import place_experts, read_original
 from reshard.errors import OutputError
+from reshard.placement import balance
 from reshard.placement.balance import (
     BATCH_SIZES,
     Batches,
@@ -29,17 +31,22 @@ from reshard.placement.balance import (
     gather,
     packed,
     placement_of,
-    ranks_of,
     search,
     slowest,
     spread,
 )
+from reshard.placement.permutations import rank_of_each
 from reshard.placement.strategies import Balanced
 from reshard.traffic.effect import Effect, effect
 
 LEARNED = load_file(Path(__file__).parents[1] / "data" / "routing.safetensors")
 EXPERTS = 64
 EXPERTS_OF_SOURCE = 8
+
+
+def ranks_of(physical_to_logical: Sequence[int], ep_size: int) -> Tensor:
+    """rank_E of a placement."""
+    return torch.tensor(rank_of_each(physical_to_logical, ep_size))
 
 
 def drawn(seed: int, experts: int, top_k: int, tokens: int = 1024, stretch: int = 64) -> Tensor:
@@ -350,7 +357,7 @@ def test_a_layer_without_traffic_gets_zigzag_and_place_says_so(source: Path, tmp
     *first, draft = (layer.name for layer in read_model(read_checkpoint(source)).layers)
     arguments = ("--strategy", "balanced", "--trace", trace)
     said = run_well("place", "--src", source, "--ep", 4, "--out", tmp_path / "out", *arguments)
-    assert f"note: {trace} has no traffic of {draft}: zigzag there" in said
+    assert f"note: {trace} has no traffic of {draft}: these layers got zigzag" in said
     expected = {name: list(balanced(ids_TK, 8, 4)) for name, ids_TK in zip(first, traffic, strict=True)}
     expected[draft] = zigzag(8, 4)
     assert_resharded(source, tmp_path / "out", 4, expected, strategy="balanced")
@@ -406,21 +413,21 @@ def test_a_model_without_expert_groups_is_not_told_that_zigzag_will_not_help(tmp
 
 def test_layers_are_handed_out_one_by_one_to_whoever_shows_progress(source: Path, tmp_path: Path) -> None:
     trace = recorded(tmp_path, source, *[drawn(seed, 8, 2, tokens=4096) for seed in (1, 2, 3)])
-    model, shown = read_model(read_checkpoint(source)), []
-    Balanced(4, trace, progress=lambda layers: (shown.append(layer) or layer for layer in layers)).place(model, source)
-    assert tuple(shown) == model.layers
+    original, shown = read_original(source), []
+    place_experts(original, Balanced(4, trace, progress=lambda names: (shown.append(name) or name for name in names)))
+    assert tuple(shown) == original.shape.layers
 
 
 @pytest.mark.parametrize(
     ("tokens", "ep", "nodes", "words"),
-    [(4095, 4, 2, "4095 tokens were recorded"), (4096, 4, 3, "4 EP ranks are not the same number on each")],
+    [(4095, 4, 2, "4095 tokens recorded"), (4096, 4, 3, "4 EP ranks cannot be divided evenly")],
 )
 def test_what_does_not_fit_is_refused(
     tokens: int, ep: int, nodes: int, words: str, source: Path, tmp_path: Path
 ) -> None:
     trace = recorded(tmp_path, source, drawn(1, 8, 2, tokens=tokens))
     with pytest.raises(OutputError, match=words):
-        Balanced(ep, trace, nodes).place(read_model(read_checkpoint(source)), source)
+        place_experts(read_original(source), Balanced(ep, trace, nodes))
 
 
 @pytest.mark.parametrize(

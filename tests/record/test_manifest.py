@@ -15,7 +15,7 @@ from reshard import zigzag
 from reshard.cli.main import main
 from reshard.record.manifest import manifest_schema
 
-SCHEMA = json.loads((files("reshard") / "manifest.schema.json").read_text())
+SCHEMA = json.loads((files("reshard.record") / "manifest.schema.json").read_text())
 
 
 def test_the_published_schema_is_the_one_that_the_structs_give() -> None:

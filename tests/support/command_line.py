@@ -31,7 +31,7 @@ def slowly(seconds: float, *arguments: object) -> list[str]:
     background of a shell, which has its children ignore SIGINT.
     """
     script = (
-        "import signal, sys, time, reshard.copy\n"
+        "import signal, sys, time, reshard.execute.run\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from reshard.cli.main import main\n"
         "write_file = reshard.execute.run.write_file\n"

@@ -18,9 +18,10 @@ from command_line import run, run_well
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from reshard import analyze
-from reshard.commands.analyze import Analysis, Candidate
+from reshard.commands.page import write_page
 from reshard.placement.strategies import Linear, NodeZigzag, Strategy, Zigzag
-from reshard.traffic.page import render, write_page
+from reshard.traffic.analysis import Analysis, Candidate
+from reshard.traffic.page import render
 
 BROWSER_REQUIRED = "RESHARD_TEST_BROWSER"
 PATIENCE = 120_000  # milliseconds: a machine may be busy
@@ -156,7 +157,7 @@ def test_a_page_that_would_write_over_something_or_into_the_source_is_refused(
     )
     result = run("analyze", source, "--ep", RANKS, "--tokens", 64, "--html", out)
     assert result.exit_code == 1
-    assert "choose another --html" in result.output if "source" in where else "is there already" in result.output
+    assert "choose another --html" in result.output if "source" in where else "already exists" in result.output
     assert (tmp_path / "there").read_text() == "mine"
     assert not (tmp_path / "nowhere").exists()
     assert not (source / "page.html").exists()

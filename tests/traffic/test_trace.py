@@ -17,8 +17,8 @@ from command_line import run, run_well
 
 from reshard import TraceError, read_checkpoint, read_model
 from reshard.model.layers import MoeModel
-from reshard.traffic.choices import RUN, Traffic, recorded_traffic, runs
-from reshard.traffic.trace_file import Header, TraceWriter, layer_key, read_streams
+from reshard.traffic.choices import STRETCH, Traffic, recorded_traffic, stretches
+from reshard.traffic.trace_file import Header, TraceWriter, read_streams
 
 EXPERTS, TOP_K = 8, 2
 LAYERS = ("model.layers.1.mlp", "model.layers.2.mlp")
@@ -92,7 +92,7 @@ def test_a_part_of_a_row_at_the_end_is_passed_over(tmp_path: Path, model: MoeMod
         path.write_bytes(whole[:-cut])
         assert as_lists(traffic(tmp_path, model)) == expected(ids[:9])
     path.write_bytes(b"")
-    with pytest.raises(TraceError, match="no token is recorded there"):
+    with pytest.raises(TraceError, match="has no recorded tokens"):
         traffic(tmp_path, model)
 
 
@@ -172,35 +172,31 @@ def test_ids_beyond_a_byte_take_two(tmp_path: Path) -> None:
     assert read_recordings(tmp_path)[0].read(0, 2).tolist() == ids
 
 
-def test_layers_are_known_by_kind_and_number() -> None:
-    assert layer_key("model.layers.3.mlp") == layer_key("language_model.model.layers.3.mlp.experts") == ("layers", 3)
-    assert layer_key("mtp.0.ffn") == ("mtp", 0)
-    assert layer_key("lm_head") is None
-
-
 # A part of a long trace
 
 
 def test_a_long_trace_is_read_in_runs_spread_over_all_of_it(tmp_path: Path, model: MoeModel) -> None:
-    tokens = 10 * RUN
+    tokens = 10 * STRETCH
     ids = [[[token % EXPERTS, (token + 1) % EXPERTS]] * 2 for token in range(tokens)]
     write(tmp_path, ids)
-    found = traffic(tmp_path, model, most=3 * RUN)
-    assert found.tokens == 3 * RUN
+    found = traffic(tmp_path, model, most=3 * STRETCH)
+    assert found.tokens == 3 * STRETCH
     assert traffic(tmp_path, model).tokens == tokens
-    chosen = runs(tokens, 3 * RUN)
-    assert [len(run) for run in chosen] == [RUN] * 3
+    chosen = stretches(tokens, 3 * STRETCH)
+    assert [len(run) for run in chosen] == [STRETCH] * 3
     assert chosen[0].start < tokens / 4
     assert chosen[-1].stop > 3 * tokens / 4
     assert all(one.stop <= other.start for one, other in pairwise(chosen))
 
 
-@pytest.mark.parametrize(("tokens", "most"), [(10, 10), (10, 0), (RUN, 5), (3 * RUN + 1, RUN), (9 * RUN + 7, 8 * RUN)])
+@pytest.mark.parametrize(
+    ("tokens", "most"), [(10, 10), (10, 0), (STRETCH, 5), (3 * STRETCH + 1, STRETCH), (9 * STRETCH + 7, 8 * STRETCH)]
+)
 def test_no_more_than_asked_for_and_within_the_trace(tokens: int, most: int) -> None:
-    chosen = runs(tokens, most)
+    chosen = stretches(tokens, most)
     assert sum(map(len, chosen)) <= most
     assert all(0 <= run.start <= run.stop <= tokens for run in chosen)
-    assert most < min(RUN, tokens) or sum(map(len, chosen)) > most - RUN
+    assert most < min(STRETCH, tokens) or sum(map(len, chosen)) > most - STRETCH
 
 
 def test_a_part_of_every_recording_in_time_can_be_asked_for(tmp_path: Path, model: MoeModel) -> None:
@@ -297,16 +293,16 @@ def test_a_dump_that_holds_code_is_not_run(tmp_path: Path) -> None:
     ("line", "fault"),
     [
         (b"\x89PNG", "expected a line of JSON"),
-        (b"[]\n", "no trace of reshard"),
-        (b"{}\n", "no trace of reshard"),
-        (b"[" * 100_000 + b"\n", "no trace of reshard"),
-        (json.dumps({"reshard_trace": 2}).encode() + b"\n", "no trace of reshard"),
+        (b"[]\n", "not a trace of reshard"),
+        (b"{}\n", "not a trace of reshard"),
+        (b"[" * 100_000 + b"\n", "not a trace of reshard"),
+        (json.dumps({"reshard_trace": 2}).encode() + b"\n", "not a trace of reshard"),
         ({"reshard_trace": 2}, "a trace of version 2"),
-        ({"layers": []}, "the names of its layers"),
-        ({"layers": ["a", "a"]}, "the names of its layers"),
-        ({"top_k": 0}, "cannot be"),
-        ({"num_experts": 1 << 20}, "cannot be"),
-        ({"physical_to_logical": [0, 1]}, "has not 8 experts"),
+        ({"layers": []}, "distinct names of layers"),
+        ({"layers": ["a", "a"]}, "distinct names of layers"),
+        ({"top_k": 0}, "is impossible"),
+        ({"num_experts": 1 << 20}, "is impossible"),
+        ({"physical_to_logical": [0, 1]}, "does not have 8 experts"),
         ({"physical_to_logical": [0] * 8}, "expected a permutation"),
         ({"physical_to_logical": {"a": [0]}}, "an entry for each"),
     ],
@@ -326,8 +322,8 @@ def test_a_file_that_is_no_trace_is_refused_in_one_line(line: Any, fault: str, t
 @pytest.mark.parametrize(
     ("other", "fault"),
     [
-        ({"num_experts": 16}, "recorded with 16 experts in a layer"),
-        ({"top_k": 1}, "recorded with 1 experts of a token"),
+        ({"num_experts": 16}, "recorded with 16 experts per layer"),
+        ({"top_k": 1}, "recorded with 1 experts per token"),
         ({"layers": ("model.layers.1.mlp", "model.layers.7.mlp")}, "has no such MoE layer"),
     ],
 )
@@ -369,4 +365,4 @@ def test_nothing_recorded_is_said(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         refused = run("trace", "info", path)
         assert refused.exit_code == 1
-        assert "RESHARD_TRACE" in refused.output or "no token is recorded" in refused.output
+        assert "RESHARD_TRACE" in refused.output or "has no recorded tokens" in refused.output

@@ -17,7 +17,7 @@ from torch import Tensor
 from reshard.traffic.recordings import read_recordings
 from reshard.vllm.recording import WAITING, Recorder, Scribe, attach
 
-TOP_K, EXPERTS, MOST_TOKENS = 2, 8, 16
+TOP_K, EXPERTS, MAX_TOKENS = 2, 8, 16
 
 
 class Capturer:
@@ -90,7 +90,7 @@ def worker(*, monolithic: bool = False, **parallel: Any) -> Any:
     named = [(f"model.layers.{number}.mlp.experts", runner) for number, runner in enumerate(runners, 1)]
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(**{"data_parallel_rank": 0, **parallel}),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=MOST_TOKENS),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_TOKENS),
         model_config=SimpleNamespace(model="m", hf_config=SimpleNamespace(), get_num_experts=lambda: EXPERTS),
         additional_config={},
     )

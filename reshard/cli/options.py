@@ -1,0 +1,150 @@
+"""Options that several commands share, and how their values are parsed."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..placement.strategies import STRATEGIES, Options, Strategy
+from ..plan.files import Digests
+from ..plan.sharing import REFLINK
+from ..record.manifest import LAYOUTS
+from .progress import layer_bar
+
+SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    """A number of bytes such as 5GB (GB is 10^9) or 4GiB (GiB is 2^30)."""
+    match = re.fullmatch(r"([0-9]{1,15})\s*([A-Za-z]*)", value.strip())
+    if not match or match[2].upper() not in SIZE_UNITS or int(match[1]) == 0:
+        raise click.BadParameter(f"{value!r} is not a size; write it like 5GB, 500MB or 4GiB", ctx, param)
+    return int(match[1]) * SIZE_UNITS[match[2].upper()]
+
+
+def parse_ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    """EP ranks and ranges of them, such as 0-3,6."""
+    ranks: set[int] = set()
+    for item in value.split(","):
+        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", item.strip())
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise click.BadParameter(f"{item!r} is not a rank or a range of ranks; write them like 0-3,6", ctx, param)
+        ranks.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(ranks))
+
+
+quiet_option = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+workers_option = click.option(
+    "--workers", type=click.IntRange(1, 1024), help="Number of threads.  [default: one per processor, at most 8]"
+)
+reflink_option = click.option(
+    "--reflink",
+    type=click.Choice(REFLINK),
+    default="auto",
+    show_default=True,
+    help="Share disk blocks instead of copying them, if the file system can (XFS, Btrfs).",
+)
+restart_option = click.option("--restart", is_flag=True, help="Discard what an interrupted run left, and start over.")
+out_option = click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Directory to write; must be absent or empty, or hold an interrupted run.",
+)
+
+
+source_option = click.option(
+    "--src", required=True, help="Checkpoint directory, or a repository id in the Hugging Face cache."
+)
+layout_option = click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="ranks",
+    show_default=True,
+    help="ranks: write files by EP rank. source: write a file for each file of the source.",
+)
+max_shard_size_option = click.option(
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    callback=parse_size,
+    help="Maximum size of the tensors in a file, with --layout ranks.",
+)
+digests_option = click.option(
+    "--digests",
+    type=click.Choice([digests.value for digests in Digests]),
+    help="Which tensors to checksum: all, or only copied ones.  [default: all; copied with --layout source]",
+)
+ep_option = click.option("--ep", required=True, type=int, help="Number of EP ranks to serve on.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+
+
+def strategy_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of strategies; the command receives them as `placing`."""
+
+    @functools.wraps(command)
+    def with_options(nodes: int | None, trace: Path | None, map_file: Path | None, **options: Any) -> None:
+        command(placing=Options(nodes, trace, map_file), **options)
+
+    for option in (
+        click.option(
+            "--map",
+            "map_file",
+            type=click.Path(path_type=Path),
+            help="Placement for file: JSON with physical_to_logical, one list for all MoE layers or one for each by "
+            "name. A manifest works too.",
+        ),
+        click.option(
+            "--trace",
+            type=click.Path(path_type=Path),
+            help="Directory of recorded routing, for balanced; see reshard trace --help.",
+        ),
+        click.option(
+            "--nodes",
+            type=click.IntRange(min=2),
+            help="Number of nodes that the EP ranks are spread over, for node-zigzag; optional for balanced.",
+        ),
+    ):
+        with_options = option(with_options)
+    return with_options
+
+
+def make_strategy(name: str, options: Options, silent: bool) -> Callable[[int], Strategy]:
+    """A function that makes the strategy `name` for a number of EP ranks.
+
+    UsageError if an option that it needs is absent, or one that it does not take is given.
+    """
+    offer = STRATEGIES[name]
+    for option in ("nodes", "trace", "map"):
+        given = getattr(options, option) is not None
+        if option in offer.needs and not given:
+            raise click.UsageError(f"--strategy {name} needs --{option}")
+        if given and option not in (*offer.needs, *offer.takes):
+            raise click.UsageError(f"--{option} does not go with --strategy {name}")
+    return lambda ep_size: offer.make(ep_size, replace(options, progress=layer_bar(silent)))
+
+
+def writing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that `zigzag` and `place` share: the source, the output, and how to write it."""
+    options = (
+        source_option,
+        ep_option,
+        out_option,
+        layout_option,
+        max_shard_size_option,
+        reflink_option,
+        digests_option,
+        workers_option,
+        dry_run_option,
+        restart_option,
+    )
+    for option in reversed((*options, quiet_option, json_option)):
+        command = option(command)
+    return command

@@ -1,0 +1,294 @@
+"""What commands print: reports as text and as JSON. Decides nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from ..commands.export import Export
+from ..commands.inspect import Inspection
+from ..commands.resharding import Resharding
+from ..commands.stage import Staging
+from ..commands.trace_info import TraceInfo
+from ..commands.verify import Verification
+from ..execute.destination import SPARE_SPACE, free_space
+from ..execute.run import Outcome
+from ..model.routing import why_plugin
+from ..placement.permutations import describe_ranks
+
+MAX_LINE = 1600  # characters of an error message
+
+
+def print_report(report: dict[str, Any], lines: list[str], quiet: bool, as_json: bool) -> None:
+    """Print `report` as JSON, or `lines` as text, or nothing."""
+    if as_json:
+        click.echo(json.dumps(report, indent=2, default=str))
+    elif not quiet:
+        click.echo("\n".join(lines))
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Print `message` as one printable line of bounded length, whatever names it quotes, and exit."""
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(message.split()))
+    if len(line) > MAX_LINE:
+        line = f"{line[: MAX_LINE // 2]} […] {line[-MAX_LINE // 2 :]}"
+    click.echo(f"reshard: error: {line}", err=True)
+    sys.exit(status)
+
+
+def plan_json(resharding: Resharding, out: Path) -> dict[str, Any]:
+    """A plan as `--json` prints it."""
+    return {
+        "src": str(resharding.checkpoint.root),
+        "out": str(out),
+        "strategy": resharding.strategy,
+        "layout": resharding.layout,
+        "ep_size": resharding.ep_size,
+        "family": resharding.model.family.name,
+        "moe_layers": len(resharding.model.layers),
+        "num_experts": resharding.model.routing.num_experts,
+        "plugin_required": resharding.contract is not None,
+        "notes": resharding.notes,
+        "size": resharding.plan.size,
+        "why_not_shared": resharding.plan.sharing.why_not or None,
+        "free": free_space(out),
+        "files": [
+            {
+                "name": file.name,
+                "size": file.size,
+                "rank": file.rank,
+                "tensors": sum(p.tensor is not None for p in file.parts),
+            }
+            for file in resharding.plan.files
+        ],
+    }
+
+
+def outcome_json(outcome: Outcome) -> dict[str, Any]:
+    """The outcome of a run as `--json` prints it. `size` is in bytes."""
+    return {
+        "out": str(outcome.out),
+        "size": outcome.size,
+        "shared": outcome.shared,
+        "undigested_tensors": outcome.undigested,
+        "seconds": round(outcome.seconds, 3),
+        "resumed_files": outcome.resumed,
+    }
+
+
+def serve_command(resharding: Resharding, out: Path) -> str:
+    """The command that serves the output."""
+    return shlex.join(
+        ["vllm", "serve", str(out), "--tensor-parallel-size", str(resharding.ep_size), "--enable-expert-parallel"]
+    )
+
+
+def describe_plan(resharding: Resharding, out: Path, shareable: int, needed: int) -> list[str]:
+    """The lines of `--dry-run`. Sizes are in bytes."""
+    lines = [*_describe_model(resharding), f"would write to {out}:"]
+    groups: dict[str, list[int]] = {}
+    for file in resharding.plan.files:
+        tensors = sum(part.tensor is not None for part in file.parts)
+        label = "small and other files" if not tensors else "all ranks" if file.rank is None else f"rank {file.rank}"
+        counts = groups.setdefault(label, [0, 0, 0])
+        for index, count in enumerate((1, tensors, file.size)):
+            counts[index] += count
+    for label, (files, tensors, size) in groups.items():
+        lines.append(f"  {label:22} {files:5} files {tensors:7} tensors {bytes_text(size):>10}")
+    size, free = resharding.plan.size, free_space(out) - SPARE_SPACE
+    lines.append(f"  {'total':22} {len(resharding.plan.files):5} files {'':15} {bytes_text(size):>10}")
+    sharing = resharding.plan.sharing
+    why = f"  ({sharing.why_not})" if sharing.why_not else ""
+    lines.append(f"  {'shared disk blocks':22} {'':27} {bytes_text(shareable):>10}{why}")
+    lines.append(f"  {'space needed':22} {'':27} {bytes_text(needed):>10}")
+    lines.append(f"  {'space free':22} {'':27} {bytes_text(free):>10}" + ("" if free >= needed else "  NOT ENOUGH"))
+    return lines
+
+
+def _placement(resharding: Resharding) -> str:
+    different = len(set(resharding.placement.values()))
+    if resharding.strategy != "file":
+        return resharding.strategy
+    return "the file's placement" if different == 1 else f"the file's {different} placements"
+
+
+def _describe_model(resharding: Resharding) -> list[str]:
+    routing = resharding.model.routing
+    return [
+        f"{resharding.checkpoint.root}: {resharding.model.family.name}, {len(resharding.model.layers)} MoE layers of "
+        f"{routing.num_experts} experts, {_placement(resharding)} for {resharding.ep_size} EP ranks",
+        f"plugin {why_plugin(routing)}",
+        *(f"note: {note}" for note in resharding.notes),
+    ]
+
+
+def describe_outcome(resharding: Resharding, outcome: Outcome) -> list[str]:
+    """The lines of `zigzag` and `place`."""
+    return [
+        *resumed_lines(outcome),
+        *_describe_model(resharding),
+        f"wrote {outcome.files} files, {bytes_text(outcome.size)}, to {outcome.out} in {time_text(outcome.seconds)}",
+        *sharing_lines(outcome, resharding.checkpoint.root),
+        f"check it:  reshard verify {shlex.quote(str(outcome.out))} --src "
+        f"{shlex.quote(str(resharding.checkpoint.root))}",
+        _serve_line(resharding, outcome.out),
+    ]
+
+
+def describe_staging(staging: Staging, outcome: Outcome) -> list[str]:
+    """The lines of `stage`."""
+    ranks = staging.manifest.staged_ranks
+    what = "" if ranks is None else f"EP ranks {describe_ranks(ranks)} of {staging.manifest.ep_size}: "
+    return [
+        *resumed_lines(outcome),
+        *(f"note: {note}" for note in staging.notes),
+        f"staged {what}{outcome.files} files, {bytes_text(outcome.size)}, to {outcome.out} in "
+        f"{time_text(outcome.seconds)}",
+        *sharing_lines(outcome, staging.plan.source),
+        f"check it:  reshard verify {shlex.quote(str(outcome.out))}",
+    ]
+
+
+def _serve_line(resharding: Resharding, out: Path) -> str:
+    where = " where reshard is installed beside vLLM" if resharding.contract else ""
+    return f"serve it{where}:  {serve_command(resharding, out)}"
+
+
+def resumed_lines(outcome: Outcome) -> list[str]:
+    """A line that says how many files an interrupted run had finished, if there was one."""
+    if not outcome.resumed:
+        return []
+    return [f"resumed an interrupted run: {outcome.resumed} files were already complete"]
+
+
+def sharing_lines(outcome: Outcome, source: Path) -> list[str]:
+    """How much is shared with the source or why nothing is, and how many tensors have no digest."""
+    if outcome.why_not_shared:
+        lines = [f"copied: {outcome.why_not_shared}"]
+    else:
+        lines = [f"{bytes_text(outcome.shared)} share disk blocks with {source}"]
+    if outcome.undigested:
+        lines.append(
+            f"{outcome.undigested} tensors were not read and have no digest: verify finds damage to them only with "
+            "--src; to give them digests, write with --digests all"
+        )
+    return lines
+
+
+def describe_export(exported: Export, out: Path | None) -> str:
+    """The line of `export`."""
+    use = exported.use.replace("{file}", str(out) if out else "FILE")
+    return (
+        f"{exported.strategy} for {exported.ep_size} EP ranks, {len(exported.moe_layers)} MoE layers of "
+        f"{exported.num_experts} experts, for {exported.engine}; serve the original, "
+        f"{exported.original}, with:  {use}"
+    )
+
+
+def describe_verification(verification: Verification, src: str | None, quick: bool) -> list[str]:
+    """The lines of `verify`."""
+    lines = [
+        f"{verification.out}: checked {verification.files} files and {verification.tensors} tensors, read "
+        f"{bytes_text(verification.size)} in {time_text(verification.seconds)}"
+    ]
+    if verification.problems:
+        return [*lines, *(f"problem: {problem}" for problem in verification.problems[1:])]
+    if quick:
+        lines.append("sizes, headers, index and configs are what was written; no tensor was read")
+    elif verification.unread and verification.routers is None:
+        lines.append(
+            f"every file and tensor that has a digest is what was written; {verification.unread} tensors have none and "
+            "were not read: compare them with --src; headers, index and config agree"
+        )
+    else:
+        lines.append("every file and tensor is what was written; headers, index and config agree")
+    for_ranks = ""
+    if verification.staged_ranks is not None:
+        for_ranks = f" that EP ranks {describe_ranks(verification.staged_ranks)} need"
+        lines.append(f"staged: it has all files that EP ranks {describe_ranks(verification.staged_ranks)} need")
+    if src is not None and verification.routers is not None:
+        routers = verification.routers
+        lines.append(f"every tensor of {src}{for_ranks} is in the output, bit for bit")
+        lines.append(
+            f"{routers.routers} routers on {routers.tokens} random hidden states each: the same logical experts "
+            "and weights" + (f" ({routers.ties} choices between equal scores left out)" if routers.ties else "")
+        )
+    return lines
+
+
+def describe_inspection(inspection: Inspection) -> list[str]:
+    """The lines of `inspect`."""
+    groups = (
+        f", {inspection.n_group} groups, {inspection.topk_group} chosen"
+        if inspection.n_group > 1
+        else ", no expert groups"
+    )
+    layers = inspection.moe_layers
+    rest = inspection.size - inspection.expert_size - inspection.router_size
+    lines = [
+        f"{inspection.path}: {'resharded ' if inspection.resharded else ''}{inspection.family} "
+        f"({inspection.model_type})",
+        f"  MoE layers   {len(layers)}: {layers[0]} … {layers[-1]}",
+        f"  routing      {inspection.num_experts} experts, top {inspection.top_k}, {inspection.scoring}{groups}",
+        f"  tensors      {inspection.tensors} in {inspection.files} files, {bytes_text(inspection.size)}",
+        f"    experts    {bytes_text(inspection.expert_size)}",
+        f"    routers    {bytes_text(inspection.router_size)}",
+        f"    the rest   {bytes_text(rest)}",
+    ]
+    lines.append(f"  plugin       {inspection.plugin}")
+    if inspection.ep_size is None:
+        return lines
+    lines.append(f"  placement    {inspection.strategy} for {inspection.ep_size} EP ranks" + _uniformity(inspection))
+    if inspection.staged_ranks is not None:
+        here = describe_ranks(inspection.staged_ranks)
+        lines.append(f"  staged       EP ranks {here}; the other ranks' files are not here")
+    lines.append("    rank   expert bytes   logical experts, in physical order")
+    for rank in inspection.ranks:
+        experts = " ".join(map(str, rank.experts))
+        lines.append(f"    {rank.rank:4}   {bytes_text(rank.size):>12}   {experts}")
+    return lines
+
+
+def _uniformity(inspection: Inspection) -> str:
+    return ", the same in every layer" if inspection.uniform else f"; layers differ, this is {inspection.moe_layers[0]}"
+
+
+def bytes_text(size: int) -> str:
+    """A number of bytes, such as 83.2 GB."""
+    for exponent, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "KB")):
+        if size >= 1000**exponent:
+            return f"{size / 1000**exponent:.1f} {unit}"
+    return f"{size} B"
+
+
+def time_text(seconds: float) -> str:
+    """A duration, such as 2.5 s or 3 min 20 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+def describe_trace(info: TraceInfo) -> list[str]:
+    """The lines of `reshard trace info`."""
+    lines = [f"{info.path}: {info.tokens} tokens in {len(info.streams)} recordings"]
+    for stream in info.streams:
+        experts = f" of {stream.num_experts}" if stream.num_experts else ""
+        lines += [
+            f"  {stream.where}",
+            f"    recorded by {stream.by}",
+            f"    {stream.tokens} tokens, {len(stream.busiest)} MoE layers, top {stream.top_k}{experts} experts",
+        ]
+        if stream.busiest:
+            layer, highest = max(stream.busiest.items(), key=lambda item: item[1])
+            median = sorted(stream.busiest.values())[len(stream.busiest) // 2]
+            lines.append(
+                f"    busiest expert over mean: {median:.2f} in the median layer, at most {highest:.2f} ({layer})"
+            )
+    return lines

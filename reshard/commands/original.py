@@ -1,0 +1,96 @@
+"""Reads the original, for every command that takes one: finds it, parses it, and refuses an output of reshard.
+
+`--src` enters here and leaves as an `Original`. No later step looks at the path again to decide what it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.directory import Checkpoint, read_checkpoint
+from ..checkpoint.source import find_source
+from ..errors import CheckpointError, OutputError
+from ..model.layers import MoeModel, read_model
+from ..placement.placement_file import read_placement_file
+from ..placement.strategies import Balanced, FromFile, MoeShape, Placed, Strategy, check_placement
+from ..record.manifest import MANIFEST
+from ..traffic.choices import recorded_traffic
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """A checkpoint that reshard can place, and what is known of its MoE layers."""
+
+    checkpoint: Checkpoint
+    model: MoeModel
+
+    @property
+    def root(self) -> Path:
+        """Its directory."""
+        return self.checkpoint.root
+
+    @property
+    def num_experts(self) -> int:
+        """E, the experts of a layer."""
+        return self.model.routing.num_experts
+
+    @property
+    def shape(self) -> MoeShape:
+        """What a strategy needs to know of it."""
+        routing = self.model.routing
+        layers = tuple(layer.name for layer in self.model.layers)
+        return MoeShape(str(self.root), layers, routing.num_experts, routing.n_group, routing.group_limited)
+
+
+def is_output(root: Path) -> bool:
+    """Whether reshard wrote the directory `root`."""
+    return (root / MANIFEST).exists()
+
+
+def read_original(src: str | Path) -> Original:
+    """Read the checkpoint `src`: a directory, or the id of a repository in the Hugging Face cache. Reads no weights.
+
+    Raises:
+        CheckpointError: the checkpoint is not sound, or is an output of reshard
+        UnsupportedError: renumbering its experts is not known to be exact
+
+    """
+    root = find_source(src)
+    if is_output(root):
+        raise CheckpointError(
+            f"{root / MANIFEST}: already resharded; start from the original, or `reshard restore` it first"
+        )
+    checkpoint = read_checkpoint(root)
+    return Original(checkpoint, read_model(checkpoint))
+
+
+def check_ep_size(ep_size: int, original: Original) -> None:
+    """OutputError unless the experts of a layer can be dealt to `ep_size` ranks."""
+    if not 2 <= ep_size <= original.num_experts:
+        raise OutputError(
+            f"{original.root}: --ep must be from 2 to the {original.num_experts} experts of a layer, found {ep_size}"
+        )
+
+
+def place_experts(original: Original, strategy: Strategy) -> Placed:
+    """Load what `strategy` works from, let it place the experts of `original`, and check the placement.
+
+    Raises:
+        OutputError: the strategy or its `ep_size` does not fit the model
+        CheckpointError: its placement file cannot be read
+        TraceError: its trace cannot be read, or is another model's
+
+    """
+    check_ep_size(strategy.ep_size, original)
+    shape = original.shape
+    match strategy:
+        case Balanced():
+            traffic = recorded_traffic(strategy.trace, original.model, original.root, end=strategy.share)
+            placed = strategy.place(shape, traffic.ids)
+        case FromFile():
+            placed = strategy.place(shape, read_placement_file(strategy.path))
+        case _:
+            placed = strategy.place(shape)
+    check_placement(placed.placement, shape)
+    return placed

@@ -1,0 +1,25 @@
+"""Writes an analysis as an HTML page: the file of `reshard analyze --html`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint.source import find_source
+from ..execute.destination import refuse_inside
+from ..execute.new_file import refuse_existing, write_new_file
+from ..traffic.analysis import Analysis
+from ..traffic.page import render
+
+
+def refuse_page(out: Path, src: str | Path) -> None:
+    """OutputError if no page may be written to `out`, because it exists or lies in the checkpoint `src`."""
+    root = find_source(src)
+    folders = [str(found.relative_to(root)) for found in root.rglob("*") if found.is_dir()] if root.is_dir() else []
+    refuse_inside(out, root, folders, "--html")
+    refuse_existing(out)
+
+
+def write_page(analysis: Analysis, out: Path) -> None:
+    """Write the page. Raises OutputError if `out` exists or lies in the checkpoint."""
+    refuse_page(out, analysis.path)
+    write_new_file(out, render(analysis))

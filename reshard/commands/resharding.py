@@ -1,0 +1,242 @@
+"""How an original becomes an output: everything is decided here, before the first byte is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from .._version import __version__
+from ..checkpoint.directory import CONFIG, INDEX, Checkpoint
+from ..checkpoint.source import identify
+from ..errors import CheckpointError, OutputError
+from ..model.config_ids import map_config_files
+from ..model.layers import MoeModel
+from ..placement.contract import CONTRACT_KEY, LOCKED_KEYS, Contract, contract_to_json, lock_config, placement_to_json
+from ..placement.permutations import Placement
+from ..placement.strategies import Placed, check_placement
+from ..plan.extents import shareable
+from ..plan.files import Digests, OutputFile, Plan, literal_file, plan_index, whole_file
+from ..plan.layouts import as_source, by_rank, why_not_shared
+from ..plan.sharing import NOTHING_SHARED, Sharing
+from ..record.manifest import (
+    MANIFEST,
+    MANIFEST_VERSION,
+    FileRecord,
+    LayerRecord,
+    Layout,
+    Manifest,
+    Source,
+    SourceFile,
+    pack,
+)
+from .original import Original
+
+DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
+_RANK_FILE_NAME = re.compile(r"model-ep\d+-of-\d+-")
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How an output is written: which files, how large, what is shared with the source, what gets a digest."""
+
+    layout: Layout = "ranks"
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE  # bytes of tensors in a file; unused with layout "source"
+    sharing: Sharing = NOTHING_SHARED
+    digests: Digests = Digests.ALL
+
+
+@dataclass(frozen=True, slots=True)
+class Resharding:
+    """All that is decided before the first byte is written.
+
+    `index` and `config` are the bytes of the two files that are written last. `originals` has the source's bytes of
+    each small file that is rewritten.
+    """
+
+    checkpoint: Checkpoint
+    model: MoeModel
+    strategy: str
+    layout: Layout
+    ep_size: int
+    placement: Placement
+    contract: Contract | None
+    plan: Plan
+    index: bytes
+    config: bytes
+    originals: Mapping[str, bytes]
+    notes: tuple[str, ...]
+
+
+def plan_resharding(
+    original: Original, strategy: str, ep_size: int, placed: Placed, writing: Writing | None = None
+) -> Resharding:
+    """Decide how `original` is rewritten for the placement `placed` on `ep_size` ranks; `strategy` names its maker.
+
+    Raises:
+        CheckpointError: the original has files or keys that only an output has
+        UnsupportedError: a config file names experts in a way that cannot be mapped
+        OutputError: `placed` or `writing` does not fit
+
+    """
+    checkpoint, model, placement = original.checkpoint, original.model, placed.placement
+    writing = writing or Writing()
+    _refuse_output_config(checkpoint)
+    check_placement(placement, original.shape)
+    contract = None
+    if model.routing.group_limited:
+        locked = {key: checkpoint.config[key] for key in LOCKED_KEYS if key in checkpoint.config}
+        contract = Contract(strategy, ep_size, model.routing.n_group, model.routing.topk_group, placement, locked)
+    weights, sharing = _weights(original, placement, ep_size, writing)
+    _refuse_collisions(checkpoint, weights)
+    rewritten = _rewritten_configs(checkpoint, model, placement, contract)
+    rewritten[INDEX] = plan_index(weights, checkpoint.index_metadata)
+    copied = [
+        literal_file(file.name, rewritten[file.name]) if file.name in rewritten else whole_file(file.name, file.size)
+        for file in checkpoint.other_files
+        if file.name not in (INDEX, CONFIG)
+    ]
+    return Resharding(
+        checkpoint=checkpoint,
+        model=model,
+        strategy=strategy,
+        layout=writing.layout,
+        ep_size=ep_size,
+        placement=placement,
+        contract=contract,
+        plan=Plan(
+            source=checkpoint.root,
+            source_files=checkpoint.files,
+            headers={name: header.raw for name, header in checkpoint.shards.items()},
+            sharing=sharing,
+            directories=checkpoint.directories,
+            files=(*weights, *copied),
+            last=(MANIFEST, INDEX, CONFIG),
+        ),
+        index=rewritten[INDEX],
+        config=rewritten.get(CONFIG) or (checkpoint.root / CONFIG).read_bytes(),
+        originals={name: (checkpoint.root / name).read_bytes() for name in rewritten if name in checkpoint.files},
+        notes=(*placed.notes, *_notes(checkpoint, model)),
+    )
+
+
+def _refuse_output_config(checkpoint: Checkpoint) -> None:
+    """CheckpointError if config.json is an output's, even without a manifest beside it."""
+    locked = "a model type of reshard" if str(checkpoint.config.get("model_type")).startswith("reshard_") else None
+    if mark := CONTRACT_KEY if CONTRACT_KEY in checkpoint.config else locked:
+        raise CheckpointError(f"{checkpoint.root / CONFIG}: has {mark}: already resharded; start from the original")
+
+
+def _weights(
+    original: Original, placement: Placement, ep_size: int, writing: Writing
+) -> tuple[list[OutputFile], Sharing]:
+    """The weight files of the output, and which blocks they really share."""
+    checkpoint, model, sharing = original.checkpoint, original.model, writing.sharing
+    if writing.layout == "source":
+        files = as_source(checkpoint, model, placement, block_size=sharing.block_size, digests=writing.digests)
+        if sharing.required and not any(shareable(file.parts, sharing.block_size) for file in files):
+            raise OutputError(f"{checkpoint.root}: --reflink always, but its tensors are too small to share blocks")
+        return files, sharing
+    cut = partial(
+        by_rank,
+        checkpoint,
+        model,
+        placement,
+        ep_size,
+        max_shard_size=writing.max_shard_size,
+        digests=writing.digests,
+    )
+    files = cut(block_size=sharing.block_size)
+    if sharing.block_size and (why := why_not_shared(files, checkpoint, ep_size, sharing.block_size)):
+        if sharing.required:
+            raise OutputError(f"{checkpoint.root}: files by rank cannot share its blocks: {why}; try --layout source")
+        return cut(block_size=None), Sharing(None, why)
+    return files, sharing
+
+
+def _rewritten_configs(
+    checkpoint: Checkpoint, model: MoeModel, placement: Placement, contract: Contract | None
+) -> dict[str, bytes]:
+    changed = map_config_files(checkpoint, model, placement)
+    if contract is not None:
+        changed[CONFIG] = lock_config(changed.get(CONFIG, checkpoint.config), contract)
+    return {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in changed.items()}
+
+
+def _refuse_collisions(checkpoint: Checkpoint, weights: Sequence[OutputFile]) -> None:
+    for file in weights:
+        if file.rank is None and _RANK_FILE_NAME.match(file.name):
+            raise CheckpointError(
+                f"{checkpoint.root / file.name}: named like a file of one EP rank, so only that rank would read it; "
+                "rename it in the source, or leave out --layout source"
+            )
+    kept = {file.name for file in checkpoint.other_files}
+    for file in weights:
+        if file.name in kept:
+            raise CheckpointError(f"{checkpoint.root / file.name}: the output needs this name; move the file away")
+
+
+def _notes(checkpoint: Checkpoint, model: MoeModel) -> list[str]:
+    notes = []
+    if not any(layer.experts for layer in model.layers):
+        notes.append("its experts are fused into one tensor a layer, so every rank reads all of them: no files by rank")
+    other_weights = [
+        file.name
+        for file in checkpoint.other_files
+        if Path(file.name).suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") and file.size > 1 << 20
+    ]
+    if other_weights:
+        notes.append(f"copied unchanged, not resharded: {', '.join(other_weights)}")
+    return notes
+
+
+def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:
+    """The manifest of an output with the files `records`. Its digest is still empty."""
+    checkpoint, model, routing = resharding.checkpoint, resharding.model, resharding.model.routing
+    identity = identify(checkpoint.root)
+    source = Source(
+        path=os.fsencode(checkpoint.root.absolute()).decode(errors="replace"),
+        repo_id=identity.repo_id,
+        revision=identity.revision,
+        files=[_source_file(resharding, name) for name in checkpoint.files],
+        directories=list(checkpoint.directories),
+    )
+    layers = [
+        LayerRecord(
+            name=layer.name,
+            num_experts=routing.num_experts,
+            rows=[tensor.name for tensor in (*layer.router, *layer.fused)],
+            expert_ids=[tensor.name for tensor in layer.expert_ids],
+        )
+        for layer in model.layers
+    ]
+    return Manifest(
+        version=MANIFEST_VERSION,
+        reshard_version=__version__,
+        strategy=resharding.strategy,
+        layout=resharding.layout,
+        ep_size=resharding.ep_size,
+        family=model.family.name,
+        model_type=model.model_type,
+        routing=routing,
+        plugin_required=resharding.contract is not None,
+        contract=contract_to_json(resharding.contract) if resharding.contract is not None else None,
+        physical_to_logical=placement_to_json(resharding.placement),
+        moe_layers=layers,
+        source=source,
+        files=records,
+        digest="",
+    )
+
+
+def _source_file(resharding: Resharding, name: str) -> SourceFile:
+    size = resharding.checkpoint.files[name].size
+    if name in resharding.checkpoint.shards:
+        return SourceFile(name, size, header=pack(resharding.checkpoint.shards[name].raw))
+    if name in resharding.originals:
+        return SourceFile(name, size, content=pack(resharding.originals[name]))
+    return SourceFile(name, size)

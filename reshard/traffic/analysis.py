@@ -1,0 +1,63 @@
+"""What `reshard analyze` finds: each placement's effect on recorded or random traffic. Data only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .effect import Coselection, Effect
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One placement's effect: the mean over layers, and each MoE layer's by name."""
+
+    strategy: str
+    mean: Effect
+    layers: dict[str, Effect]
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Which experts tokens choose together, whatever the placement: the mean over layers, and each layer's by name.
+
+    `ranges` has the first and last expert of each range that is counted. The ranges are the model's groups if
+    `are_groups`; otherwise there is one for each EP rank.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    are_groups: bool
+    mean: Coselection
+    layers: dict[str, Coselection]
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """What was measured. `traffic` says in words where the choices come from.
+
+    The other candidates are compared with the first. `lower_bound` is true for random traffic, because text loads
+    ranks less evenly. `unrecorded` names the MoE layers that the trace lacks; they are not measured. `unfit` has each
+    strategy that does not fit the model, the ranks or the trace, and why.
+    """
+
+    path: Path
+    family: str
+    num_experts: int
+    top_k: int
+    n_group: int
+    topk_group: int
+    ep_size: int
+    nodes: int
+    tokens: int
+    traffic: str
+    lower_bound: bool
+    unrecorded: tuple[str, ...]
+    unfit: dict[str, str]
+    batch_sizes: tuple[int, ...]
+    candidates: tuple[Candidate, ...]
+    together: Together
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The MoE layers that were measured, in order."""
+        return tuple(self.together.layers)

@@ -1,0 +1,110 @@
+"""The shape of the code: which package may import which, how long a module may be, and what `reshard` exports."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import reshard
+
+ROOT = Path(reshard.__file__).parent
+MAX_LINES = 350
+
+# What each package may import, beside itself, `errors` and `_version`. Data flows down this list.
+MAY_IMPORT = {
+    "placement": set(),
+    "checkpoint": set(),
+    "model": {"checkpoint", "placement"},
+    "plan": {"checkpoint", "model", "placement"},
+    "record": {"checkpoint", "model", "placement"},
+    "execute": {"checkpoint", "plan", "record"},
+    "traffic": {"checkpoint", "model", "placement"},
+    "commands": {"checkpoint", "model", "placement", "plan", "record", "execute", "traffic"},
+    "cli": {"checkpoint", "model", "placement", "plan", "record", "execute", "traffic", "commands"},
+    "vllm": {"placement", "traffic.trace_file"},
+}
+PUBLIC = """
+    Analysis Balanced Checkpoint CheckpointError Contract Coselection Digests Effect Export FromFile Inspection
+    IntegrityError Linear Manifest MoeLayer MoeModel NodeZigzag Outcome OutputError Placed ReshardError Resharding
+    RouterComparison Routing Staging Strategy TraceError UnsupportedError Verification Zigzag __version__ analyze
+    export inspect place plan_placement plan_stage read_checkpoint read_manifest read_model restore stage verify
+    write_export write_page write_resharding write_staging zigzag
+"""
+
+
+def imported(source: str, package: str) -> Iterator[str]:
+    """The modules of reshard that a module of `package` imports anywhere in its `source`, as `package.module`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ["reshard", package][: 3 - node.level] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.removeprefix("reshard.") for name in names if name.startswith("reshard."))
+
+
+def strangers(source: str, package: str) -> list[str]:
+    """What a module of `package` imports and may not."""
+    allowed = {package, "errors", "_version", "__version__", *MAY_IMPORT[package]}
+    return [
+        name
+        for name in imported(source, package)
+        if not any(name == other or name.startswith(f"{other}.") for other in allowed)
+    ]
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_only_what_lies_before_it(package: str) -> None:
+    found = {path.name: strangers(path.read_text(), package) for path in (ROOT / package).glob("*.py")}
+    assert [name for name, wrong in found.items() if wrong] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from ..commands.place import place",
+        "from ..commands import place",
+        "from .. import zigzag",
+        "import reshard.commands.place",
+        "from reshard.commands.place import place",
+        "def late():\n    from ..execute.run import run",
+    ],
+)
+def test_an_import_against_the_flow_is_found(source: str) -> None:
+    assert len(strangers(source, "plan")) == 1
+    assert strangers("from .files import Plan\nfrom ..errors import OutputError\nimport os", "plan") == []
+
+
+def test_every_package_is_in_the_list() -> None:
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == set(MAY_IMPORT)
+
+
+def test_the_packages_form_no_cycle() -> None:
+    order: list[str] = []
+    while rest := MAY_IMPORT.keys() - set(order):
+        free = [package for package in rest if {name.split(".")[0] for name in MAY_IMPORT[package]} <= set(order)]
+        assert free, f"a cycle among {sorted(rest)}"
+        order += free
+
+
+def test_no_module_is_longer_than_one_can_hold_in_mind() -> None:
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
+
+
+def test_every_package_says_what_it_is_for() -> None:
+    for package in MAY_IMPORT:
+        docstring = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text()))
+        assert docstring is not None
+        assert len(docstring.split()) > 40, package
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(PUBLIC.split()) == sorted(reshard.__all__)
+    assert [name for name in PUBLIC.split() if not hasattr(reshard, name)] == []
