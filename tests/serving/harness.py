@@ -360,7 +360,7 @@ def _process(
 def _ended_soon(process: subprocess.Popen[str]) -> int | None:
     """The status of a rank whose first rank has ended; None for one that waits for it for ever."""
     try:
-        return process.wait(20)
+        return process.wait(10)
     except subprocess.TimeoutExpired:
         return None
 

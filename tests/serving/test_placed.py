@@ -283,10 +283,10 @@ def test_a_model_that_cuts_one_tensor_of_all_experts_by_itself_is_refused_once_i
 
 
 def test_a_rank_without_the_plugin_is_named(serving: Serving) -> None:
-    soon = {**ZIGZAG, "RESHARD_AGREEMENT_SECONDS": "45"}
+    soon = {**ZIGZAG, "RESHARD_AGREEMENT_SECONDS": "10"}
     one, _ = serving.each(v3(serving), [soon, {"VLLM_PLUGINS": SHIM_ONLY}])
     assert one.returncode != 0
-    assert re.search(r"ranks 1 did not say within 45 s which placement they serve", one.stderr), one.stderr[-4000:]
+    assert re.search(r"ranks 1 did not say within 10 s which placement they serve", one.stderr), one.stderr[-4000:]
 
 
 def test_a_rank_with_another_placement_is_named_by_each(serving: Serving) -> None:
