@@ -738,9 +738,9 @@ def test_a_file_system_that_really_is_full_is_noticed_before_the_first_byte(src:
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A checkpoint of 300 MB: long enough to be interrupted."""
+    """A checkpoint of 24 MB, in files enough to be interrupted between them."""
     folder = tmp_path_factory.mktemp("big") / "src"
-    hostile.write_base(folder, hidden=3072, inner=1024)
+    hostile.write_base(folder, hidden=768, inner=256)
     yield folder
     shutil.rmtree(folder)
 
@@ -754,7 +754,7 @@ def big_work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 WORKERS = default_workers()
-SMALL_FILES = ("--max-shard-size", "20MB")  # so that some files are complete when the run is interrupted
+SMALL_FILES = ("--max-shard-size", "1200KB")  # so that some files are complete when the run is interrupted
 
 
 def interrupt(src: Path, out: Path, how: signal.Signals) -> subprocess.CompletedProcess[str]:
