@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import random
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from checkpoints import Spec, build
-from command_line import run_well, slowly
 from interruption import Cut, cut_after, cut_before, is_loadable
 from oracle import assert_identical_trees, tree
 
@@ -76,25 +71,6 @@ def test_restore_is_taken_up_too(source: Path, whole: Path, tmp_path: Path) -> N
     assert not is_loadable(tmp_path / "back")
     assert restore(whole, tmp_path / "back").resumed > 0
     assert_identical_trees(source, tmp_path / "back")
-
-
-def test_a_killed_process_leaves_what_the_same_command_finishes(source: Path, whole: Path, tmp_path: Path) -> None:
-    chance = random.Random(0)
-    killed = 0
-    for number in range(8):
-        out = tmp_path / f"out{number}"
-        arguments = ["zigzag", "--src", source, "--ep", 3, "--out", out, "--max-shard-size", "1KB", "--quiet"]
-        command = slowly(0.02, *arguments)
-        process = subprocess.Popen(command)
-        while not (out / JOURNAL).exists() and process.poll() is None:
-            time.sleep(0.001)
-        time.sleep(chance.random() * 0.4)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        if (out / JOURNAL).exists():
-            run_well(*arguments)
-        assert_identical_trees(whole, out)
-    assert killed >= 4
 
 
 def test_a_journal_whose_last_line_is_cut_short_is_read_up_to_it(source: Path, whole: Path, tmp_path: Path) -> None:

@@ -284,6 +284,8 @@ def test_a_dump_that_holds_code_is_not_run(tmp_path: Path) -> None:
     refused = run("trace", "info", tmp_path)
     assert refused.exit_code == 1
     assert not (tmp_path / "touched").exists()
+    torch.load(tmp_path / "dump.pt", weights_only=False)  # the control: run, it writes
+    assert (tmp_path / "touched").exists()
 
 
 # Refused
