@@ -1,4 +1,4 @@
-"""How long the tests that repeat themselves go on, where tests keep their files, and the one copy of DeepSeek-R1."""
+"""For all tests: where they keep their files, how many threads they take, how long they go on, one DeepSeek-R1."""
 
 from __future__ import annotations
 
@@ -8,18 +8,30 @@ from pathlib import Path
 
 import deepseek_r1
 import pytest
+import torch
 from scratch import made_once, memory_disk
 
 LONG = "RESHARD_LONG_TESTS"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Let `tmp_path` lie in memory; what PYTEST_DEBUG_TEMPROOT or --basetemp says goes first.
+def on_gpu(config: pytest.Config) -> bool:
+    """Whether tests/gpu is run, which is done by name; its models take 70 GB, its references all processors."""
+    return "gpu" in (part for argument in config.args for part in Path(argument).parts)
 
-    Not for tests/gpu, which are run by name and have models of 70 GB.
-    """
-    if "gpu" not in (part for argument in config.args for part in Path(argument).parts) and (found := memory_disk()):
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let `tmp_path` lie in memory; what PYTEST_DEBUG_TEMPROOT or --basetemp says goes first."""
+    if not on_gpu(config) and (found := memory_disk()):
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(found))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> None:
+    """Let torch compute in one thread: every processor has a worker of its own, and threads that wait for each other
+    made the search for a balanced placement ten times slower.
+    """
+    if not on_gpu(request.config):
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
