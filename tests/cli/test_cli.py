@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from checkpoints import Spec, build
 from command_line import run_well
+from scratch import checkpoint
 
 RESHARD = Path(sys.executable).with_name("reshard")
 
@@ -22,9 +23,7 @@ RESHARD = Path(sys.executable).with_name("reshard")
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A group-limited checkpoint."""
-    source = tmp_path_factory.mktemp("cli") / "source"
-    build(Spec("deepseek_v3", experts=8), source)
-    return source
+    return checkpoint(tmp_path_factory, Spec("deepseek_v3", experts=8))
 
 
 def test_help_and_inspect_import_nothing_heavy(source: Path) -> None:

@@ -27,6 +27,7 @@ from command_line import run, run_well, slowly
 from filesystems import Mounted, mounted
 from interruption import Cut, cut_after, is_loadable
 from oracle import assert_identical_trees, read_safetensors, tree
+from scratch import checkpoint
 
 from reshard import CheckpointError, OutputError, Zigzag, plan_placement, write_resharding, zigzag
 
@@ -40,15 +41,13 @@ REST = 0.02  # seconds after each of some thirty files
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of 18 MB."""
-    source = tmp_path_factory.mktemp("crash") / "source"
-    build(Spec("deepseek_v3", experts=8, layers=3, scale=16, aligned=True), source)
-    return source
+    return checkpoint(tmp_path_factory, Spec("deepseek_v3", experts=8, layers=3, scale=16, aligned=True))
 
 
 @pytest.fixture(scope="module")
-def whole(source: Path) -> Path:
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its output, made in peace."""
-    out = source.parent / "whole"
+    out = tmp_path_factory.mktemp("crash") / "whole"
     run_well("zigzag", "--src", source, "--out", out, *OPTIONS)
     return out
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from checkpoints import Spec, build
 
 _SHARED_MEMORY = Path("/dev/shm")
 _ROOM = 6 << 30  # bytes: several times what all tests together have there at a time
@@ -39,3 +41,9 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(root / f"{name}.partial")
             (root / f"{name}.partial").rename(root / name)
     return root / name
+
+
+def checkpoint(factory: pytest.TempPathFactory, spec: Spec) -> Path:
+    """The checkpoint that `spec` describes, in a directory `source`, to be read only."""
+    name = f"checkpoint-{hashlib.sha256(repr(spec).encode()).hexdigest()[:16]}"
+    return made_once(factory, name, lambda directory: build(spec, directory / "source")) / "source"

@@ -16,6 +16,7 @@ import pytest
 from checkpoints import Spec, build
 from command_line import run, run_well
 from playwright.sync_api import Browser, Page, sync_playwright
+from scratch import checkpoint
 
 from reshard import analyze
 from reshard.commands.page import write_page
@@ -31,9 +32,7 @@ HOSTILE = "</script><script>window.hit = 1</script><img src='http://127.0.0.1:9/
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("page") / "source"
-    build(Spec("deepseek_v3", experts=EXPERTS), directory)
-    return directory
+    return checkpoint(tmp_path_factory, Spec("deepseek_v3", experts=EXPERTS))
 
 
 @pytest.fixture(scope="module")

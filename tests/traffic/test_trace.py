@@ -12,8 +12,9 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from checkpoints import Spec, build
+from checkpoints import Spec
 from command_line import run, run_well
+from scratch import checkpoint
 
 from reshard import TraceError, read_checkpoint, read_model
 from reshard.model.layers import MoeModel
@@ -49,9 +50,7 @@ def write(directory: Path, ids: Ids, limit: int = 1 << 20, **other: Any) -> None
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 experts in 4 groups, two MoE layers, an MTP layer."""
-    directory = tmp_path_factory.mktemp("trace") / "source"
-    build(Spec("deepseek_v3", experts=EXPERTS), directory)
-    return directory
+    return checkpoint(tmp_path_factory, Spec("deepseek_v3", experts=EXPERTS))
 
 
 @pytest.fixture(scope="module")
