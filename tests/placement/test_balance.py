@@ -396,7 +396,7 @@ def test_analyze_leaves_out_what_a_trace_is_too_short_for_unless_it_was_asked_fo
     arguments = ("analyze", source, "--ep", 4, "--trace", recorded(tmp_path, source, drawn(1, 8, 2, tokens=4096)))
     said = run_well(*arguments)
     assert "left out: balanced: " in said
-    assert "2048 tokens are in the 50% that it is to be made from" in said
+    assert "2048 tokens in its first 50%, which the placement is made from" in said
     refused = run(*arguments, "--placement", "balanced", "--placement", "linear")
     assert refused.exit_code == 1
     assert "balanced needs at least 4096" in refused.output
