@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 from checkpoints import Spec, build
-from click.testing import CliRunner
-
-from reshard.cli.main import main
+from command_line import run_well
+from scratch import checkpoint
 
 RESHARD = Path(sys.executable).with_name("reshard")
 
@@ -24,16 +23,7 @@ RESHARD = Path(sys.executable).with_name("reshard")
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A group-limited checkpoint."""
-    source = tmp_path_factory.mktemp("cli") / "source"
-    build(Spec("deepseek_v3", experts=8), source)
-    return source
-
-
-def run(*arguments: object) -> str:
-    """What a command prints, stdout and stderr; it must succeed."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
+    return checkpoint(tmp_path_factory, Spec("deepseek_v3", experts=8))
 
 
 def test_help_and_inspect_import_nothing_heavy(source: Path) -> None:
@@ -65,14 +55,14 @@ def test_a_bar_in_bytes_with_a_rate_appears_on_a_terminal(source: Path, tmp_path
 
 def test_quiet_prints_nothing(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run("zigzag", "--src", source, "--ep", 2, "--out", out, "--quiet") == ""
-    assert run("verify", out, "--quiet") == ""
-    assert run("restore", out, "--out", tmp_path / "back", "--quiet") == ""
+    assert run_well("zigzag", "--src", source, "--ep", 2, "--out", out, "--quiet") == ""
+    assert run_well("verify", out, "--quiet") == ""
+    assert run_well("restore", out, "--out", tmp_path / "back", "--quiet") == ""
 
 
 def test_the_summary_says_what_was_written_where_and_what_to_run_next(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    summary = run("zigzag", "--src", source, "--ep", 2, "--out", out)
+    summary = run_well("zigzag", "--src", source, "--ep", 2, "--out", out)
     assert f"to {out} in " in summary
     assert f"reshard verify {out} --src {source}" in summary
     assert f"vllm serve {out} --tensor-parallel-size 2 --enable-expert-parallel" in summary
@@ -84,19 +74,19 @@ def test_a_model_without_expert_groups_is_told_once_that_zigzag_will_not_help(
     family: str, notes: int, tmp_path: Path
 ) -> None:
     build(Spec(family, experts=8), tmp_path / "source")
-    summary = run("zigzag", "--src", tmp_path / "source", "--ep", 2, "--out", tmp_path / "out")
+    summary = run_well("zigzag", "--src", tmp_path / "source", "--ep", 2, "--out", tmp_path / "out")
     assert summary.count("not expected to help") == notes
 
 
 def test_inspect_shows_each_rank_its_experts_and_whether_the_plugin_is_needed(source: Path, tmp_path: Path) -> None:
-    shown = run("inspect", source, "--ep", 3)
+    shown = run_well("inspect", source, "--ep", 3)
     assert "8 experts, top 2, sigmoid, 4 groups, 2 chosen" in shown
     assert "plugin       needed: each token's experts come from 2 of 4 groups of 2" in shown
     for rank, experts in enumerate(("0 3 6", "1 4 7", "2 5")):
         assert any(line.split()[:1] == [str(rank)] and line.endswith(f"  {experts}") for line in shown.splitlines())
-    run("zigzag", "--src", source, "--ep", 3, "--out", tmp_path / "out")
+    run_well("zigzag", "--src", source, "--ep", 3, "--out", tmp_path / "out")
     found, planned = (
-        json.loads(run("inspect", *arguments, "--json")) for arguments in ([tmp_path / "out"], [source, "--ep", 3])
+        json.loads(run_well("inspect", *arguments, "--json")) for arguments in ([tmp_path / "out"], [source, "--ep", 3])
     )
     assert found.pop("resharded") and not planned.pop("resharded")
     for different in ("path", "files"):
@@ -105,7 +95,7 @@ def test_inspect_shows_each_rank_its_experts_and_whether_the_plugin_is_needed(so
 
 
 def test_bytes_per_rank_and_by_kind_add_up(source: Path) -> None:
-    report = json.loads(run("inspect", source, "--ep", 3, "--json"))
+    report = json.loads(run_well("inspect", source, "--ep", 3, "--json"))
     assert sum(rank["size"] for rank in report["ranks"]) == report["expert_size"]
     index = json.loads((source / "model.safetensors.index.json").read_text())
     assert report["tensors"] == len(index["weight_map"])
@@ -115,7 +105,7 @@ def test_bytes_per_rank_and_by_kind_add_up(source: Path) -> None:
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("4GiB", 4 << 30), ("1000", 1000), ("20 kb", 20_000)])
 def test_shard_sizes_are_written_as_on_the_hub(text: str, size: int, source: Path, tmp_path: Path) -> None:
     arguments = ["zigzag", "--src", source, "--ep", 2, "--out", tmp_path / "out", "--dry-run", "--json"]
-    report = json.loads(run(*arguments, "--max-shard-size", text))
+    report = json.loads(run_well(*arguments, "--max-shard-size", text))
     weights = [file for file in report["files"] if file["tensors"]]
     assert all(file["size"] < size + 10_000 or file["tensors"] == 1 for file in weights)
     assert (len(weights) > 3) == (size < 10**6)

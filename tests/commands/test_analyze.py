@@ -15,6 +15,7 @@ from command_line import run, run_well
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import owner
+from scratch import checkpoint
 from torch import Tensor
 from traces import write_trace
 
@@ -165,9 +166,7 @@ def test_effects_agree_with_counting_by_hand(data: st.DataObject) -> None:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("analyze") / "source"
-    build(Spec("deepseek_v3", experts=EXPERTS), directory)
-    return directory
+    return checkpoint(tmp_path_factory, Spec("deepseek_v3", experts=EXPERTS))
 
 
 def test_linear_and_zigzag_are_told_apart_for_every_layer(source: Path) -> None:

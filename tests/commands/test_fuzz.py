@@ -14,7 +14,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,21 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
-from blake3 import blake3
 from checkpoints import Spec, build
 from click.testing import Result
-from command_line import run, run_well
+from command_line import run, run_well, time_limit
+from forgery import MANIFEST, record, sign
 from hypothesis import HealthCheck, Phase, currently_in_test_context, example, given, note, reject, settings
 from hypothesis import strategies as st
 from oracle import assert_identical_trees
+from scratch import memory_disk
 
 import reshard.cli.main
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-MANIFEST = "reshard_manifest.json"
 LAYOUTS = ("ranks", "source")
 MODELS = {
     "deepseek_v3": Spec("deepseek_v3", experts=8, layers=2),
@@ -48,7 +46,6 @@ MODELS = {
     "qwen3_moe": Spec("qwen3_moe", layers=2, quantization="compressed-tensors"),
 }
 INDEXED = [name for name, spec in MODELS.items() if spec.files > 1]
-MEMORY_DISK = Path("/dev/shm")  # where to flush a file to disk takes no time
 LONG = bool(os.environ.get("RESHARD_LONG_TESTS"))
 SECONDS = 30
 MEMORY = 1 << 30  # bytes, beyond what the process has
@@ -342,54 +339,22 @@ def damaged_shard(data: bytes, damage: Damage, root: Path, length_follows: bool)
     return (len(text).to_bytes(8, "little") if length_follows else data[:8]) + text + data[end:]
 
 
-def sign(text: bytes) -> bytes:
-    """A manifest in its canonical form with its own digest; what is no manifest any more stays as it is."""
-    try:
-        tidy = msgspec.json.format(text, indent=1) + b"\n"
-    except (msgspec.DecodeError, RecursionError):
-        return text
-    blank, found = re.subn(rb'(\n "digest": ")[^"]*("\n}\n)\Z', rb"\1\2", tidy)
-    digest = blake3(blank).hexdigest().encode()
-    return re.sub(rb'(\n "digest": ")("\n}\n)\Z', rb"\g<1>" + digest + rb"\2", blank) if found else tidy
-
-
-def record(output: Path, name: str) -> None:
-    """Make the manifest of `output` say of the file `name` what it is now."""
-    manifest, data = json.loads((output / MANIFEST).read_bytes()), (output / name).read_bytes()
-    entry = next(entry for entry in manifest["files"] if entry["name"] == name)
-    entry |= {"size": len(data), "digest": blake3(data).hexdigest()}
-    if name.endswith(".safetensors"):
-        entry["header"] = blake3(data[: 8 + int.from_bytes(data[:8], "little")]).hexdigest()
-    (output / MANIFEST).write_bytes(sign(json.dumps(manifest).encode()))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The judge
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Endless(BaseException):
-    """No part of the package can take this for an error of its own."""
-
-
 @contextmanager
 def bounds() -> Iterator[None]:
     """Bounded time and memory."""
-
-    def expire(*_: object) -> None:
-        raise Endless(f"no answer after {SECONDS} seconds")
-
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    previous = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+    with time_limit(SECONDS):
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def contents(root: Path) -> dict[str, tuple[bytes, int] | None]:
@@ -499,7 +464,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def copied(sound: Path, model: str, layout: str = "ranks") -> Iterator[Path]:
     """A directory with copies of the model's `source` and of its `output`, to damage."""
-    with tempfile.TemporaryDirectory(dir=MEMORY_DISK if os.access(MEMORY_DISK, os.W_OK) else None) as folder:
+    with tempfile.TemporaryDirectory(dir=memory_disk()) as folder:
         root = Path(folder)
         shutil.copytree(sound / model / "source", root / "source")
         shutil.copytree(sound / model / f"output-{layout}", root / "output")
@@ -580,26 +545,16 @@ models = st.sampled_from(sorted(MODELS))
 layouts = st.sampled_from(LAYOUTS)
 
 
+def of_header(damage: Edit, model: str = "deepseek_v3") -> Callable[[Any], Any]:
+    """An example of a source whose first header is damaged."""
+    return example(model=model, damage=[damage], which=0, length_follows=True)
+
+
 @examples(90, 4000)
-@example(model="deepseek_v3", damage=[Edit("replace", (0,), (0,), False, "0")], which=0, length_follows=True)
-@example(
-    model="gpt_oss in one file",
-    damage=[Edit("part of key", (3,), (164,), False, '""')],
-    which=0,
-    length_follows=True,
-)
-@example(
-    model="deepseek_v3",
-    damage=[Edit("add", (1,), (0,), False, Deep("[]", 32))],
-    which=0,
-    length_follows=True,
-)
-@example(
-    model="deepseek_v3",
-    damage=[Edit("add", (1,), (0,), False, Deep("[]", 30))],
-    which=0,
-    length_follows=True,
-)
+@of_header(Edit("replace", (0,), (0,), False, "0"))
+@of_header(Edit("part of key", (3,), (164,), False, '""'), model="gpt_oss in one file")
+@of_header(Edit("add", (1,), (0,), False, Deep("[]", 32)))
+@of_header(Edit("add", (1,), (0,), False, Deep("[]", 30)))
 @given(
     model=models,
     damage=damages | names,
@@ -648,49 +603,20 @@ def test_a_damaged_manifest_is_refused_in_one_line_and_never_makes_a_command_wri
     damage_manifest(sound, model, layout, damage, forged)
 
 
+def of_config(*damage: Edit, model: str = "deepseek_v3") -> Callable[[Any], Any]:
+    """An example of an output whose config.json is damaged, its manifest forged to agree."""
+    return example(model=model, layout="ranks", name=CONFIG, which=0, damage=list(damage), forged=True)
+
+
 @examples(60, 3000)
-@example(
-    model="deepseek_v3",
-    layout="ranks",
-    name=CONFIG,
-    which=0,
-    damage=[Edit("delete", (1,), (0,), False, "0")],
-    forged=True,
-)
-@example(
-    model="deepseek_v3",
-    layout="ranks",
-    name=CONFIG,
-    which=0,
-    damage=[Edit("replace by its like", (294,), (19,), False, "0")],
-    forged=True,
-)
-@example(
-    model="deepseek_v3",
-    layout="ranks",
-    name=CONFIG,
-    which=0,
-    damage=[Edit("replace by its like", (294,), (11,), False, "0")],
-    forged=True,
-)
-@example(
-    model="deepseek_v3",
-    layout="ranks",
-    name=CONFIG,
-    which=0,
-    damage=[Edit("replace by its like", (294,), (4,), False, "0")],
-    forged=True,
-)
-@example(
+@of_config(Edit("delete", (1,), (0,), False, "0"))
+@of_config(Edit("replace by its like", (294,), (19,), False, "0"))
+@of_config(Edit("replace by its like", (294,), (11,), False, "0"))
+@of_config(Edit("replace by its like", (294,), (4,), False, "0"))
+@of_config(
+    Edit("delete", (0,), (0,), False, "0"),
+    Edit("replace by its like", (567,), (443,), False, "0"),
     model="qwen3_moe",
-    layout="ranks",
-    name=CONFIG,
-    which=0,
-    damage=[
-        Edit("delete", (0,), (0,), False, "0"),
-        Edit("replace by its like", (567,), (443,), False, "0"),
-    ],
-    forged=True,
 )
 @given(
     model=models,

@@ -11,6 +11,7 @@ import pytest
 from checkpoints import Spec, build
 from command_line import run, run_well
 from oracle import EXPERT, FUSED, assert_identical_trees, assert_resharded, linear, read_safetensors
+from scratch import checkpoint
 
 EXPERTS = 8
 
@@ -18,9 +19,7 @@ EXPERTS = 8
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 experts in 4 groups, two MoE layers and a dense one before them."""
-    directory = tmp_path_factory.mktemp("place") / "source"
-    build(Spec("deepseek_v3", experts=EXPERTS), directory)
-    return directory
+    return checkpoint(tmp_path_factory, Spec("deepseek_v3", experts=EXPERTS))
 
 
 def modules(source: Path) -> list[str]:

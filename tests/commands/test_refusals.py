@@ -24,20 +24,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command_line
 import hostile
 import pytest
-from blake3 import blake3
-from click.testing import CliRunner, Result
-from command_line import slowly
+from click.testing import Result
+from command_line import Endless, slowly, time_limit
+from forgery import MANIFEST, forge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from reshard.cli.main import main
 from reshard.execute.run import default_workers
 
 RESHARD = Path(sys.executable).with_name("reshard")
-MANIFEST = "reshard_manifest.json"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,26 +44,10 @@ MANIFEST = "reshard_manifest.json"
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    """Fail instead of hanging, on a named pipe for example."""
-
-    def expire(*_: object) -> None:
-        raise TimeoutError(f"no answer after {seconds} seconds")
-
-    previous = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
-
-
 def invoke(*args: object) -> Result:
     """Run a command in this process."""
     with time_limit(30):
-        return CliRunner().invoke(main, [str(arg) for arg in args])
+        return command_line.run(*args)
 
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
@@ -157,6 +140,13 @@ def out(src: Path, work: Path) -> Path:
     """A finished output of that checkpoint."""
     succeeds(zigzag(src, work / "out"))
     return work / "out"
+
+
+def test_a_command_that_hangs_is_not_taken_for_one_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of `invoke`: what ends it is no error that the command line turns into a line."""
+    monkeypatch.setattr("reshard.cli.main.plan_placement", lambda *arguments, **options: time.sleep(60))
+    with pytest.raises(Endless), time_limit(1):
+        command_line.run("zigzag", "--src", "here", "--ep", 2, "--out", "there")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,16 +548,6 @@ def test_a_truncated_manifest_is_refused(out: Path) -> None:
         neither_verified_nor_restored(out)
 
 
-def forge(out: Path, edit: Callable[[Any], object]) -> None:
-    """Change the manifest in place and make its own digest right again: that guards against accidents, not malice."""
-    manifest = json.loads((out / MANIFEST).read_text())
-    edit(manifest)
-    manifest["digest"] = ""
-    blank = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    manifest["digest"] = blake3(blank.encode()).hexdigest()
-    (out / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-
-
 def test_a_forged_manifest_that_says_the_same_is_accepted(out: Path, work: Path) -> None:
     forge(out, lambda m: None)
     succeeds(invoke("verify", out))
@@ -738,9 +718,9 @@ def test_a_file_system_that_really_is_full_is_noticed_before_the_first_byte(src:
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A checkpoint of 300 MB: long enough to be interrupted."""
+    """A checkpoint of 24 MB, in files enough to be interrupted between them."""
     folder = tmp_path_factory.mktemp("big") / "src"
-    hostile.write_base(folder, hidden=3072, inner=1024)
+    hostile.write_base(folder, hidden=768, inner=256)
     yield folder
     shutil.rmtree(folder)
 
@@ -754,7 +734,7 @@ def big_work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 WORKERS = default_workers()
-SMALL_FILES = ("--max-shard-size", "20MB")  # so that some files are complete when the run is interrupted
+SMALL_FILES = ("--max-shard-size", "1200KB")  # so that some files are complete when the run is interrupted
 
 
 def interrupt(src: Path, out: Path, how: signal.Signals) -> subprocess.CompletedProcess[str]:

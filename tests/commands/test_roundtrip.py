@@ -10,20 +10,24 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from blake3 import blake3
 from checkpoints import FAMILIES, Spec, build
 from command_line import run, run_well
+from forgery import record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interruption import is_loadable
 from oracle import assert_identical_trees, assert_resharded, linear, read_safetensors, tree
+from scratch import memory_disk
 
 from reshard import OutputError, write_resharding
 from reshard.commands.original import read_original
 from reshard.commands.resharding import plan_resharding
+from reshard.commands.restore import _Restoration
 from reshard.placement.strategies import Placed
 
 FLIPS = 150
@@ -90,7 +94,7 @@ def test_any_checkpoint_is_resharded_exactly_and_restored_byte_for_byte(
     spec: Spec, data: st.DataObject, max_shard_kb: int, layout: Literal["ranks", "source"]
 ) -> None:
     ranks = data.draw(st.integers(2, min(spec.experts, 12)), label="ranks")
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=memory_disk()) as directory:
         assert_round_trip(spec, ranks, max_shard_kb, Path(directory), layout)
 
 
@@ -234,25 +238,60 @@ def test_verify_against_another_source_fails(part: str, good: Path, tmp_path: Pa
     assert run("verify", good / "output", "--src", other).exit_code == 1
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "gpt_oss"])
-def test_restore_refuses_every_file_with_a_flipped_bit_and_leaves_nothing_loadable(family: str, tmp_path: Path) -> None:
-    build(Spec(family, experts=8, layers=2), tmp_path / "source")
-    run_well("zigzag", "--src", tmp_path / "source", "--ep", 3, "--out", tmp_path / "output")
-    originals = {"config.json", "model.safetensors.index.json"} & set(tree(tmp_path / "source"))
-    for path in sorted((tmp_path / "output").rglob("*")):
-        name = path.relative_to(tmp_path / "output").as_posix()
-        rewritten = name in originals and (tmp_path / "source" / name).read_bytes() != path.read_bytes()
+def build_output(family: str, directory: Path) -> None:
+    """A `source` of that family and its `output` for 3 EP ranks."""
+    build(Spec(family, experts=8, layers=2), directory / "source")
+    run_well("zigzag", "--src", directory / "source", "--ep", 3, "--out", directory / "output")
+
+
+def bits_to_flip(path: Path) -> list[tuple[int, int]]:
+    """Bytes and a bit of each: a file's ends and middle; a safetensors file's length, header, and data likewise."""
+    edges = [0, path.stat().st_size]
+    if path.suffix == ".safetensors":
+        edges[1:1] = [8, min(tensor.start for tensor in read_safetensors(path)[1].values())]
+    found = {at for start, end in pairwise(edges) for at in (start, (start + end) // 2, end - 1)}
+    return [(at, number % 8) for number, at in enumerate(sorted(found))]
+
+
+def assert_restore_refuses_flipped_bits(directory: Path) -> int:
+    """Flip bits in each file of `output` that restore reads, one at a time; how many."""
+    source, output, restored = directory / "source", directory / "output", directory / "restored"
+    originals = {"config.json", "model.safetensors.index.json"} & set(tree(source))
+    flipped = 0
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output).as_posix()
+        rewritten = name in originals and (source / name).read_bytes() != path.read_bytes()
         if not path.is_file() or not path.stat().st_size or rewritten:
             continue  # what was rewritten is taken from the manifest
         data = path.read_bytes()
-        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        restored = tmp_path / f"restored-{name.replace('/', '-')}"
-        result = run("restore", tmp_path / "output", "--out", restored)
-        assert result.exit_code == 1, name
-        assert name in result.output
-        assert not (restored / "config.json").exists()
+        for position, bit in bits_to_flip(path):
+            path.write_bytes(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
+            result = run("restore", output, "--out", restored)
+            assert result.exit_code == 1, f"bit {bit} flipped in byte {position} of {name}: {result.output}"
+            assert name in result.output
+            assert not is_loadable(restored)
+            shutil.rmtree(restored, ignore_errors=True)
+            flipped += 1
         path.write_bytes(data)
-    run_well("restore", tmp_path / "output", "--out", tmp_path / "restored")
+    run_well("restore", output, "--out", restored)
+    return flipped
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "gpt_oss"])
+def test_restore_refuses_every_file_with_a_flipped_bit_and_leaves_nothing_loadable(family: str, tmp_path: Path) -> None:
+    build_output(family, tmp_path)
+    assert assert_restore_refuses_flipped_bits(tmp_path) > 40
+
+
+@pytest.mark.parametrize("check", ["check", "check_rewritten"])
+def test_without_one_of_its_checks_restore_would_let_a_flipped_bit_pass(
+    check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the test above."""
+    build_output("glm4_moe", tmp_path)
+    monkeypatch.setattr(_Restoration, check, lambda self, *records: None)
+    with pytest.raises(AssertionError, match="flipped in byte"):
+        assert_restore_refuses_flipped_bits(tmp_path)
 
 
 def test_verify_finds_a_header_that_was_changed_together_with_its_digests(good: Path, spoilt: Path) -> None:
@@ -266,16 +305,7 @@ def test_verify_finds_a_header_that_was_changed_together_with_its_digests(good: 
     assert rows != columns
     forged = data[:shape] + columns + b"," + rows + data[end:]
     path.write_bytes(forged)
-    manifest = json.loads((spoilt / "reshard_manifest.json").read_bytes())
-    for record in manifest["files"]:
-        if record["name"] == path.name:
-            record["digest"] = blake3(forged).hexdigest()
-            record["header"] = blake3(forged[: 8 + int.from_bytes(forged[:8], "little")]).hexdigest()
-    manifest["digest"] = ""
-    for _ in range(2):  # the second time with the digest of the first
-        text = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
-        manifest["digest"] = manifest["digest"] or blake3(text).hexdigest()
-    (spoilt / "reshard_manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    record(spoilt, path.name)
     run_well("verify", spoilt)
     result = run("verify", spoilt, "--src", good / "source")
     assert result.exit_code == 1

@@ -7,13 +7,14 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jsonschema
 import pytest
 from checkpoints import FAMILIES, Spec, build
 from command_line import run, run_well
-from interruption import Cut, cut_after, cut_before, is_loadable
+from interruption import Cut, cut_before, is_loadable, resumed_after_every_cut
 from oracle import assert_identical_trees, assert_resharded, read_safetensors, tree
 from safetensors import safe_open
 
@@ -264,21 +265,12 @@ def test_a_damaged_file_that_was_replaced_is_staged_afresh(good: Path, tmp_path:
 
 
 def test_a_run_cut_anywhere_is_taken_up_and_ends_the_same(good: Path, tmp_path: Path) -> None:
-    written: list[int] = []
-    stage(good / "output", [1, 2, 4], tmp_path / "count", progress=written.append)
-    blocks = len(written)
-    assert blocks > 20
-    resumed = []
-    for last in range(0, blocks, 4):
-        out = tmp_path / "out"
-        with pytest.raises(Cut):
-            stage(good / "output", [1, 2, 4], out, progress=cut_after(last), workers=1)
-        assert not is_loadable(out)
+    def finish(out: Path) -> int:
         report = json.loads(run_well("stage", good / "output", "--ranks", "1-2,4", "--out", out, "--json"))
-        resumed.append(report["resumed_files"])
-        assert_identical_trees(good / "staged", out)
-        shutil.rmtree(out)
-    assert resumed == sorted(resumed)
+        return int(report["resumed_files"])
+
+    write = partial(stage, good / "output", [1, 2, 4])
+    resumed = resumed_after_every_cut(good / "staged", tmp_path / "out", 4, write, finish)
     assert resumed[0] < 3
     assert resumed[-1] > 10
 

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,10 +22,12 @@ from typing import Any
 import pytest
 from blake3 import blake3
 from checkpoints import Spec, build
+from click.testing import Result
 from command_line import run, run_well, slowly
 from filesystems import Mounted, mounted
-from interruption import Cut, cut_after
+from interruption import Cut, cut_after, is_loadable
 from oracle import assert_identical_trees, read_safetensors, tree
+from scratch import checkpoint
 
 from reshard import CheckpointError, OutputError, Zigzag, plan_placement, write_resharding, zigzag
 
@@ -38,15 +41,13 @@ REST = 0.02  # seconds after each of some thirty files
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of 18 MB."""
-    source = tmp_path_factory.mktemp("crash") / "source"
-    build(Spec("deepseek_v3", experts=8, layers=3, scale=16, aligned=True), source)
-    return source
+    return checkpoint(tmp_path_factory, Spec("deepseek_v3", experts=8, layers=3, scale=16, aligned=True))
 
 
 @pytest.fixture(scope="module")
-def whole(source: Path) -> Path:
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its output, made in peace."""
-    out = source.parent / "whole"
+    out = tmp_path_factory.mktemp("crash") / "whole"
     run_well("zigzag", "--src", source, "--out", out, *OPTIONS)
     return out
 
@@ -154,25 +155,56 @@ def test_without_the_flush_of_each_file_a_power_cut_makes_the_journal_lie(source
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
-def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_room_lets_it_go_on(
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_as_much_room_as_it_asks_for_lets_it_go_on(
     kind: str, source: Path, whole: Path, tmp_path: Path
 ) -> None:
-    with mounted(kind, tmp_path, 320) as disk:
-        out, filler = disk.path / "out", disk.path / "filler"
-        with filler.open("wb", buffering=0) as file:
-            fill(file, leaving=50 << 20)
-            process = start(source, out)
-            while not recorded(out) and process.poll() is None:
-                time.sleep(0.001)
-            fill(file, leaving=0)
-            _, errors = process.communicate(timeout=60)
+    arguments = ["zigzag", "--src", source, "--out", tmp_path / kind / "out", *OPTIONS]
+    with mounted(kind, tmp_path, 320) as disk, (disk.path / "filler").open("wb", buffering=0) as filler:
+        out = disk.path / "out"
+        fill(filler, leaving=50 << 20)
+        process = start(source, out)
+        while not recorded(out) and process.poll() is None:
+            time.sleep(0.001)
+        fill(filler, leaving=0)
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
         assert len(errors.splitlines()) == 1
         assert "No space left on device; rerun the command to resume" in errors
-        assert not (out / "config.json").exists()
-        filler.unlink()
-        run_well("zigzag", "--src", source, "--out", out, *OPTIONS)
+        complete = recorded(out)
+        assert complete
+        for _ in range(2):  # while the disk is full it is refused, and loses nothing
+            needed, free = room_asked_for(run(*arguments))
+            assert recorded(out) == complete
+            assert lies(out) == []
+            assert not is_loadable(out)
+        assert free < 1 << 20 < needed < 50 << 20
+        filler.truncate(filler.tell() - (needed - free + (1 << 20)))
+        run_well(*arguments)
         assert_identical_trees(whole, out)
+
+
+def test_a_run_goes_on_where_the_disk_has_the_room_it_asked_for_and_no_more(source: Path, tmp_path: Path) -> None:
+    arguments = ["zigzag", "--src", source, "--out", tmp_path / "ext4" / "out", "--ep", RANKS, "--quiet"]
+    with mounted("ext4", tmp_path, 320) as disk, (disk.path / "filler").open("wb", buffering=0) as filler:
+        fill(filler, leaving=0)
+        needed, free = room_asked_for(run(*arguments))
+        filler.truncate(filler.tell() - (needed - free + (1 << 20)))
+        with pytest.raises(Cut):
+            zigzag(source, RANKS, disk.path / "out", progress=cut_after(1), workers=1)
+        assert sum(path.stat().st_size for path in (disk.path / "out").glob("*.partial")) > 2 << 20
+        resumed = run(*arguments)
+        if resumed.exit_code == 1 and "free some space" in resumed.stderr:
+            pytest.xfail("a run counts its own .partial files as taken, not as room to use again")
+        assert resumed.exit_code == 0
+
+
+def room_asked_for(refused: Result) -> tuple[int, int]:
+    """How many bytes a run that was refused in one line needs, and how many it found free."""
+    assert refused.exit_code == 1, refused.output
+    assert len(refused.stderr.splitlines()) == 1
+    found = re.search(r"needs (\d+) bytes, (\d+) are free", refused.stderr)
+    assert found, refused.stderr
+    return int(found[1]), int(found[2])
 
 
 def fill(file: FileIO, leaving: int) -> None:
@@ -188,10 +220,14 @@ def fill(file: FileIO, leaving: int) -> None:
 @pytest.fixture
 def failing(source: Path, tmp_path: Path) -> Iterator[tuple[Mounted, str]]:
     """A disk with the source on it, and a tensor in the middle of it."""
+    tensor = "model.layers.1.mlp.experts.3.up_proj.weight"
+    holder = next(path.name for path in source.glob("*.safetensors") if tensor in read_safetensors(path)[1])
     with mounted("ext4", tmp_path, 64) as disk:
-        shutil.copytree(source, disk.path / "source")
+        shutil.copytree(source, disk.path / "source", ignore=shutil.ignore_patterns(holder))
         os.sync()
-        yield disk, "model.layers.1.mlp.experts.3.up_proj.weight"
+        shutil.copy2(source / holder, disk.path / "source")  # behind all others, so that their headers can be read
+        os.sync()
+        yield disk, tensor
 
 
 def break_from(disk: Mounted, data: bytes) -> bytes:

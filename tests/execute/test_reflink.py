@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ from oracle import assert_identical_trees, assert_resharded, read_safetensors, t
 
 from reshard import OutputError, read_checkpoint, read_model, verify, write_resharding
 from reshard.commands.original import read_original
-from reshard.commands.resharding import Writing, plan_resharding
+from reshard.commands.resharding import Resharding, Writing, plan_resharding
 from reshard.placement.permutations import zigzag
 from reshard.placement.strategies import Placed
 from reshard.plan.files import Digests, Range
 from reshard.plan.layouts import by_rank, why_not_shared
 from reshard.plan.sharing import Sharing
-from reshard.record.manifest import Manifest, encode_manifest
+from reshard.record.manifest import Layout, Manifest, encode_manifest
 
 RANKS = 2
 LARGE = 1 << 16
@@ -226,21 +225,25 @@ def test_a_file_system_that_changes_its_mind_is_copied_to_unless_sharing_was_ask
 
     monkeypatch.setattr("reshard.execute.syscalls.share", refuse)
     source = build_large(tmp_path / "source")
-    checkpoint = read_checkpoint(source)
-    model = read_model(checkpoint)
-    order = dict.fromkeys((layer.name for layer in model.layers), zigzag(16, RANKS))
-    plan = partial(plan_resharding, checkpoint, model, "zigzag", RANKS, order, digests=Digests.COPIED)
+    original = read_original(source)
+    placed = Placed(dict.fromkeys(original.shape.layers, zigzag(original.num_experts, RANKS)))
+
+    def plan(layout: Layout, sharing: Sharing) -> Resharding:
+        writing = Writing(layout=layout, sharing=sharing, digests=Digests.COPIED)
+        return plan_resharding(original, "zigzag", RANKS, placed, writing)
+
+    layouts: tuple[Layout, ...] = ("ranks", "source")
     number = errno.EOPNOTSUPP
-    for layout in ("ranks", "source"):
+    for layout in layouts:
         out = tmp_path / f"by-{layout}"
-        outcome = write_resharding(plan(layout=layout, sharing=Sharing(4096)), out)
+        outcome = write_resharding(plan(layout, Sharing(4096)), out)
         assert (outcome.shared, outcome.undigested) == (0, 0)
         assert not verify(out, source).problems
     with pytest.raises(OutputError, match="not supported"):
-        write_resharding(plan(layout="source", sharing=Sharing(4096, required=True)), tmp_path / "always")
+        write_resharding(plan("source", Sharing(4096, required=True)), tmp_path / "always")
     number = errno.ENOSPC
     with pytest.raises(OutputError, match="No space"):
-        write_resharding(plan(layout="source", sharing=Sharing(4096)), tmp_path / "full")
+        write_resharding(plan("source", Sharing(4096)), tmp_path / "full")
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import json
-import random
 import shutil
-import signal
-import subprocess
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from checkpoints import Spec, build
-from command_line import run_well, slowly
-from interruption import Cut, cut_after, cut_before, is_loadable
+from interruption import Cut, cut_after, cut_before, is_loadable, resumed_after_every_cut
 from oracle import assert_identical_trees, tree
+from scratch import checkpoint
 
 from reshard import OutputError, restore, verify, zigzag
 
@@ -26,35 +23,21 @@ SHARD_SIZE = 1_000  # makes some eighty files
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint."""
-    source = tmp_path_factory.mktemp("resume") / "source"
-    build(Spec("deepseek_v3", experts=8, layers=3), source)
-    return source
+    return checkpoint(tmp_path_factory, Spec("deepseek_v3", experts=8, layers=3))
 
 
 @pytest.fixture(scope="module")
-def whole(source: Path) -> Path:
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its output, made without interruption."""
-    out = source.parent / "whole"
+    out = tmp_path_factory.mktemp("resume") / "whole"
     zigzag(source, 3, out, max_shard_size=SHARD_SIZE)
     return out
 
 
 def test_a_run_cut_anywhere_is_taken_up_and_ends_the_same(source: Path, whole: Path, tmp_path: Path) -> None:
-    written: list[int] = []
-    zigzag(source, 3, tmp_path / "count", max_shard_size=SHARD_SIZE, progress=written.append)
-    blocks = len(written)
-    assert blocks > 60
-    resumed = []
-    for blocks_done in range(0, blocks, 3):
-        out = tmp_path / "out"
-        with pytest.raises(Cut):
-            zigzag(source, 3, out, max_shard_size=SHARD_SIZE, progress=cut_after(blocks_done), workers=1)
-        assert not is_loadable(out)
-        outcome = zigzag(source, 3, out, max_shard_size=SHARD_SIZE)
-        resumed.append(outcome.resumed)
-        assert_identical_trees(whole, out)
-        shutil.rmtree(out)
-    assert resumed == sorted(resumed)
+    write = partial(zigzag, source, 3, max_shard_size=SHARD_SIZE)
+    resumed = resumed_after_every_cut(whole, tmp_path / "out", 3, write, lambda out: write(out).resumed)
+    assert len(resumed) > 20
     assert resumed[0] == 0
     assert resumed[-1] > 40
 
@@ -76,25 +59,6 @@ def test_restore_is_taken_up_too(source: Path, whole: Path, tmp_path: Path) -> N
     assert not is_loadable(tmp_path / "back")
     assert restore(whole, tmp_path / "back").resumed > 0
     assert_identical_trees(source, tmp_path / "back")
-
-
-def test_a_killed_process_leaves_what_the_same_command_finishes(source: Path, whole: Path, tmp_path: Path) -> None:
-    chance = random.Random(0)
-    killed = 0
-    for number in range(8):
-        out = tmp_path / f"out{number}"
-        arguments = ["zigzag", "--src", source, "--ep", 3, "--out", out, "--max-shard-size", "1KB", "--quiet"]
-        command = slowly(0.02, *arguments)
-        process = subprocess.Popen(command)
-        while not (out / JOURNAL).exists() and process.poll() is None:
-            time.sleep(0.001)
-        time.sleep(chance.random() * 0.4)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        if (out / JOURNAL).exists():
-            run_well(*arguments)
-        assert_identical_trees(whole, out)
-    assert killed >= 4
 
 
 def test_a_journal_whose_last_line_is_cut_short_is_read_up_to_it(source: Path, whole: Path, tmp_path: Path) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from pathlib import Path
 
 import pytest
 import torch
-from blake3 import blake3
 from checkpoints import Spec, build
+from forgery import record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import read_safetensors, tree
@@ -117,20 +116,6 @@ def test_without_the_contract_a_renumbered_group_limited_router_is_another_model
     assert_same_choice(before, route(hidden, renumbered, routing, order), order)
 
 
-def forge(out: Path, name: str, change: tuple[bytes, bytes]) -> None:
-    """Change a file of an output and make its manifest agree, digests and all."""
-    data = (out / name).read_bytes()
-    assert data.count(change[0]) == 1
-    (out / name).write_bytes(data.replace(*change))
-    manifest = json.loads((out / "reshard_manifest.json").read_bytes())
-    for record in manifest["files"]:
-        if record["name"] == name:
-            record["size"], record["digest"] = len(data.replace(*change)), blake3(data.replace(*change)).hexdigest()
-    manifest["digest"] = ""
-    manifest["digest"] = blake3((json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()).hexdigest()
-    (out / "reshard_manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-
-
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -146,7 +131,10 @@ def test_verify_notices_a_config_that_routes_otherwise_though_every_digest_is_ri
     build(Spec("deepseek_v3", experts=8), source)
     zigzag(source, 3, out)
     assert not verify(out, source).problems
-    forge(out, "config.json", change)
+    config = (out / "config.json").read_bytes()
+    assert config.count(change[0]) == 1
+    (out / "config.json").write_bytes(config.replace(*change))
+    record(out, "config.json")
     assert not verify(out).problems
     assert any(complaint in problem for problem in verify(out, source).problems)
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_resharded, owner, zigzag
 from safetensors.torch import load_file
+from scratch import checkpoint
 from torch import Tensor
 from traces import write_trace
 
@@ -326,9 +327,7 @@ def test_a_search_that_does_not_hold_on_unseen_tokens_is_not_used(monkeypatch: p
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 experts in 4 groups, two MoE layers, and an MTP draft that is one more."""
-    directory = tmp_path_factory.mktemp("balance") / "source"
-    build(Spec("deepseek_v3", experts=EXPERTS_OF_SOURCE), directory)
-    return directory
+    return checkpoint(tmp_path_factory, Spec("deepseek_v3", experts=EXPERTS_OF_SOURCE))
 
 
 def recorded(directory: Path, source: Path, *ids: Tensor) -> Path:
@@ -397,7 +396,7 @@ def test_analyze_leaves_out_what_a_trace_is_too_short_for_unless_it_was_asked_fo
     arguments = ("analyze", source, "--ep", 4, "--trace", recorded(tmp_path, source, drawn(1, 8, 2, tokens=4096)))
     said = run_well(*arguments)
     assert "left out: balanced: " in said
-    assert "2048 tokens are in the 50% that it is to be made from" in said
+    assert "2048 tokens in its first 50%, which the placement is made from" in said
     refused = run(*arguments, "--placement", "balanced", "--placement", "linear")
     assert refused.exit_code == 1
     assert "balanced needs at least 4096" in refused.output

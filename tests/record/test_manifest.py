@@ -9,10 +9,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 from checkpoints import FAMILIES, Spec, build
-from click.testing import CliRunner
+from command_line import run, run_well
 
 from reshard import zigzag
-from reshard.cli.main import main
 from reshard.record.manifest import manifest_schema
 
 SCHEMA = json.loads((files("reshard.record") / "manifest.schema.json").read_text())
@@ -46,13 +45,9 @@ def test_a_snapshot_in_the_hub_cache_is_found_by_its_repository_and_recorded(
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    arguments = ["zigzag", "--src", "some-org/Some-MoE", "--ep", "2", "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
+    run_well("zigzag", "--src", "some-org/Some-MoE", "--ep", 2, "--out", tmp_path / "out")
     source = json.loads((tmp_path / "out" / "reshard_manifest.json").read_text())["source"]
     assert (source["repo_id"], source["revision"]) == ("some-org/Some-MoE", revision)
-    arguments[2] = "some-org/Another"
-    arguments[-1] = str(tmp_path / "other")
-    result = CliRunner().invoke(main, arguments)
+    result = run("zigzag", "--src", "some-org/Another", "--ep", 2, "--out", tmp_path / "other")
     assert result.exit_code == 1
     assert "hf download some-org/Another" in result.stderr

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from click.testing import CliRunner, Result
 
@@ -22,6 +25,26 @@ def run_well(*arguments: object) -> str:
     result = run(*arguments)
     assert result.exit_code == 0, f"reshard {' '.join(map(str, arguments))}: {result.output}"
     return result.output
+
+
+class Endless(BaseException):
+    """No part of the package can take this for an error of its own."""
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Fail instead of hanging, on a named pipe for example."""
+
+    def expire(*_: object) -> None:
+        raise Endless(f"no answer after {seconds} seconds")
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def slowly(seconds: float, *arguments: object) -> list[str]:

@@ -1,8 +1,9 @@
 """The router's kernel run by Triton's interpreter, which needs no GPU; TRITON_INTERPRET=1 must be set.
 
-python interpreted.py route CASE      a line of JSON in, a line of JSON out: see `route`
+python interpreted.py route CASE      JSON in, a line of JSON out: see `route`
 python interpreted.py sum CASE        the same: see `sum_rows`
 python interpreted.py map CASE        the same: see `map_some_ids`
+python interpreted.py                 for each line of input, such as ["route", ...CASE], a line
 """
 
 from __future__ import annotations
@@ -96,5 +97,16 @@ def map_some_ids(case: list[Any]) -> list[Any]:
     return [ids.tolist(), place.tolist(), mapped.tolist()]
 
 
+def answer(what: str, case: list[Any]) -> None:
+    """Print what was asked for."""
+    print(json.dumps({"route": route, "sum": sum_rows, "map": map_some_ids}[what](case)), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps({"route": route, "sum": sum_rows, "map": map_some_ids}[sys.argv[1]](json.loads(sys.argv[2]))))
+    torch.set_num_threads(1)
+    if len(sys.argv) > 1:
+        answer(sys.argv[1], json.loads(sys.argv[2]))
+    else:
+        for line in sys.stdin:
+            asked, *case_of = json.loads(line)
+            answer(asked, case_of)

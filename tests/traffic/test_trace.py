@@ -12,8 +12,9 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from checkpoints import Spec, build
+from checkpoints import Spec
 from command_line import run, run_well
+from scratch import checkpoint
 
 from reshard import TraceError, read_checkpoint, read_model
 from reshard.model.layers import MoeModel
@@ -49,9 +50,7 @@ def write(directory: Path, ids: Ids, limit: int = 1 << 20, **other: Any) -> None
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 experts in 4 groups, two MoE layers, an MTP layer."""
-    directory = tmp_path_factory.mktemp("trace") / "source"
-    build(Spec("deepseek_v3", experts=EXPERTS), directory)
-    return directory
+    return checkpoint(tmp_path_factory, Spec("deepseek_v3", experts=EXPERTS))
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +283,8 @@ def test_a_dump_that_holds_code_is_not_run(tmp_path: Path) -> None:
     refused = run("trace", "info", tmp_path)
     assert refused.exit_code == 1
     assert not (tmp_path / "touched").exists()
+    torch.load(tmp_path / "dump.pt", weights_only=False)  # the control: run, it writes
+    assert (tmp_path / "touched").exists()
 
 
 # Refused
