@@ -9,7 +9,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +51,37 @@ def test_the_control_statement_of_ties() -> None:
     assert expected_ids([1, 1, 1, 1, 1, 1, 1, 1], 4, 2, 3, biased=True) == [0, 1, 2]
 
 
-def interpreted(what: str, *case: Any) -> list[Any]:
-    """In a process of its own: whether Triton interprets is settled when the kernel is first seen."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        Path(__file__).parents[1] / "support" / "interpreted.py",
-        what,
-        json.dumps(case),
-    ]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: list[Any] = json.loads(done.stdout)
-    return found
+Ask = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Ask]:
+    """Triton's interpreter in a process of its own: whether it interprets is settled when it first sees a kernel."""
+    command = [sys.executable, "-W", "ignore", Path(__file__).parents[1] / "support" / "interpreted.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin and process.stdout
+        asked, answers = process.stdin, process.stdout
+
+        def ask(*case: Any) -> list[Any]:
+            print(json.dumps(case), file=asked, flush=True)
+            answer = answers.readline()
+            assert answer, "the interpreter ended: see stderr"
+            found: list[Any] = json.loads(answer)
+            return found
+
+        yield ask
+        asked.close()
+        assert process.wait() == 0
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "minus infinity"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_kernel_chooses_by_logical_groups_and_answers_with_physical_ids(case: tuple[Any, ...], kind: str) -> None:
+def test_the_kernel_chooses_by_logical_groups_and_answers_with_physical_ids(
+    case: tuple[Any, ...], kind: str, interpreted: Ask
+) -> None:
     place, values, ids, weights, scores = interpreted("route", *case, kind)
     _, groups, chosen_groups, top_k, _, biased, _ = case
     for row, found, weight, score in zip(values, ids, weights, scores, strict=True):
@@ -106,24 +118,24 @@ def in_order(numbers: Sequence[float], block: int, warps: int, side_by_side: boo
 @pytest.mark.parametrize("side_by_side", [False, True])
 @pytest.mark.parametrize(("size", "block", "warps"), [(256, 256, 2), (256, 128, 2), (1024, 1024, 8), (1024, 256, 4)])
 def test_a_softmax_is_summed_in_the_order_that_is_asked_for(
-    size: int, block: int, warps: int, side_by_side: bool
+    size: int, block: int, warps: int, side_by_side: bool, interpreted: Ask
 ) -> None:
-    rows, totals = sums(size, block, warps, side_by_side)
+    rows, totals = sums(interpreted, size, block, warps, side_by_side)
     assert totals == [in_order(row, block, warps, side_by_side) for row in rows]
 
 
-def test_the_control_each_order_gives_other_sums() -> None:
-    rows, _ = sums(1024, 1024, 8, False)
+def test_the_control_each_order_gives_other_sums(interpreted: Ask) -> None:
+    rows, _ = sums(interpreted, 1024, 1024, 8, False)
     orders = [(1024, 8, False), (1024, 8, True), (512, 8, False), (256, 2, False)]
     assert len({tuple(in_order(row, *order) for row in rows) for order in orders}) == len(orders)
 
 
-def sums(*case: Any) -> tuple[list[list[float]], list[float]]:
+def sums(interpreted: Ask, *case: Any) -> tuple[list[list[float]], list[float]]:
     rows, totals = interpreted("sum", *case)
     return [list(map(float.fromhex, row)) for row in rows], list(map(float.fromhex, totals))
 
 
 @pytest.mark.parametrize("case", [(1, 8, 256, "int32"), (100, 6, 160, "int64"), (0, 8, 16, "int32")], ids=str)
-def test_ids_of_an_original_are_mapped_and_padding_stays_padding(case: tuple[Any, ...]) -> None:
+def test_ids_of_an_original_are_mapped_and_padding_stays_padding(case: tuple[Any, ...], interpreted: Ask) -> None:
     ids, place, mapped = interpreted("map", *case)
     assert mapped == [[place[expert] if expert >= 0 else expert for expert in row] for row in ids]
