@@ -18,7 +18,15 @@ from ..traffic.choices import MAX_TOKENS
 from ..traffic.report import describe_analysis
 from .options import json_option, make_strategy, quiet_option, strategy_options
 from .progress import layer_bar
-from .render import describe_export, describe_inspection, describe_trace, fail, print_report
+from .render import (
+    describe_export,
+    describe_inspection,
+    describe_serving,
+    describe_trace,
+    fail,
+    print_report,
+    serve_commands,
+)
 
 FITTED_SHARE = 0.5  # of a trace: analyze makes balanced placements from it, and measures them on the rest
 
@@ -109,8 +117,10 @@ def analyze_command(
         fail(next(iter(analysis.unfit.values())), 1)
     if html is not None:
         write_page(analysis, html)
-    lines = describe_analysis(analysis, by_layer=by_layer)
-    print_report(asdict(analysis), lines + [f"wrote {html}"] * (html is not None), quiet=False, as_json=as_json)
+    commands = serve_commands(analysis, placing)
+    lines = [*describe_analysis(analysis, by_layer=by_layer), *describe_serving(commands)]
+    lines += [f"wrote {html}"] * (html is not None)
+    print_report({**asdict(analysis), "serve": commands}, lines, quiet=False, as_json=as_json)
 
 
 @click.group("trace")

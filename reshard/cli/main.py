@@ -85,6 +85,9 @@ def zigzag_command(src: str, ep: int, out: Path, **options: Any) -> None:
 
     Rank r of R gets experts r, r + R, r + 2 R and so on. Rerun the command to resume, even after a power cut. SRC is
     never written to.
+
+    vLLM also serves SRC placed without rewriting it: RESHARD_PLACEMENT=zigzag. Rewrite it so that each rank reads only
+    its own files, for nodes that hold only these, or for an engine without the plugin.
     """
     _rewrite(src, Zigzag(ep), out, _WritingOptions(**options))
 
@@ -141,7 +144,7 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         return
     with bar(strategy.name, resharding.plan.size, options.quiet or options.as_json) as progress:
         outcome = write_resharding(resharding, out, restart=options.restart, workers=options.workers, progress=progress)
-    report = {**plan_json(resharding, out), **outcome_json(outcome), "serve": serve_command(resharding, out)}
+    report = {**plan_json(resharding, out), **outcome_json(outcome), "serve": serve_command(out, resharding.ep_size)}
     print_report(report, describe_outcome(resharding, outcome), options.quiet, options.as_json)
 
 

@@ -20,6 +20,8 @@ from ..execute.destination import SPARE_SPACE, free_space
 from ..execute.run import Outcome
 from ..model.routing import why_plugin
 from ..placement.permutations import describe_ranks
+from ..placement.strategies import STRATEGIES, Linear, NodeZigzag, Options, Zigzag
+from ..traffic.analysis import Analysis
 
 MAX_LINE = 1600  # characters of an error message
 
@@ -81,11 +83,42 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def serve_command(resharding: Resharding, out: Path) -> str:
-    """The command that serves the output."""
-    return shlex.join(
-        ["vllm", "serve", str(out), "--tensor-parallel-size", str(resharding.ep_size), "--enable-expert-parallel"]
-    )
+def serve_command(model: str | Path, ep_size: int, placement: str | None = None) -> str:
+    """The command that serves an output, or with `placement` an original placed, on one node."""
+    command = ["vllm", "serve", str(model), "--tensor-parallel-size", str(ep_size), "--enable-expert-parallel"]
+    variable = "" if placement is None else f"RESHARD_PLACEMENT={shlex.quote(placement)} "
+    return variable + shlex.join(command)
+
+
+def serve_commands(analysis: Analysis, placing: Options) -> dict[str, list[str]]:
+    """For each placement that was analyzed, the commands that serve the original by it. Linear needs none."""
+    src, ep_size = str(analysis.path), analysis.ep_size
+    found = {}
+    for name in (candidate.strategy for candidate in analysis.candidates):
+        if name == Zigzag.name:
+            found[name] = [serve_command(src, ep_size, name)]
+        elif name == NodeZigzag.name:
+            found[name] = [serve_command(src, ep_size, f"{name}:{analysis.nodes}")]
+        elif name != Linear.name:
+            given = {"--nodes": placing.nodes, "--trace": placing.trace, "--map": placing.map}
+            takes = (*STRATEGIES[name].needs, *STRATEGIES[name].takes)
+            options = [
+                str(word)
+                for option, value in given.items()
+                if value and option[2:] in takes
+                for word in (option, value)
+            ]
+            export = ["reshard", "export", src, "--to", "vllm", "--ep", str(ep_size), "--strategy", name, *options]
+            found[name] = [shlex.join([*export, "--out", f"{name}.json"]), serve_command(src, ep_size, f"{name}.json")]
+    return found
+
+
+def describe_serving(commands: dict[str, list[str]]) -> list[str]:
+    """The last lines of `analyze`."""
+    if not commands:
+        return []
+    lines = ["", "To serve the original placed, with nothing rewritten:"]
+    return [*lines, *(f"  {name:14}{command}" for name, found in commands.items() for command in found)]
 
 
 def describe_plan(resharding: Resharding, out: Path, shareable: int, needed: int) -> list[str]:
@@ -156,7 +189,7 @@ def describe_staging(staging: Staging, outcome: Outcome) -> list[str]:
 
 def _serve_line(resharding: Resharding, out: Path) -> str:
     where = " where reshard is installed beside vLLM" if resharding.contract else ""
-    return f"serve it{where}:  {serve_command(resharding, out)}"
+    return f"serve it{where}:  {serve_command(out, resharding.ep_size)}"
 
 
 def resumed_lines(outcome: Outcome) -> list[str]:
@@ -251,6 +284,9 @@ def describe_inspection(inspection: Inspection) -> list[str]:
     for rank in inspection.ranks:
         experts = " ".join(map(str, rank.experts))
         lines.append(f"    {rank.rank:4}   {bytes_text(rank.size):>12}   {experts}")
+    if not inspection.resharded:
+        command = serve_command(inspection.path, inspection.ep_size, inspection.strategy)
+        lines.append(f"  serve it so, with nothing rewritten:  {command}")
     return lines
 
 

@@ -109,3 +109,11 @@ def test_shard_sizes_are_written_as_on_the_hub(text: str, size: int, source: Pat
     weights = [file for file in report["files"] if file["tensors"]]
     assert all(file["size"] < size + 10_000 or file["tensors"] == 1 for file in weights)
     assert (len(weights) > 3) == (size < 10**6)
+
+
+def test_inspect_ends_with_the_command_that_serves_the_original_placed(source: Path, tmp_path: Path) -> None:
+    serve = f"RESHARD_PLACEMENT=zigzag vllm serve {source} --tensor-parallel-size 4 --enable-expert-parallel"
+    assert run_well("inspect", source, "--ep", 4).splitlines()[-1].endswith(serve)
+    assert "RESHARD_PLACEMENT" not in run_well("inspect", source)
+    run_well("zigzag", "--src", source, "--ep", 4, "--out", tmp_path / "out")
+    assert "RESHARD_PLACEMENT" not in run_well("inspect", tmp_path / "out"), "an output is placed already"

@@ -218,7 +218,9 @@ def test_layers_prints_the_table_of_each(source: Path) -> None:
     arguments = ("analyze", source, "--ep", RANKS, "--batch", 64, "--tokens", 512)
     found = json.loads(run_well(*arguments, "--json"))
     text = run_well(*arguments, "--layers")
-    assert text.startswith(run_well(*arguments).removesuffix("\n"))
+    whole, _, serving = run_well(*arguments).partition("\n\nTo serve")
+    assert text.startswith(whole)
+    assert text.endswith(serving)
     for layer, effects in found["candidates"][1]["layers"].items():
         of_layer = text.partition(f"\n{layer}:\n")[2].partition("\n\n")[0]
         assert f"{effects['imbalance'][0]:.3f}" in of_layer
@@ -388,3 +390,24 @@ def test_an_output_is_refused(source: Path, tmp_path: Path) -> None:
     result = run("analyze", tmp_path / "out", "--ep", 4)
     assert result.exit_code == 1
     assert "already resharded" in result.output
+
+
+def test_it_ends_with_the_commands_that_serve_the_original_so(traces: Traces, source: Path, tmp_path: Path) -> None:
+    traces.put([[4, 5]] * 10_000)
+    serve = f"vllm serve {source} --tensor-parallel-size {RANKS} --enable-expert-parallel"
+    arguments = ["analyze", source, "--ep", RANKS, "--nodes", 2, "--trace", tmp_path]
+    commands = json.loads(run_well(*arguments, "--json"))["serve"]
+    assert commands == {
+        "zigzag": [f"RESHARD_PLACEMENT=zigzag {serve}"],
+        "node-zigzag": [f"RESHARD_PLACEMENT=node-zigzag:2 {serve}"],
+        "balanced": [
+            f"reshard export {source} --to vllm --ep {RANKS} --strategy balanced --nodes 2 --trace {tmp_path} "
+            "--out balanced.json",
+            f"RESHARD_PLACEMENT=balanced.json {serve}",
+        ],
+    }
+    text = run_well(*arguments)
+    assert all(command in text for found in commands.values() for command in found)
+    made = commands["balanced"][0].replace("balanced.json", str(tmp_path / "balanced.json")).split()[1:]
+    run_well(*made)
+    assert json.loads((tmp_path / "balanced.json").read_text())["strategy"] == "balanced"
