@@ -1,8 +1,8 @@
 """How each engine wants to be told where experts go: a writer for each form of file.
 
 Each engine has its own rule for which layers the file has and how they are numbered; the writers' docstrings say so.
-`tests/commands/test_export.py` reads what they write as the engines do. A new engine is a writer and an entry in
-`FORMATS`.
+`tests/commands/test_export.py` reads what they write as the engines do. A new engine needs a writer, its name in
+`FormatName`, and an entry in `FORMATS`.
 """
 
 from __future__ import annotations

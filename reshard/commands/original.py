@@ -1,6 +1,6 @@
 """Reads the original, for every command that takes one: finds it, parses it, and refuses an output of reshard.
 
-`--src` enters here and leaves as an `Original`. No later step looks at the path again to decide what it is.
+A path or a repository id comes in, and an `Original` goes out. `checkpoint.source` turns the id into a directory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""How model families name their experts and routers, and how they route. Data: a new family is a new line.
+"""How model families name their experts and routers, and how they route. Data: a new family is a new line,
+if its router tensors have names that are listed here; otherwise `layers` and `router` have to learn the names too.
 
 A family is listed only when its router is known to treat all experts alike (group limits apart), because only then is
 renumbering exact. An unknown `model_type` is refused, not guessed at.

@@ -2,7 +2,7 @@
 
 `trace_file` is the form of reshard's own recordings, `recordings` reads those and other engines' records, `choices`
 turns them into the experts that each token chose, ids_TK per layer, and `effect` measures a placement on these.
-`analysis` holds what was measured, `report` says it in words, and `page` draws it. In come a directory of recordings,
-or a checkpoint's gates, and a placement; out comes an `Analysis`. Recording itself is done by `vllm.recording`, and
-making placements by `placement`.
+`analysis` holds what was measured, `report` makes the tables and sentences of `analyze`, and `page` draws it. In come
+a directory of recordings, or a checkpoint's gates, and a placement; out comes an `Analysis`. Recording itself is done
+by `vllm.recording`, and making placements by `placement`.
 """
