@@ -1,4 +1,4 @@
-"""Rewrite a MoE checkpoint so that an engine's linear expert placement becomes zigzag placement, answers unchanged.
+"""Place the experts of MoE models on expert-parallel ranks, with the model's answers unchanged.
 
     from reshard import zigzag, verify, restore, inspect
 
