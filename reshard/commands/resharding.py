@@ -24,6 +24,7 @@ from ..plan.files import Digests, OutputFile, Plan, literal_file, plan_index, wh
 from ..plan.layouts import as_source, by_rank, why_not_shared
 from ..plan.sharing import NOTHING_SHARED, Sharing
 from ..record.manifest import (
+    LAYOUTS,
     MANIFEST,
     MANIFEST_VERSION,
     FileRecord,
@@ -85,6 +86,8 @@ def plan_resharding(
     """
     checkpoint, model, placement = original.checkpoint, original.model, placed.placement
     writing = writing or Writing()
+    if writing.layout not in LAYOUTS:
+        raise OutputError(f"{original.root}: layout is {writing.layout!r:.80}, expected one of {', '.join(LAYOUTS)}")
     _refuse_output_config(checkpoint)
     check_placement(placement, original.shape)
     contract = None

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import OutputError
-from ..plan.sharing import Reflink, Sharing
+from ..plan.sharing import REFLINK, Reflink, Sharing
 from . import syscalls
 from .destination import nearest_directory, refuse_inside
 
@@ -22,6 +22,8 @@ def find_sharing(root: Path, names: Iterable[str], directories: Iterable[str], o
     `directories` are the folders below `root`. Raises OutputError if `out` lies in `root`, which is never written to,
     and if `reflink` is "always" but blocks cannot be shared.
     """
+    if reflink not in REFLINK:
+        raise OutputError(f"{out}: reflink is {reflink!r:.80}, expected one of {', '.join(REFLINK)}")
     refuse_inside(out, root, directories)
     if reflink == "never":
         return Sharing(None, "--reflink never")

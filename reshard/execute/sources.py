@@ -14,7 +14,7 @@ from ..checkpoint.header import Tensor
 from ..errors import CheckpointError
 from . import syscalls
 
-BLOCK_SIZE = 4 << 20
+BLOCK_SIZE = 4 << 20  # bytes read or written at once
 ZEROS = memoryview(bytes(BLOCK_SIZE))
 
 

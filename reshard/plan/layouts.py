@@ -2,7 +2,8 @@
 
 A tensor can share disk blocks with the source if it begins as far into a block as it does there. Headers are padded
 for that. In the layout by rank, if most of the source can be shared, the tensors of each source file are also
-reordered: small ones shift the large ones after them into place. Pure; no I/O.
+reordered: small ones shift the large ones after them into place. Pure; no I/O. A new layout also needs its name in
+`record.manifest.Layout` and a case in `commands.resharding`.
 """
 
 from __future__ import annotations
