@@ -1,8 +1,8 @@
-"""Which layer a name means: the one place that reads a layer's kind and number from a module's or a tensor's name.
+"""Finds out which layer a name means. No other module reads a layer's kind or number from a module or tensor name.
 
-The same MoE layer has many names. DeepSeek-R1's draft layer is `model.layers.61.mlp` in the checkpoint; vLLM may call
-it `model.layers.61.mtp_block.mlp.experts`. DeepSeek-V4 calls its own `mtp.0.ffn`. A model that sees has
-`language_model.model.layers.3.mlp`. What they share is the kind and the numbers, and those make the key.
+One MoE layer has many names. DeepSeek-R1's draft layer is `model.layers.61.mlp` in the checkpoint; vLLM may call it
+`model.layers.61.mtp_block.mlp.experts`. DeepSeek-V4's draft layer is `mtp.0.ffn`. A vision-language model has
+`language_model.model.layers.3.mlp`. All names of a layer share its kind and its numbers, so these are its key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DRAFT = "mtp"
 class LayerKey:
     """A layer of the model itself, or of its multi-token-prediction draft, by number.
 
-    Most layers have one number. Where a layer has several MoE blocks, those add their own.
+    Most layers have one number. If a layer has several MoE blocks, each block adds its own number.
     """
 
     kind: Literal["layer", "draft"]
@@ -30,9 +30,9 @@ class LayerKey:
 
 
 def module_name(name: str) -> str:
-    """The module that holds a layer's experts: `name` up to its experts (`model.layers.3.mlp`).
+    """The module that holds a layer's experts: `name` up to `.experts` (`model.layers.3.mlp`).
 
-    `name` is that of the module, of its experts, or of a tensor of an expert.
+    `name` is the name of that module, of its experts, or of an expert's tensor.
     """
     parts = name.split(".")
     return ".".join(parts[: parts.index(EXPERTS)]) if EXPERTS in parts else name
@@ -43,8 +43,8 @@ def layer_key(name: str, num_layers: int | None = None) -> LayerKey:
 
     Parameters:
         name: of a module or tensor of the layer
-        num_layers: how many layers the model itself has (`num_hidden_layers`); a layer from there on is its draft's.
-            None where that is not known: then only a name that says `mtp` means a draft
+        num_layers: how many layers the model itself has (`num_hidden_layers`); later layers belong to its draft.
+            None if that is unknown: then only names with `mtp` mean a draft
 
     Returns:
         the key, draft layers counted from 0
@@ -59,10 +59,10 @@ def layer_key(name: str, num_layers: int | None = None) -> LayerKey:
 
 
 def find_layer(name: str, layers: Iterable[str], num_layers: int | None = None) -> str | None:
-    """The one of `layers` that is the layer `name`, None where none is, or more than one might be.
+    """Find the one of `layers` that is the layer `name`; None if there is none, or more than one candidate.
 
     Parameters:
-        name: what an engine calls the layer, its experts or one of its tensors
+        name: an engine's name for the layer, its experts or one of its tensors
         layers: names of modules that hold experts
         num_layers: see `layer_key`
     """

@@ -1,11 +1,11 @@
-"""A placement as a file: JSON, no weights. `RESHARD_PLACEMENT`, `--map` and `reshard export --to vllm` share it.
+"""Reads and writes placement files: a placement as JSON, without weights.
 
-`PlacementFile` is the documented form, and `placement.schema.json` is generated from it. Any other JSON object that has
-`physical_to_logical` is read too: a manifest, or a few lines that a user wrote. What such an object does not say is
-None, and fits everything.
+`RESHARD_PLACEMENT`, `--map` and `reshard export --to vllm` share this format. `PlacementFile` is its documented form;
+`placement.schema.json` is generated from it. Any other JSON object with `physical_to_logical` is read too: a manifest,
+or a few lines that a user wrote. Keys that such an object lacks are None, and None fits every model.
 
-`physical_to_logical` may be longer than there are experts: an expert that stands in several places has copies. The form
-allows it so that files stay readable; who cannot place copies says so.
+`physical_to_logical` may have more slots than there are experts: then some experts have copies. The format allows
+copies so that it need not change for them. A caller that cannot place copies refuses the file.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from ..errors import CheckpointError
 
 VERSION_KEY = "reshard_placement"
 VERSION = 1
-MAX_BYTES = 256 << 20  # of such a file; DeepSeek-R1's is 60 KB
+MAX_BYTES = 256 << 20  # largest placement file that we read; DeepSeek-R1's has 60 KB
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Expert = Annotated[int, msgspec.Meta(ge=0)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Orders = list[Expert] | dict[str, list[Expert]]
-"""One list [P] for all MoE layers, or one for each by name; P is E, or more where experts have copies."""
+"""One list [P] for all MoE layers, or a list for each layer by name; P is E, or more if experts have copies."""
 
 
 class PlacementFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The documented form. A null fits every model, or every number of EP ranks.
+    """A placement file. A null `model_type` fits every model, a null `ep_size` every number of EP ranks.
 
-    `physical_to_logical` has, for each slot in the order of EP ranks, the expert's id in the original: one list for all
-    MoE layers, or one for each by name (`model.layers.3.mlp`). It is longer than `num_experts` where experts have
-    copies. `layers` are all MoE layers that the placement was made for. `digest` is BLAKE3 of what the placement was
-    made for (`ep_size`, `model_type`, `num_experts`, `layers`), so that an edit of these is noticed.
+    `physical_to_logical` gives, for each slot in the order of EP ranks, the id of its expert in the original. It is one
+    list for all MoE layers, or one list for each layer by name (`model.layers.3.mlp`). It is longer than `num_experts`
+    if experts have copies. `layers` lists all MoE layers that the placement was made for. `digest` is the BLAKE3 of
+    what the placement was made for (`ep_size`, `model_type`, `num_experts`, `layers`), so that edits of these are
+    detected.
     """
 
     reshard_placement: Literal[1] = 1
@@ -51,18 +52,18 @@ class PlacementFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     @property
     def has_copies(self) -> bool:
-        """Whether some expert stands in more than one slot."""
+        """Whether some expert has more than one slot."""
         return any(len(order) > self.num_experts for order in self.orders)
 
     @property
     def orders(self) -> list[list[int]]:
-        """The lists that `physical_to_logical` has."""
+        """The lists in `physical_to_logical`."""
         found = self.physical_to_logical
         return list(found.values()) if isinstance(found, dict) else [found]
 
     @property
     def placement_digest(self) -> str:
-        """See the function of that name."""
+        """The digest of the placement; see the function of the same name."""
         return placement_digest(self.physical_to_logical, self.ep_size)
 
 
@@ -70,7 +71,7 @@ def placement_digest(physical_to_logical: Mapping[str, Sequence[int]] | Sequence
     """BLAKE3 of a placement in canonical form: equal placements have equal digests, whoever wrote them.
 
     Parameters:
-        physical_to_logical: [P], or by layer [P]; layers that all have the same order count as one list
+        physical_to_logical: [P], or [P] by layer; if all layers have the same order, it counts as one list
         ep_size: R, EP ranks
 
     Returns:
@@ -85,8 +86,8 @@ def placement_digest(physical_to_logical: Mapping[str, Sequence[int]] | Sequence
 
 
 def encode_placement_file(file: PlacementFile) -> bytes:
-    """The bytes of the file, its `digest` filled in: a line for each key, and for each layer."""
-    filled = msgspec.structs.replace(file, digest=_made_for(file))
+    """The bytes of the file, with its `digest` filled in and one line for each key and each layer."""
+    filled = msgspec.structs.replace(file, digest=_made_for_digest(file))
     values = msgspec.to_builtins(filled)
     orders = values["physical_to_logical"]
     if isinstance(orders, dict):
@@ -99,28 +100,29 @@ def encode_placement_file(file: PlacementFile) -> bytes:
 
 
 def read_placement_file(path: Path) -> PlacementFile:
-    """The placement in the file `path`; CheckpointError where it has none, or one that cannot be."""
+    """Read the placement file `path`; raise CheckpointError if it holds no placement, or an impossible one."""
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
-            raise CheckpointError(f"{path}: {size} bytes; expected a placement file, at most {MAX_BYTES}")
+            raise CheckpointError(f"{path}: {size} bytes; expected a placement file of at most {MAX_BYTES} bytes")
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read as a placement file: {error.strerror}") from error
     try:
         value = msgspec.json.decode(data)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: expected a placement file, which is JSON: {error}") from error
+        raise CheckpointError(f"{path}: expected a placement file in JSON: {error}") from error
     return placement_file_from_json(value, str(path))
 
 
 def placement_file_from_json(value: Any, where: str) -> PlacementFile:
-    """The same for JSON that was read already; `where` names it in errors."""
+    """Check JSON that was already decoded, and return it as a placement file; `where` names it in errors."""
     if not isinstance(value, dict) or "physical_to_logical" not in value:
         raise CheckpointError(f"{where}: expected a placement file: a JSON object with physical_to_logical")
     if VERSION_KEY in value:
         if value[VERSION_KEY] != VERSION:
             raise CheckpointError(
-                f"{where}: {VERSION_KEY} is {value[VERSION_KEY]!r:.80}, this reshard reads {VERSION}; upgrade reshard"
+                f"{where}: {VERSION_KEY} is {value[VERSION_KEY]!r:.80}, but this reshard reads only {VERSION}; upgrade "
+                "reshard"
             )
         fields = value
     else:
@@ -129,8 +131,8 @@ def placement_file_from_json(value: Any, where: str) -> PlacementFile:
         file = msgspec.convert(fields, PlacementFile)
     except (msgspec.ValidationError, RecursionError) as error:
         raise CheckpointError(f"{where}: not a placement file: {error}") from error
-    if wrong := _inconsistency(file):
-        raise CheckpointError(f"{where}: {wrong}")
+    if fault := _fault(file):
+        raise CheckpointError(f"{where}: {fault}")
     return file
 
 
@@ -141,13 +143,13 @@ def placement_file_schema() -> dict[str, Any]:
 
 
 def _described(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What any JSON object with `physical_to_logical` says, as the documented form has it."""
+    """The keys of the documented form, taken from any JSON object with `physical_to_logical`."""
     orders, records = value["physical_to_logical"], value.get("moe_layers")
     lists = list(orders.values()) if isinstance(orders, dict) else [orders]
     known = [expert for order in lists if isinstance(order, list) for expert in order if isinstance(expert, int)]
     if isinstance(orders, dict):
         layers = list(orders)
-    else:  # a manifest, whose layers all have one order
+    else:  # a manifest in which all layers have the same order
         layers = [record.get("name") for record in records if isinstance(record, dict)] if records else []
     return {
         "strategy": value.get("strategy", "file"),
@@ -159,33 +161,35 @@ def _described(value: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _inconsistency(file: PlacementFile) -> str | None:
-    """What a file that was not written by reshard may have wrong, in words."""
-    named = file.physical_to_logical
-    if isinstance(named, dict):
-        if not named:
+def _fault(file: PlacementFile) -> str | None:
+    """Describe what makes a file inconsistent, as one written by hand may be; None if it is sound."""
+    orders = file.physical_to_logical
+    if isinstance(orders, dict):
+        if not orders:
             return "physical_to_logical has no layer"
-        if strange := sorted(named.keys() ^ set(file.layers)):
-            return f"physical_to_logical and layers differ: {strange[0]!r:.200} is in one of them only"
-    for layer, order in named.items() if isinstance(named, dict) else [("all layers", named)]:
+        if differing := sorted(orders.keys() ^ set(file.layers)):
+            return f"physical_to_logical and layers differ: only one of them has {differing[0]!r:.200}"
+    for layer, order in orders.items() if isinstance(orders, dict) else [("all layers", orders)]:
         if set(order) != set(range(file.num_experts)):
             return (
                 f"physical_to_logical: {layer}: expected each of the experts 0 to {file.num_experts - 1}, "
                 f"found {order!r:.80}"
             )
         if len(order) > file.num_experts and file.ep_size and len(order) % file.ep_size:
-            return f"physical_to_logical: {layer}: {len(order)} slots are not the same number on {file.ep_size} ranks"
+            return (
+                f"physical_to_logical: {layer}: {len(order)} slots cannot be divided evenly among {file.ep_size} ranks"
+            )
     if file.ep_size and file.ep_size > file.num_experts:
         return f"ep_size is {file.ep_size}, but there are {file.num_experts} experts"
-    if file.digest is not None and file.digest != _made_for(file):
+    if file.digest is not None and file.digest != _made_for_digest(file):
         return (
-            "ep_size, model_type, num_experts or layers were changed after the placement was made (its digest is of "
-            "others); make it again with `reshard export --to vllm`"
+            "ep_size, model_type, num_experts or layers were changed after the placement was made (they do not match "
+            "its digest); make it again with `reshard export --to vllm`"
         )
     return None
 
 
-def _made_for(file: PlacementFile) -> str:
+def _made_for_digest(file: PlacementFile) -> str:
     return _digest({key: getattr(file, key) for key in ("ep_size", "model_type", "num_experts", "layers")})
 
 

@@ -155,7 +155,7 @@ GOOD = {"model.layers.1.mlp": list(range(EXPERTS)), "model.layers.2.mlp": list(r
     ("text", "words"),
     [
         (None, "No such file"),
-        ("{", "expected a placement file, which is JSON"),
+        ("{", "expected a placement file in JSON"),
         ("[]", "a JSON object with physical_to_logical"),
         ("{}", "a JSON object with physical_to_logical"),
         (json.dumps({"physical_to_logical": 3}), "not a placement file"),

@@ -72,12 +72,12 @@ def test_any_object_with_a_placement_is_read(content: dict[str, Any], tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"reshard_placement": 2}, "reshard_placement is 2, this reshard reads 1"),
+        ({"reshard_placement": 2}, "reshard_placement is 2, but this reshard reads only 1"),
         ({"physical_to_logical": [0, 1, 2, 2]}, r"all layers: expected each of the experts 0 to 3"),
         ({"physical_to_logical": [0, 1, 2, 4]}, "expected each of the experts 0 to 3"),
         ({"physical_to_logical": [0, 1, 2]}, "expected each of the experts 0 to 3"),
-        ({"physical_to_logical": [0, 1, 2, 3, 0]}, "5 slots are not the same number on 2 ranks"),
-        ({"physical_to_logical": {"model.layers.1.mlp": [0, 1, 2, 3]}}, r"differ: 'model.layers.2.mlp'"),
+        ({"physical_to_logical": [0, 1, 2, 3, 0]}, "5 slots cannot be divided evenly among 2 ranks"),
+        ({"physical_to_logical": {"model.layers.1.mlp": [0, 1, 2, 3]}}, r"only one of them has 'model.layers.2.mlp'"),
         ({"physical_to_logical": {}, "layers": []}, "has no layer"),
         ({"physical_to_logical": [0, 1, 2, "3"]}, "Expected `int`, got `str`"),
         ({"physical_to_logical": [0, 1, 2, -3]}, "not a placement file"),
