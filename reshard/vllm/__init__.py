@@ -1,22 +1,23 @@
-"""The vLLM plugin: serves originals placed, and routes a resharded group-limited model as the original.
+"""The vLLM plugin: applies a placement to an original, and routes a resharded group-limited model as its original does.
 
-vLLM loads it in every process through the entry point group `vllm.general_plugins`. What it changes in vLLM:
+vLLM calls `register` in every process, through the entry point group `vllm.general_plugins`. For outputs of reshard the
+plugin replaces functions of vLLM as follows:
 
-    configs    config.json of an output reads as the original's, with the contract still in it
-    routing    the routers of a model with a contract score groups by logical expert and answer with physical ids
-    loading    a rank opens the shared files and its own ranks' only; nothing serves before every router was checked
-    recording  where RESHARD_TRACE names a directory, and of any MoE model: which experts each token chose
+    configs    config.json of a group-limited output reads as the original's, and keeps the contract
+    routing    with a contract, routers score groups of logical experts and return physical ids
+    loading    a rank opens only the shared files and its own; every router is checked before the model serves
+    recording  if RESHARD_TRACE names a directory: records which experts each token chose, for any MoE model
 
-and of an original, where RESHARD_PLACEMENT asks for it:
+For an original, if RESHARD_PLACEMENT is set:
 
-    request, served       what is asked for, resolved or refused, and how it travels to every process
-    placed                routers answer physical ids; `map_ids`, `fused` and `grouped_topk` do that on a GPU
-    placed_weights, proof experts are loaded to their places, and that is proved before anything serves
-    agreement             all ranks serve the same placement
-    weight_filter, eplb, worker   vLLM's own ways to read, move and change experts, with a placement
+    request, served       resolve or refuse the requested placement, and carry it to every process
+    placed                routers return physical ids; on a GPU through `map_ids`, `fused` and `grouped_topk`
+    placed_weights, proof load each expert into its slot, and check that before the model serves
+    agreement             checks that all ranks serve the same placement
+    weight_filter, eplb, worker   apply the placement where vLLM filters, moves or replaces expert weights
 
-Models without a contract or a placement, and directories that are no output, go the way they always went. A vLLM that
-this does not fit is told so when a group-limited output is loaded, or a placement asked for, and not before.
+Every other model loads as it does without the plugin. If the plugin does not support the installed vLLM, it says so
+only when a group-limited output is loaded or a placement is requested.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from types import ModuleType
 
 
 def register() -> None:
-    """What the entry point calls, once or many times in a process; imports nothing of vLLM before vLLM does."""
+    """Register the hooks. vLLM calls this at least once per process; it imports no vLLM module itself."""
     import os
 
     from wrapt import register_post_import_hook
@@ -39,8 +40,8 @@ def register() -> None:
     register_post_import_hook(routing.install, "vllm.model_executor.layers.fused_moe.layer")
     register_post_import_hook(loading.install_check, "vllm.model_executor.model_loader.base_loader")
     register_post_import_hook(loading.install_file_choice, "vllm.model_executor.model_loader.default_loader")
-    register_post_import_hook(weight_filter.install_choice, "vllm.model_executor.model_loader.default_loader")
-    register_post_import_hook(weight_filter.install_question, "vllm.model_executor.model_loader.weight_utils")
+    register_post_import_hook(weight_filter.install_expert_set, "vllm.model_executor.model_loader.default_loader")
+    register_post_import_hook(weight_filter.install_skip, "vllm.model_executor.model_loader.weight_utils")
     register_post_import_hook(eplb.install, "vllm.distributed.eplb.eplb_state")
     register_post_import_hook(worker.install, "vllm.v1.worker.gpu_worker")
     if os.environ.get(recording.VARIABLE):
@@ -48,6 +49,6 @@ def register() -> None:
 
 
 def _install_runner(module: ModuleType) -> None:
-    from .placed import install_runner  # imports torch, which vLLM has done by then
+    from .placed import install_runner  # imports torch, which vLLM has imported by then
 
     install_runner(module)

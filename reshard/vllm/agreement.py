@@ -1,7 +1,7 @@
-"""Every rank serves the same placement: compared before anything is loaded.
+"""Checks that every rank serves the same placement, before any rank loads weights.
 
-A rank without the plugin never joins a collective, and would leave the others waiting in one. So each rank writes what
-it serves into the process group's store, and reads what the others wrote, for so long.
+A collective would hang: a rank without the plugin never joins it. So each rank writes its placement's digest to the
+process group's store, and reads the other ranks' digests with a timeout.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ..errors import UnsupportedError
 from ..placement.permutations import describe_ranks
 
 VARIABLE = "RESHARD_AGREEMENT_SECONDS"
-SECONDS = 300  # ranks come to this point within seconds of each other, unless one is not there yet
+DEFAULT_SECONDS = 300  # ranks usually get here within seconds of each other; one may still be starting
 LINEAR = "linear"
-_loads = itertools.count()
+_load_numbers = itertools.count()
 
 
 class Store(Protocol):
-    """What of torch.distributed's store is used."""
+    """The methods of torch.distributed's store that we use."""
 
     def set(self, key: str, value: str) -> None: ...  # noqa: D102
 
@@ -32,54 +32,54 @@ class Store(Protocol):
     def wait(self, keys: list[str], timeout: datetime.timedelta) -> None: ...  # noqa: D102
 
 
-def agree(mine: str | None) -> None:
-    """UnsupportedError unless all ranks serve the placement with the digest `mine`.
+def agree(digest: str | None) -> None:
+    """Raise UnsupportedError unless all ranks serve the placement with this digest.
 
-    None is linear: such a rank says so, and waits for no other.
+    None means linear: such a rank publishes that, and does not wait for the others.
     """
     import torch
 
-    number = next(_loads)  # of this process; all load their models in the same order
+    load_number = next(_load_numbers)  # the same on every rank: all load their models in the same order
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
     from torch.distributed.distributed_c10d import _get_default_store
 
     store: Any = _get_default_store()
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    publish(store, number, rank, mine)
-    if mine is not None:
-        compare(store, number, range(size), mine, float(os.environ.get(VARIABLE, SECONDS)))
+    publish(store, load_number, rank, digest)
+    if digest is not None:
+        compare(store, load_number, range(size), digest, float(os.environ.get(VARIABLE, DEFAULT_SECONDS)))
 
 
-def publish(store: Store, number: int, rank: int, mine: str | None) -> None:
-    """Say in `store` what this rank serves."""
-    store.set(_key(number, rank), mine or LINEAR)
+def publish(store: Store, load_number: int, rank: int, digest: str | None) -> None:
+    """Write to `store` which placement this rank serves."""
+    store.set(_key(load_number, rank), digest or LINEAR)
 
 
-def compare(store: Store, number: int, ranks: Sequence[int], mine: str, seconds: float) -> None:
-    """UnsupportedError that names the ranks that serve something else, or that say nothing for so many seconds."""
+def compare(store: Store, load_number: int, ranks: Sequence[int], digest: str, seconds: float) -> None:
+    """Raise UnsupportedError, naming the ranks, if some serve another placement or publish none within `seconds`."""
     deadline = time.monotonic() + seconds
     silent, others = [], {}
     for rank in ranks:
         try:
-            store.wait([_key(number, rank)], datetime.timedelta(seconds=max(0.1, deadline - time.monotonic())))
-        except RuntimeError:  # torch's DistStoreError: it is not there
+            store.wait([_key(load_number, rank)], datetime.timedelta(seconds=max(0.1, deadline - time.monotonic())))
+        except RuntimeError:  # torch's DistStoreError: the key is not there
             silent.append(rank)
             continue
-        if (other := store.get(_key(number, rank)).decode()) != mine:
+        if (other := store.get(_key(load_number, rank)).decode()) != digest:
             others[rank] = other
     if silent:
         raise UnsupportedError(
-            f"ranks {describe_ranks(silent)} did not say within {seconds:.0f} s which placement they serve: is "
-            "reshard's plugin installed there, and not left out by VLLM_PLUGINS?"
+            f"ranks {describe_ranks(silent)} did not report their placement within {seconds:.0f} s; check that "
+            "reshard's plugin is installed there and that VLLM_PLUGINS does not exclude it"
         )
     if others:
         rank, other = min(others.items())
         raise UnsupportedError(
-            f"ranks {describe_ranks(others)} serve another placement than this one ({other[:12]} on rank {rank}, "
-            f"{mine[:12]} here): give all ranks the same RESHARD_PLACEMENT"
+            f"ranks {describe_ranks(others)} serve a different placement ({other[:12]} on rank {rank}, "
+            f"{digest[:12]} on this rank); give all ranks the same RESHARD_PLACEMENT"
         )
 
 
-def _key(number: int, rank: int) -> str:
-    return f"reshard/placement/{number}/{rank}"
+def _key(load_number: int, rank: int) -> str:
+    return f"reshard/placement/{load_number}/{rank}"

@@ -1,8 +1,8 @@
-"""config.json of a group-limited output, read as the original's.
+"""Makes config.json of a group-limited output read as the original's.
 
-Everything that reads a config (vLLM's registry, Transformers, remote code where the user trusts it, tokenizers) begins
-with `PretrainedConfig.get_config_dict`: there the original `model_type`, `architectures` and `auto_map` come back. The
-contract stays in, as an attribute of the config object, for `routing` to find.
+Everything that reads a config (vLLM's registry, Transformers, tokenizers, trusted remote code) starts with
+`PretrainedConfig.get_config_dict`. We wrap it, and restore the original `model_type`, `architectures` and `auto_map`
+there. The contract stays in the config as an attribute, where `routing` finds it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .support import require_support
 
 
 def install(module: ModuleType) -> None:
-    """Make configs with a contract readable in this process; `module` defines Transformers' PretrainedConfig."""
+    """Unlock configs with a contract in this process; `module` defines Transformers' PretrainedConfig."""
     old = module.PretrainedConfig.get_config_dict
     if hasattr(old, "replaced_by_reshard"):
         return
@@ -31,9 +31,9 @@ def install(module: ModuleType) -> None:
 
 
 def read_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """`config` as the original was, with its contract; any other config unchanged.
+    """Return a locked `config` as the original's plus the contract; return any other config unchanged.
 
-    Raises CheckpointError where the contract cannot be honoured, UnsupportedError where this vLLM cannot do it.
+    Raises CheckpointError for a contract that cannot be honoured, UnsupportedError if this vLLM is not supported.
     """
     if not str(config.get("model_type")).startswith("reshard_") or CONTRACT_KEY not in config:
         return config

@@ -1,8 +1,8 @@
-"""EPLB that starts from a placement, layer by layer, redundant experts included.
+"""Makes vLLM's EPLB start from a placement, layer by layer, with redundant experts.
 
-vLLM starts EPLB from one list for all layers, and its loader stops after the first local copy of an expert. So
-experts are loaded where vLLM expects them. Then its own `rearrange_expert_weights_inplace` moves them, and the maps are
-committed: before warm-up, in the tensors that layers already share. From there on EPLB works as ever.
+vLLM starts EPLB from one list for all layers, and its loader fills only the first local copy of an expert. So we let
+vLLM load experts where it expects them. Then we move them with its own `rearrange_expert_weights_inplace` and commit
+the maps, before warm-up and in the tensors that the layers already share. From then on EPLB works as usual.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from ..errors import UnsupportedError
 from ..placement.permutations import rank_slots
 from .patching import replace_if_there
 from .served import ServedPlacement, current_placement
-from .worker import is_proved
+from .worker import mark_proved
 
 
 def install(module: ModuleType) -> None:
-    """Move experts once EPLB knows a model; `module` defines EplbState."""
+    """Move the experts of each model that is added to EPLB; `module` defines EplbState."""
     replace_if_there(module.EplbState, "add_model", _then_place)
 
 
 def with_copies(order: Sequence[int], ep_size: int, num_redundant: int) -> tuple[int, ...]:
-    """A placement with redundant experts: the same ranks' experts, and copies behind them.
+    """Add redundant experts to a placement: on each rank, its own experts come first and copies follow.
 
-    The first `num_redundant` logical experts get one copy more each, in turn, as vLLM has it. A copy goes to a rank
-    that has a slot left and no copy of that expert yet: of those to the one with the most slots left.
+    As in vLLM, copies are dealt to logical experts in order: 0, 1, 2, and so on, starting over after the last expert.
+    A copy goes to the rank with the most free slots among those that do not hold its expert yet. If no such rank has a
+    free slot, another rank takes the copy and gives one of its experts to a rank with room.
 
     Parameters:
         order: physical_to_logical [E], a permutation
@@ -36,23 +37,26 @@ def with_copies(order: Sequence[int], ep_size: int, num_redundant: int) -> tuple
         num_redundant: S, redundant experts; R divides E + S
 
     Returns:
-        physical_to_logical [E + S], as many slots on each rank
+        physical_to_logical [E + S], the same number of slots on each rank
 
     Raises:
-        UnsupportedError: R does not divide E + S, or a copy would have to stand beside another of its expert
+        UnsupportedError: R does not divide E + S, or a rank would have to hold two copies of one expert
     """
     num_experts, slots = len(order), len(order) + num_redundant
     if slots % ep_size:
-        raise UnsupportedError(f"{num_experts} + {num_redundant} redundant experts are not as many on {ep_size} ranks")
+        raise UnsupportedError(
+            f"{num_experts} experts and {num_redundant} redundant ones cannot be divided evenly among {ep_size} EP "
+            "ranks; use another number of redundant experts"
+        )
     held = [list(order[own.start : own.stop]) for own in rank_slots(num_experts, ep_size)]
     size = slots // ep_size
     for copy in range(num_redundant):
         expert = copy % num_experts
-        fitting = [rank for rank, experts in enumerate(held) if len(experts) < size and expert not in experts]
-        if fitting:
-            held[min(fitting, key=lambda rank: (len(held[rank]), rank))].append(expert)
+        eligible = [rank for rank, experts in enumerate(held) if len(experts) < size and expert not in experts]
+        if eligible:
+            held[min(eligible, key=lambda rank: (len(held[rank]), rank))].append(expert)
             continue
-        # ranks with room hold the expert already: one that does not gives a copy away to make room
+        # every rank with room already holds this expert, so a rank without it makes room by giving an expert away
         room = next(rank for rank, experts in enumerate(held) if len(experts) < size)
         for experts in held:
             movable = [other for other in experts if other not in held[room]]
@@ -62,8 +66,8 @@ def with_copies(order: Sequence[int], ep_size: int, num_redundant: int) -> tuple
                 break
         else:
             raise UnsupportedError(
-                f"{num_redundant} redundant experts on {ep_size} ranks: a copy of expert {expert} would stand beside "
-                "another; use fewer"
+                f"{num_redundant} redundant experts on {ep_size} EP ranks: one rank would hold expert {expert} twice; "
+                "use fewer redundant experts"
             )
     return tuple(expert for experts in held for expert in experts)
 
@@ -83,9 +87,9 @@ def _then_place(add_model: Callable[..., None]) -> Callable[..., None]:
 
 
 def place(model_state: Any, served: ServedPlacement, *, is_draft: bool) -> None:
-    """Move the experts of an EplbModelState to their places, and commit its maps.
+    """Move the experts of an EplbModelState to their slots, and commit its maps.
 
-    UnsupportedError where a layer is not in the placement, or the maps are not what was asked for afterwards.
+    Raises UnsupportedError if a layer is not in the placement, or if EPLB's maps differ from the placement afterwards.
     """
     import torch
     from vllm.distributed.eplb import eplb_state
@@ -98,7 +102,7 @@ def place(model_state: Any, served: ServedPlacement, *, is_draft: bool) -> None:
     for name, before in zip(names, old.tolist(), strict=True):
         order = served.order(name, model.num_logical_experts)
         wanted.append(list(before) if order is None else list(with_copies(order, served.ep_size, redundant)))
-    new = torch.tensor(wanted, dtype=old.dtype)  # on the CPU, where vLLM's own policies leave it
+    new = torch.tensor(wanted, dtype=old.dtype)  # on the CPU, as the maps from vLLM's own policies are
     eplb_state.rearrange_expert_weights_inplace(
         old,
         new,
@@ -109,8 +113,8 @@ def place(model_state: Any, served: ServedPlacement, *, is_draft: bool) -> None:
     )
     eplb_state._commit_eplb_maps(model_state, new_physical_to_logical_map=new)
     if model_state.physical_to_logical_map.tolist() != wanted:
-        raise UnsupportedError(f"{served.asked}: vLLM's EPLB did not take the placement over; serve without EPLB")
-    is_proved(served)
+        raise UnsupportedError(f"{served.asked}: vLLM's EPLB did not apply the placement; serve without EPLB")
+    mark_proved(served)
     from vllm.logger import init_logger
 
     init_logger("vllm.plugins.reshard").info(

@@ -1,11 +1,11 @@
-"""The kernel in a router's place, once it was seen to choose as that router does.
+"""Replaces a layer's router by one fused kernel, after checking that both choose the same, bit for bit.
 
-The kernel reproduces bits that vLLM promises to nobody. So the first batch of every layer, before CUDA graphs are
-captured, goes both ways, and so do random logits with ties and infinities among them; only where not one bit differs
-does the kernel route from then on. Elsewhere vLLM's own router goes on, with gathers around it.
+The kernel reproduces bits that vLLM does not guarantee. So before CUDA graphs are captured, each layer's first batch
+goes through both the kernel and vLLM's router, and so do random logits with ties and infinities. If every bit agrees,
+the kernel routes from then on. Otherwise vLLM's own router stays, with gathers around it.
 
-Each dtype is looked at for itself: DeepSeek's gates give float32 for up to 16 tokens and bfloat16 for more. So is a
-single token, for which PyTorch compiles a router of its own where that is compiled.
+Each dtype is checked separately, as DeepSeek's gates return float32 for up to 16 tokens and bfloat16 for more. A single
+token is checked separately too, as PyTorch may compile a separate router for it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from .grouped_topk import Choice
 
 TRIAL_ROWS = 1024
-TRIAL_SINGLE_ROWS = 33  # each alone
+TRIAL_SINGLE_ROWS = 33  # routed one at a time
 Route = Callable[["Tensor"], tuple["Tensor", "Tensor"]]
 
 
 @dataclass
 class Fused:
-    """The kernel, for one layer. `place_E` is the physical id of each logical expert, int32."""
+    """The kernel of one layer. `place_E` is the physical id of each logical expert, int32."""
 
-    choices: tuple[Choice, ...]  # what the router may be doing; the first that agrees is taken
+    choices: tuple[Choice, ...]  # candidates for what vLLM's router does; the first that agrees with it is used
     place_E: Tensor
     layer: str
-    logical: bool = False  # whether the router is given logits and bias in logical order
-    agreed: dict[tuple[Any, bool], Choice | None] = field(default_factory=dict)  # by dtype, and whether of one token
+    logical: bool = False  # whether logits and bias come in logical order
+    agreed: dict[tuple[Any, bool], Choice | None] = field(default_factory=dict)  # key: dtype, whether one token
 
     def route(self, logits_TE: Tensor, bias_E: Tensor | None, router: Route) -> tuple[Tensor, Tensor]:
-        """Weights and physical ids: by the kernel if it was seen to agree with `router`, else by `router`."""
+        """Return weights and physical ids: from the kernel if it agreed with `router`, else from `router`."""
         import torch
 
         from .grouped_topk import grouped_topk
@@ -48,38 +48,39 @@ class Fused:
                     choice
                     for choice in self.choices
                     if all(
-                        same(grouped_topk(rows, bias_E, self.place_E, choice, logical=self.logical), found)
+                        same_bits(grouped_topk(rows, bias_E, self.place_E, choice, logical=self.logical), found)
                         for rows, found in trials
                     )
                 ),
                 None,
             )
-            self._say(kind)
+            self._log(kind)
         choice = self.agreed.get(kind)
         if choice is None:
             return router(logits_TE)
         return grouped_topk(logits_TE, bias_E, self.place_E, choice, logical=self.logical)
 
-    def _say(self, kind: tuple[Any, bool]) -> None:
+    def _log(self, kind: tuple[Any, bool]) -> None:
         from vllm.logger import init_logger
 
         logger, (dtype, single) = init_logger("vllm.plugins.reshard"), kind
         logits = f"{str(dtype).removeprefix('torch.')} logits{' of one token' if single else ''}"
         if self.agreed[kind]:
-            logger.info_once("routers: one kernel for %s, seen to choose as vLLM's own, bit for bit", logits)
+            logger.info_once("routers: one kernel for %s; it agreed with vLLM's own router bit for bit", logits)
         else:
             logger.warning_once(
-                "routers: vLLM's own with gathers around it for %s, as reshard's kernel differs from it there (first "
-                "seen in %s); answers are right, routing takes some microseconds more",
+                "routers: vLLM's own with gathers around it for %s, because reshard's kernel differs from it (first in "
+                "layer %s); answers are right, routing takes a few microseconds longer",
                 logits,
                 self.layer,
             )
 
 
 def trial_logits(like_TE: Tensor) -> list[Tensor]:
-    """Random logits for as many experts and of that dtype: many at once, or one by one if `like_TE` is of one token.
+    """Random logits with the dtype and number of experts of `like_TE`, as batches of rows.
 
-    A third of the rows has many ties, a third infinities too.
+    They come as one batch, or one row at a time if `like_TE` has a single row. A third of the rows has many ties, and
+    another third has infinities.
     """
     import torch
 
@@ -94,8 +95,8 @@ def trial_logits(like_TE: Tensor) -> list[Tensor]:
     return [trial_TE[first : first + together] for first in range(0, rows, together)]
 
 
-def same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
-    """Whether weights and ids are the same, bit for bit; any NaN is as good as another."""
+def same_bits(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    """Whether weights and ids are equal bit for bit; any NaN equals any other."""
     import torch
 
     (weights, ids), (expected_weights, expected_ids) = one, other
@@ -107,9 +108,9 @@ def same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
 
 
 def fused_in_place_of(router: Any, physical_of_logical_E: Tensor, layer: str, *, logical: bool = False) -> Fused | None:
-    """The kernel for the layer that `router` was made for, None where there is none for what it does.
+    """The kernel that can replace `router` in `layer`; None if no kernel does what this router does.
 
-    `logical`: the router's logits and bias are in logical order, as in an original that is served placed.
+    `logical`: logits and bias come in logical order, as in an original that is served with a placement.
     """
     import torch
 

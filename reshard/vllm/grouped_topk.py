@@ -1,17 +1,17 @@
-"""Group-limited routing on CUDA in one kernel: logits go in, physical ids and weights come out.
+"""Group-limited routing on CUDA in one kernel: it takes logits and returns weights and physical ids.
 
-Logits and bias are in physical order (an output), or in logical order (an original that is served placed). Between,
-groups are scored by logical expert, and all is computed as vLLM computes it, to the last bit:
+Logits and bias come in physical order (an output) or in logical order (an original that is served with a placement).
+The kernel scores groups of logical experts, and computes everything as vLLM does, to the last bit. vLLM has three ways:
 
     SMALL   vLLM's kernel for few experts: everything in float32
-    FUSED   vLLM's kernel for any number: rounded to the logits' dtype at each step; what is not finite is not chosen
-    TORCH   what PyTorch makes of vLLM's `grouped_topk` where there is no correction bias
+    FUSED   vLLM's kernel for any number of experts: rounds to the logits' dtype at each step, skips what is not finite
+    TORCH   the code that PyTorch compiles from vLLM's `grouped_topk` if there is no correction bias
 
-A choice goes by value, then by the lower logical id. Values are compared as integers of the same order, so that NaN,
-infinities and zeros have their places too. One program routes one token and, up to 256 experts, is one warp: a token's
-scores stay in its registers, [groups, members], and a maximum is some instructions of each lane and one of all.
+Experts are chosen by value, then by the lower logical id. Values are compared as integers in the same order, which
+defines the order of NaN, infinities and zeros too. One program routes one token. Up to 256 experts, it is one warp: it
+keeps scores in registers, [groups, members], and a maximum takes a few instructions per lane and one for the warp.
 
-This file is imported where there is CUDA and Triton, and only there.
+Import this file only where CUDA and Triton are present.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_wait
 
 LANES = 32
-# With so few tokens a launch is worth hiding: programs start, and read what never changes, while the kernel before them
-# still runs (programmatic dependent launch). With more they would take its place.
-FEW_TOKENS = 64
-# What vLLM's kernel for few experts takes (csrc/libtorch_stable/moe/grouped_topk_kernels.cu); it has a warp for each of
-# eight groups, and is not asked whether there are more.
+# Up to this many tokens we hide the launch: programs start and read what never changes while the previous kernel still
+# runs (programmatic dependent launch). With more tokens, they would take GPU resources from that kernel.
+MAX_TOKENS_LAUNCHED_EARLY = 64
+# Limits of vLLM's kernel for few experts (csrc/libtorch_stable/moe/grouped_topk_kernels.cu). It has one warp per group,
+# for eight groups; vLLM does not check for more groups before it calls this kernel.
 SMALL_EXPERTS, SMALL_GROUP, SMALL_CANDIDATES, SMALL_GROUPS, SMALL_CHOSEN_GROUPS, SMALL_TOP_K = 256, 32, 128, 8, 4, 8
-MOST_EXPERTS = 1024
+MAX_EXPERTS = 1024
 
 
 class Arithmetic(Enum):
-    """Whose bits to reproduce: see the module."""
+    """Which of vLLM's implementations to reproduce; the module's docstring describes them."""
 
     SMALL = 0
     FUSED = 1
@@ -47,10 +47,11 @@ class Arithmetic(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Summing:
-    """In which order a kernel that PyTorch compiled sums a softmax.
+    """The order in which a kernel that PyTorch compiled sums a softmax.
 
-    It adds up runs of `block` scores, score by score. Of what that gives each lane of `warps` adds up its own, which
-    stand side by side or as far apart as there are lanes; then lanes are added, then warps.
+    First it adds blocks of `block` scores to each other, element by element. Then each lane of the `warps` warps adds
+    its own elements of the resulting block: adjacent ones if `side_by_side`, else every 32 * `warps`-th. Then it adds
+    the lanes of each warp, and last the warps.
     """
 
     block: int
@@ -59,10 +60,10 @@ class Summing:
 
 
 def ways_to_sum(num_experts: int) -> list[Summing]:
-    """Those to look for, likelier ones first.
+    """The orders of summing to try for `num_experts` experts, likelier ones first.
 
-    PyTorch compiles for any number of experts, with blocks for the number that it met first (or half as large, if that
-    is faster): this model's, or one of a model that was served here before, where its code is still in PyTorch's cache.
+    PyTorch compiles one kernel for any number of experts. Its block size fits the first number that it saw, or half of
+    it if that is faster. That may be the number of a model served here earlier, as PyTorch caches compiled code.
     """
     whole = triton.next_power_of_2(num_experts)
     return [
@@ -79,7 +80,7 @@ def ways_to_sum(num_experts: int) -> list[Summing]:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How `top_k` of E experts are chosen from the `topk_group` best of `n_group` runs of logical experts."""
+    """How to choose `top_k` of E experts from the best `topk_group` of `n_group` groups of logical experts."""
 
     num_experts: int
     n_group: int
@@ -87,20 +88,20 @@ class Choice:
     top_k: int
     renormalize: bool
     scale: float
-    softmax: Summing | None = None  # how it is summed; None for sigmoid
+    softmax: Summing | None = None  # how the softmax is summed; None for sigmoid
     biased: bool = True
 
     @property
     def group_size(self) -> int:
-        """Experts of a group."""
+        """Experts per group."""
         return self.num_experts // self.n_group
 
     @property
     def arithmetic(self) -> Arithmetic | None:
-        """Which of vLLM's ways this is; None for one that is not reproduced, or not defined there."""
+        """Which of vLLM's implementations makes this choice; None if we do not reproduce it or it is undefined."""
         if self.num_experts % self.n_group or not self.topk_group < self.n_group <= 32 or self.top_k > LANES:
             return None
-        if self.num_experts > MOST_EXPERTS or (self.softmax and self.num_experts <= 128):
+        if self.num_experts > MAX_EXPERTS or (self.softmax and self.num_experts <= 128):
             return None
         if not self.biased:
             return None if self.renormalize else Arithmetic.TORCH
@@ -122,21 +123,20 @@ def grouped_topk(
 
     Parameters:
         logits_TE: in physical order; float32, bfloat16 or float16
-        bias_E: the correction bias, in physical order; looked at where `choice` is biased
+        bias_E: the correction bias, in physical order; used only if `choice` is biased
         place_E: int32, the physical id of each logical expert
-        choice: one that has an arithmetic
-        logical: whether logits and bias are in logical order instead
+        choice: its `arithmetic` must not be None
+        logical: whether logits and bias come in logical order instead
 
     Returns:
         weights_TK (float32) and physical ids_TK (int32), in vLLM's order
-
     """
     if logits_TE.stride(1) != 1:
         logits_TE = logits_TE.contiguous()
     tokens = len(logits_TE)
     weights_TK = torch.empty(tokens, choice.top_k, dtype=torch.float32, device=logits_TE.device)
     ids_TK = torch.empty(tokens, choice.top_k, dtype=torch.int32, device=logits_TE.device)
-    early = tokens <= FEW_TOKENS and torch.cuda.get_device_capability(logits_TE.device) >= (9, 0)
+    early = tokens <= MAX_TOKENS_LAUNCHED_EARLY and torch.cuda.get_device_capability(logits_TE.device) >= (9, 0)
     arithmetic = choice.arithmetic
     if tokens:
         _grouped_topk[(tokens,)](
@@ -171,7 +171,7 @@ def grouped_topk(
 
 @triton.jit
 def _ordered(x: tl.tensor) -> tl.tensor:
-    """float32 as int32 of the same order, -0 below 0 and NaN above all; and back, given its bits."""
+    """Map float32 to int32 in the same order, -0 below 0 and NaN above all; applied to its own result, map back."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -186,14 +186,14 @@ def _score(x: tl.tensor, highest: tl.tensor, total: tl.tensor, TORCH: tl.constex
 
 
 @triton.jit
-def _sum_runs(x: tl.tensor, SIZE: tl.constexpr, RUN: tl.constexpr) -> tl.tensor:
-    """x [SIZE] as [RUN]: one run after the other is added."""
-    if SIZE > RUN:
-        runs = x.reshape([SIZE // RUN, RUN])
-        number = tl.arange(0, SIZE // RUN)[:, None]
-        x = tl.zeros([RUN], tl.float32)
-        for run in tl.static_range(SIZE // RUN):
-            x += tl.sum(tl.where(number == run, runs, 0.0), axis=0)  # of one run: the others are 0
+def _sum_blocks(x: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """Reduce x [SIZE] to [BLOCK] by adding its blocks one after the other."""
+    if SIZE > BLOCK:
+        blocks = x.reshape([SIZE // BLOCK, BLOCK])
+        number = tl.arange(0, SIZE // BLOCK)[:, None]
+        x = tl.zeros([BLOCK], tl.float32)
+        for block in tl.static_range(SIZE // BLOCK):
+            x += tl.sum(tl.where(number == block, blocks, 0.0), axis=0)  # selects one block: the others are 0
     return x
 
 
@@ -201,11 +201,11 @@ def _sum_runs(x: tl.tensor, SIZE: tl.constexpr, RUN: tl.constexpr) -> tl.tensor:
 def _sum_like_torch(
     x: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr, SIDE_BY_SIDE: tl.constexpr
 ) -> tl.tensor:
-    """The sum of x [SIZE] in the order that `Summing` says."""
-    lanes = _sum_runs(x, SIZE, BLOCK)
+    """Sum x [SIZE] in the order that `Summing` describes."""
+    lanes = _sum_blocks(x, SIZE, BLOCK)
     if SIDE_BY_SIDE:
         lanes = lanes.reshape([32 * WARPS, BLOCK // (32 * WARPS)]).trans().reshape([BLOCK])
-    lanes = _sum_runs(lanes, BLOCK, 32 * WARPS)
+    lanes = _sum_blocks(lanes, BLOCK, 32 * WARPS)
     for step in tl.static_range(5):
         lanes = tl.sum(lanes.reshape([WARPS, 2, 16 >> step]), axis=1)
     warps = lanes.reshape([WARPS])
@@ -259,7 +259,7 @@ def _grouped_topk(
     if not TORCH:
         b = tl.load(bias + at, mask=exists, other=0).to(value_dtype).to(tl.float32)
     if EARLY:
-        gdc_wait()  # what is read before stays the same from the model's loading on
+        gdc_wait()  # everything read above this line is constant once the model is loaded
     x = tl.load(logits + at, mask=exists, other=0).to(tl.float32)
     highest = 0.0
     total = 1.0
@@ -274,7 +274,7 @@ def _grouped_topk(
     value = score if TORCH else (score + b).to(value_dtype).to(tl.float32)
     key = tl.where(exists, _ordered(value), NONE)
 
-    # 2. the value of each group: its best expert's, or the sum of its two best
+    # 2. the value of each group: its best expert's value, or the sum of its two best
     best = tl.max(key, axis=1)
     if TORCH:
         group_key = best
@@ -285,13 +285,13 @@ def _grouped_topk(
         sums = _ordered(best).to(tl.float32, bitcast=True) + _ordered(second).to(tl.float32, bitcast=True)
         group_key = tl.where(group < GROUPS, _ordered(sums.to(value_dtype).to(tl.float32)), NONE)
 
-    # 3. the best groups: those that fewer than CHOSEN_GROUPS others go before
+    # 3. the best groups: fewer than CHOSEN_GROUPS other groups rank ahead of them
     ahead = group_key[None, :] > group_key[:, None]
     ahead |= (group_key[None, :] == group_key[:, None]) & (group[None, :] < group[:, None])
     chosen = tl.sum(ahead.to(tl.int32), axis=1) < CHOSEN_GROUPS
 
-    # 4. the best experts in them: lane k keeps the k-th. Taking all of equal value away at once needs no waiting for
-    # which of them it was; where that took too many, or there were too few, it is done again one by one
+    # 4. the best experts in these groups; lane k keeps the k-th. The first loop removes all experts of the top value:
+    # so it need not wait for an id. If it removed too many, or found too few, the second chooses again one by one
     eligible = chosen[:, None] & exists
     if not SMALL and not TORCH:
         eligible &= tl.abs(score if SOFTMAX else x) < float("inf")
@@ -316,7 +316,7 @@ def _grouped_topk(
             tops = tl.where(lane == k, top, tops)
             key = tl.where(expert == which, NONE, key)
 
-    # 5. their weights; float64 is what vLLM has here, and needed only where 1e-20 is not lost in the sum
+    # 5. their weights. vLLM uses float64 here; we need it only where adding 1e-20 changes the sum
     at = tl.load(place + mine)
     score = (
         _score(tl.load(logits + (mine if LOGICAL else at)).to(tl.float32), highest, total, TORCH, SOFTMAX)
@@ -337,7 +337,7 @@ def _grouped_topk(
     else:
         weight = score * SCALE
 
-    # 6. by value, or as torch.topk leaves them: by id, those of the least value last
+    # 6. their order: by value, or as torch.topk leaves them: by id, but experts of the lowest value last
     to = lane
     if TORCH:
         last = tops == tl.min(tl.where(lane < TOP_K, tops, 2**31 - 1), axis=0)

@@ -1,4 +1,8 @@
-"""Which files a rank reads, and the last look at every router before a model serves."""
+"""Chooses the files that a rank reads, and checks every router and expert after loading, before the model serves.
+
+Resharded outputs name files by EP rank: each rank opens the shared files and its own. After loading, a model with a
+contract must route every MoE layer by it, and an original with a placement must hold every expert in its slot.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +22,22 @@ from .patching import replace_if_there, replace_once
 from .routing import LogicalOrder
 from .runners import lets_kernel_route, moe_runners
 from .served import ServedPlacement, building, served_placement
-from .support import what_is_wrong_with_hook
-from .worker import is_proved
+from .support import hook_fault
+from .worker import mark_proved
 
 RANK_FILE = re.compile(r"model-ep(\d{2,})-of-(\d{2,})-(\d{5})-of-(\d{5})\.safetensors")
-# Load formats in which the ranks share out all files and pass the tensors round: each has to name the same files.
-TOGETHER = ("fastsafetensors", "instanttensor")
+# With these load formats, ranks divide all files among themselves and exchange tensors: all must name the same files.
+COOPERATIVE_FORMATS = ("fastsafetensors", "instanttensor")
 _ACTIVATION_SCALE = re.compile(r"\.experts\.\d+\..*\binput_\w+$")
 
 
 @dataclass(frozen=True, slots=True)
 class Parallel:
-    """How experts are spread over this process's EP group, as far as reading files goes."""
+    """How this process's EP group divides the experts, as far as that decides which files to read."""
 
     ep_rank: int
-    ep_size: int  # 1 where expert parallelism is off
-    consecutive: bool  # whether a rank owns consecutive physical experts and no others: vLLM's linear rule
+    ep_size: int  # 1 if expert parallelism is off
+    consecutive: bool  # whether a rank needs only its consecutive physical experts (vLLM's linear rule)
 
 
 def install_file_choice(default_loader: ModuleType) -> None:
@@ -42,15 +46,15 @@ def install_file_choice(default_loader: ModuleType) -> None:
 
 
 def install_check(base_loader: ModuleType) -> None:
-    """Look at every router after a model was loaded."""
+    """Compare placements among ranks before a model is built, and check the model after it is loaded."""
     replace_once(base_loader, "process_weights_after_loading", _with_check)
     replace_if_there(base_loader, "initialize_model", _with_agreement)
 
 
 def choose_files(named: list[str], present: list[str], num_experts: int, parallel: Parallel) -> list[str]:
-    """Of the files `named` by the index those that a rank needs: the shared ones, and by rank what holds its experts.
+    """Choose the files that a rank needs, among those `named` by the index: shared files, and files with its experts.
 
-    Raises OutputError where one that it needs is not `present`.
+    Raises OutputError if a needed file is not `present`.
     """
     ranks = {file: _rank_of(file) for file in named}
     sizes = {int(match[2]) for file in named if (match := RANK_FILE.fullmatch(Path(file).name))}
@@ -71,7 +75,7 @@ def _rank_of(file: str) -> int | None:
 
 
 def needed_ranks(ranks: int, num_experts: int, parallel: Parallel) -> set[int]:
-    """Of the `ranks` that the files were made for, those that hold experts which this process owns."""
+    """The ranks whose files hold experts of this process; the files were made for `ranks` EP ranks."""
     if parallel.ep_size == 1 or not parallel.consecutive:
         return set(range(ranks))
     owned = rank_slots(num_experts, parallel.ep_size)[parallel.ep_rank]
@@ -79,57 +83,56 @@ def needed_ranks(ranks: int, num_experts: int, parallel: Parallel) -> set[int]:
     return {rank for rank, slots in enumerate(made_for) if slots.start < owned.stop and owned.start < slots.stop}
 
 
-def words_on(ranks: int, parallel: Parallel, strategy: str, eplb: bool) -> list[str]:
-    """What a user should hear who serves an output made for `ranks` EP ranks like this."""
+def placement_warnings(ranks: int, parallel: Parallel, strategy: str, eplb: bool) -> list[str]:
+    """Warnings for a user whose options make the placement of an output for `ranks` EP ranks useless."""
     if parallel.ep_size == 1:
         return [
-            f"resharded for {ranks} EP ranks, but expert parallelism is off: answers are right, the placement is idle"
+            f"resharded for {ranks} EP ranks, but expert parallelism is off: answers are right, but the placement has "
+            "no effect"
         ]
-    words = []
+    warnings = []
     if parallel.ep_size != ranks:
-        words.append(
-            f"resharded for {ranks} EP ranks, served on {parallel.ep_size}: answers are right, but the placement is "
-            f"another than was asked for; run reshard on the original again, with --ep {parallel.ep_size}"
+        warnings.append(
+            f"resharded for {ranks} EP ranks, served on {parallel.ep_size}: answers are right, but the ranks do not "
+            f"own the experts as planned; reshard the original again with --ep {parallel.ep_size}"
         )
     if strategy == "round_robin" and not eplb:
-        words.append(
+        warnings.append(
             "--expert-placement-strategy round_robin undoes the placement of a resharded checkpoint: answers are "
-            "right, "
-            "but leave that option out"
+            "right, but leave that option out"
         )
-    return words
+    return warnings
 
 
 def check_model(model: Any, contract: Contract, is_draft: bool, pipelined: bool) -> None:
-    """UnsupportedError unless every MoE layer of `model` chooses by `contract`, and none lets a kernel choose."""
+    """Raise UnsupportedError unless every MoE layer of `model` routes by `contract`, and none by its kernel."""
     import vllm.model_executor.layers.fused_moe.layer as layer
 
-    fault = what_is_wrong_with_hook(getattr(layer, "create_fused_moe_router", None))
+    fault = hook_fault(getattr(layer, "create_fused_moe_router", None))
     runners = moe_runners(model)
     for name, runner in runners.items():
         if not isinstance(runner.router, LogicalOrder):
-            raise _refuse(f"layer {name} does not route by the contract" + (f": {fault}" if fault else ""))
+            raise _refusal(f"layer {name} does not route by the contract" + (f": {fault}" if fault else ""))
         if lets_kernel_route(runner):
-            raise _refuse(f"layer {name} lets its kernel {type(runner.routed_experts.quant_method).__name__} route")
+            raise _refusal(f"layer {name} lets its kernel {type(runner.routed_experts.quant_method).__name__} route")
     expected = 1 if is_draft or pipelined else _layers_before(contract, model)
     if len(runners) < expected and not pipelined:
-        raise _refuse(
-            f"{len(runners)} of its {expected} MoE layers are routed by vLLM" + (f": {fault}" if fault else "")
+        raise _refusal(
+            f"vLLM made routers for only {len(runners)} of its {expected} MoE layers" + (f": {fault}" if fault else "")
         )
 
 
 def _layers_before(contract: Contract, model: Any) -> int:
-    """How many MoE layers the contract has below the model's own number of layers: the others are its draft's."""
+    """How many MoE layers of the contract belong to the model itself; later layers belong to its draft."""
     config = getattr(model.config, "text_config", model.config)
     numbers = [[int(part) for part in layer.split(".") if part.isdigit()] for layer in contract.physical_to_logical]
     return sum(1 for number in numbers if number and number[0] < config.num_hidden_layers)
 
 
-def _refuse(fault: str) -> UnsupportedError:
+def _refusal(fault: str) -> UnsupportedError:
     return UnsupportedError(
-        f"this model was resharded and has expert groups, but {fault}; it would answer wrongly. Serve it with "
-        "other options "
-        "or another vLLM, or restore the original with `reshard restore`"
+        f"this model was resharded and has expert groups, but {fault}; it would give wrong answers. Serve it with "
+        "other options or another vLLM version, or restore the original with `reshard restore`"
     )
 
 
@@ -149,8 +152,8 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
             from .proof import check_kernels  # imports torch
 
             kernels = check_kernels(model, served, served.ep_size)
-            _log().info("placed experts are computed by %s", ", ".join(sorted(kernels)) or "none here")
-            is_proved(served)
+            _log().info("kernels that compute the placed experts: %s", ", ".join(sorted(kernels)) or "none here")
+            mark_proved(served)
         elif (contract := _contract_on_disk(model_config)) is not None:
             check_model(model, contract, is_draft, pipelined)
         return result
@@ -193,7 +196,7 @@ def _with_agreement(initialize: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _contract_on_disk(model_config: Any) -> Contract | None:
-    """The model's contract, from its config.json itself in case the config object lost it on the way."""
+    """The model's contract; read from config.json if the config object lost it on the way."""
     value = getattr(model_config.hf_config, CONTRACT_KEY, None)
     if value is not None:
         return contract_from_json(value, str(model_config.model))
@@ -223,10 +226,10 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
         parallel = _parallel(config.parallel_config, str(config.load_config.load_format), weight_map)
         logger = init_logger("vllm.plugins.reshard")
         made_for = contract.ep_size if contract else sizes.pop()
-        for words in words_on(
+        for warning in placement_warnings(
             made_for, parallel, config.parallel_config.expert_placement_strategy, config.parallel_config.enable_eplb
         ):
-            logger.warning("%s: %s", folder, words)
+            logger.warning("%s: %s", folder, warning)
         if not by_rank:
             return filter_files(files, folder, index_file)
         named = [str(Path(folder, name)) for name in sorted(set(weight_map.values()))]
@@ -243,8 +246,8 @@ def _parallel(config: Any, load_format: str, weight_map: Iterable[str]) -> Paral
     from vllm.distributed.parallel_state import get_ep_group
 
     group = get_ep_group()
-    # some kernels take the largest activation scale of all experts, so every rank has to see all of those
+    # some kernels use the largest activation scale of all experts, so every rank must read the scales of all
     needs_all = any(_ACTIVATION_SCALE.search(name) for name in weight_map)
-    alone = load_format not in TOGETHER and not needs_all
+    alone = load_format not in COOPERATIVE_FORMATS and not needs_all
     consecutive = not config.enable_eplb and config.expert_placement_strategy == "linear" and alone
     return Parallel(group.rank_in_group, group.world_size, consecutive)

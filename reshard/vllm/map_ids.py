@@ -1,6 +1,6 @@
-"""Logical expert ids to physical ones, on a GPU, in one kernel: PyTorch's indexing by int32 takes two.
+"""Maps logical expert ids to physical ones in one GPU kernel; PyTorch's indexing by int32 takes two.
 
-This file is imported where there is Triton and a GPU, and only there.
+Import this file only where Triton and a GPU are present.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 512  # ids of one program: 64 tokens of 8
+BLOCK = 512  # ids per program: 64 tokens with 8 each
 
 
 def map_ids(ids_TK: Tensor, place_E: Tensor) -> Tensor:
-    """The physical id of each expert id; a negative id, which marks padding, stays what it is.
+    """Return the physical id of each logical id; negative ids, which mark padding, stay as they are.
 
     Parameters:
         ids_TK: logical ids, of any integer type
         place_E: int32, the physical id of each logical expert
 
     Returns:
-        physical ids, contiguous, of the type and shape of `ids_TK`
+        physical ids, contiguous, with the type and shape of `ids_TK`
     """
     ids_TK = ids_TK.contiguous()
     mapped_TK = torch.empty_like(ids_TK)

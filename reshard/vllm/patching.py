@@ -1,4 +1,4 @@
-"""Replaces functions of vLLM, each once, however often the plugin is registered in a process."""
+"""Replaces functions of vLLM, each only once, however often the plugin is registered in a process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def replace_once(owner: object, name: str, wrap: Wrap) -> None:
-    """Replace the function `name` of a module or class by `wrap(function)`, unless this `wrap` has done so before."""
+    """Replace the function `name` of a module or class by `wrap(function)`, unless this `wrap` already did."""
     old = getattr(owner, name)
     key = f"{wrap.__module__}.{wrap.__qualname__}"
     done = getattr(old, "replaced_by_reshard", ())
@@ -20,6 +20,6 @@ def replace_once(owner: object, name: str, wrap: Wrap) -> None:
 
 
 def replace_if_there(owner: object, name: str, wrap: Wrap) -> None:
-    """The same, if there is such a function. A vLLM without it goes on, and `support` refuses it where it matters."""
+    """Call `replace_once` if the function exists. If it does not, `support` reports that once it matters."""
     if callable(getattr(owner, name, None)):
         replace_once(owner, name, wrap)

@@ -1,13 +1,13 @@
-"""Routers and experts of an original that is served placed.
+"""Applies a placement to the routers and the experts of an original.
 
 vLLM makes each router in `create_fused_moe_router`, and joins it with the layer's experts in `MoERunner`. The router
-keeps its class: it chooses logical experts as ever, and only then its answer is mapped to physical ids. `MoERunner` is
-where the same placement reaches the experts, so that a layer has both or neither:
+keeps its behaviour: it chooses logical experts as in the original, and then we map its answer to physical ids.
+`MoERunner` hands the same placement to the layer's experts, so that a layer has both or neither:
 
-    router          logits, bias and groups as the original's; logical ids; captured; mapped to physical ids; kernel
-    while loading   expert `e` of the checkpoint goes to the slot of physical expert `logical_to_physical[e]`
+    routing   logits, bias and groups as in the original -> logical ids -> vLLM captures them -> physical ids -> experts
+    loading   expert `e` of the checkpoint goes to the slot of physical expert `logical_to_physical[e]`
 
-Where `fused` has a kernel for the router, and nobody wants logical ids of it, that kernel answers physical ids.
+If `fused` has a kernel for the router, and nobody asks for logical ids, that kernel returns physical ids directly.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _places: weakref.WeakSet[ExpertPlace] = weakref.WeakSet()
 
 
 class ExpertPlace(torch.nn.Module):
-    """Where each expert of a layer is. A module of its own, with one buffer that no checkpoint has.
+    """The map from logical to physical experts of one layer, as a module with one buffer that no checkpoint has.
 
-    Not persistent: `reload_weights` copies uninitialised memory over persistent buffers that it did not load. A buffer
-    of a module all the same: sleep level 2 saves those, and no other tensor. vLLM's name for such a map keeps it from
-    being moved while weights are reloaded.
+    The buffer is not persistent, as `reload_weights` copies uninitialised memory over persistent buffers that it did
+    not load. It is a buffer all the same, as sleep level 2 saves buffers of modules and no other tensors. The name
+    `_expert_map` is vLLM's own for such a map: vLLM does not move buffers of that name while it reloads weights.
     """
 
-    _expert_map: Tensor  # [E + 1], int32: the physical id of each logical expert; last of all -1, which is where -1 is
+    _expert_map: Tensor  # [E + 1], int32: the physical id of each logical expert; the last entry maps id -1 to -1
 
     def __init__(self, physical_to_logical: tuple[int, ...], device: Any) -> None:
         super().__init__()
@@ -53,16 +53,16 @@ class ExpertPlace(torch.nn.Module):
         _places.add(self)
 
     def restore(self) -> None:
-        """Write the buffer anew, where it is: its memory was lost, and CUDA graphs still read there."""
+        """Rewrite the buffer in place: its contents were lost, and CUDA graphs still read from its address."""
         self._expert_map.data.copy_(torch.tensor([*self.logical_to_physical, -1], dtype=torch.int32))
 
     @property
     def place_E(self) -> Tensor:  # noqa: N802 - tensors carry their shape in their name
-        """int32 [E], sharing the buffer's memory."""
+        """The physical id of each logical expert, int32 [E]; shares the buffer's memory."""
         return self._expert_map[:-1]
 
     def forward(self, ids_TK: Tensor) -> Tensor:
-        """Physical ids of logical ones; a negative id, which marks padding, stays what it is."""
+        """Map logical ids to physical ones; negative ids, which mark padding, stay as they are."""
         if ids_TK.is_cuda:
             from .map_ids import map_ids
 
@@ -71,13 +71,13 @@ class ExpertPlace(torch.nn.Module):
 
 
 def restore_places() -> None:
-    """Write the buffers of all layers of this process anew, a draft's too: not every vLLM saves those."""
+    """Rewrite the buffers of all layers of this process, a draft's included: not every vLLM version saves them."""
     for place in list(_places):
         place.restore()
 
 
 class Placed:
-    """What is put in front of a router's own class: see the module."""
+    """A mixin before the router's own class; it maps the router's logical ids to physical ones."""
 
     reshard_place: ExpertPlace
     reshard_kernel: Fused | None
@@ -94,7 +94,7 @@ class Placed:
 
         def router(logits: Tensor) -> tuple[Tensor, Tensor]:
             hidden = hidden_states
-            if logits is not router_logits:  # a trial's: all that a router asks of hidden states is how many there are
+            if logits is not router_logits:  # trial logits: routers read only the number of hidden states
                 hidden = hidden_states.new_zeros(len(logits), hidden_states.shape[1])
             weights, ids = own._compute_routing(hidden, logits, topk_indices_dtype, **more)
             return weights, self.reshard_place(ids)
@@ -103,32 +103,32 @@ class Placed:
         return weights, own._convert_indices_dtype(ids, topk_indices_dtype)
 
     def _apply_eplb_mapping(self, topk_ids: Tensor) -> Tensor:
-        """vLLM's step from logical to physical ids, after what captures ids has seen them."""
+        """Map logical to physical ids, in the step that vLLM has for this; it runs after ids are captured."""
         ids: Tensor = self.reshard_place(topk_ids)
         return ids
 
     def reshard_answers_logical_ids(self) -> None:
-        """From now on `_compute_routing` is asked for every token, and answers logical ids."""
+        """From now on call `_compute_routing`, which returns logical ids, for every token, and not the kernel."""
         self.reshard_kernel = None
 
     @property
     def routing_method_type(self) -> Any:
-        """None that a kernel could do by itself from the logits."""
+        """`Unspecified`: no kernel can do this routing by itself from the logits."""
         from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 
         return RoutingMethodType.Unspecified
 
     @property
     def supports_monolithic_kernels(self) -> bool:
-        """Never: such a kernel would route by itself, and to logical ids."""
+        """Always False: such a kernel would route by itself, and to logical ids."""
         return False
 
 
 def placed_router(router: Any, served: ServedPlacement, arguments: dict[str, Any], prefix: str) -> Any:
-    """`router`, made with `arguments` for the layer `prefix`, made to answer physical ids.
+    """Make the router of the layer `prefix` return physical ids; vLLM created it with `arguments`.
 
-    The same router where the layer is a draft's that the placement does not know. UnsupportedError for a router that
-    cannot be placed.
+    Returns `router` unchanged for a draft's layer that the placement does not contain. Raises UnsupportedError for a
+    router that cannot be placed.
     """
     from vllm.config import get_current_vllm_config
 
@@ -140,7 +140,7 @@ def placed_router(router: Any, served: ServedPlacement, arguments: dict[str, Any
     }
     if fault := next((fault for fault, found in faults.items() if found), None):
         raise UnsupportedError(
-            f"{served.asked}: layer {prefix}: its router cannot be placed: {fault}; use other options, or serve "
+            f"{served.asked}: layer {prefix}: its router cannot be placed: {fault}; use other options or serve "
             "without a placement"
         )
     order = served.order(prefix, arguments["global_num_experts"], draft=builds_draft())
@@ -154,7 +154,7 @@ def placed_router(router: Any, served: ServedPlacement, arguments: dict[str, Any
 
 
 def install_runner(module: ModuleType) -> None:
-    """Make each MoE layer hand its router's placement to its experts; `module` defines MoERunner."""
+    """Make each MoE layer pass its router's placement to its experts; `module` defines MoERunner."""
     replace_if_there(module.MoERunner, "__init__", _then_join)
 
 
@@ -164,7 +164,7 @@ def _then_join(init: Callable[..., None]) -> Callable[..., None]:
         init(runner, *args, **kwargs)
         if isinstance(runner.router, Placed):
             place = runner.router.reshard_place
-            runner.reshard_place = place  # a module of the model now: its buffer is saved and restored with the others
+            runner.reshard_place = place  # now a submodule of the model: vLLM saves and restores its buffer
             runner.routed_experts.reshard_filling = Filling.of(runner.routed_experts, place.logical_to_physical)
 
     return __init__

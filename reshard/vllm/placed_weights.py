@@ -1,9 +1,9 @@
-"""Experts go to their places while the original is loaded, and afterwards it is proved that they did.
+"""Loads the experts of an original into the slots of a placement, and proves afterwards that each slot is right.
 
-Every loader of vLLM that knows experts by id asks `RoutedExperts._map_global_expert_id_to_local_expert_id` where one
-goes. There the placement is looked up first. Some models fill their parameters in other ways, which nobody can list for
-all versions of vLLM; so every call is noted, and a model serves only where the notes say that every slot of every
-parameter was filled through this seam, with the expert that belongs there, and that nothing was filled past it.
+vLLM's loaders call `RoutedExperts._map_global_expert_id_to_local_expert_id` to find an expert's slot. We wrap this
+lookup, and map the expert through the placement first. Some models fill their parameters without it, and nobody can
+list those for all versions of vLLM. So we note every tensor that is loaded. A model serves only if the notes show that
+every slot of every parameter was filled through the lookup, with the right expert, and that nothing bypassed it.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from .patching import replace_if_there
 if TYPE_CHECKING:
     from torch import Tensor
 
-ROUTER_TENSORS = ("e_score_correction_bias", "hash_indices_table")  # seen here too; they stay in the original's order
-SAMPLE = 64  # values of each slot that are looked at to see whether a parameter was changed
+ROUTER_TENSORS = ("e_score_correction_bias", "hash_indices_table")  # also held by the module; keep the original's order
+SAMPLE = 64  # values per slot that we compare to see whether a parameter was filled
 
 
 @dataclass
 class Filling:
-    """What is known of how the experts of one layer were loaded.
+    """Notes on how the experts of one layer were loaded.
 
-    `expected[slot]` is the logical expert that a local slot shall hold. `filled[parameter][slot]` has what came: parts
-    (w1, w2, w3), each with the expert that it came from.
+    `expected[slot]` is the logical expert that a local slot must hold. `filled[parameter][slot]` maps each part that
+    was loaded (w1, w2, w3) to the logical expert that it came from.
     """
 
     logical_to_physical: tuple[int, ...]
     expected: tuple[int, ...]
     filled: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
-    asked: tuple[int, int] | None = None  # the seam's last question and answer: expert and local slot
-    past_the_seam: str | None = None
+    last_lookup: tuple[int, int] | None = None  # the last expert that was looked up, and its local slot (-1: not here)
+    bypassed: str | None = None  # a parameter that was loaded without the lookup
     samples: dict[str, Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, experts: Any, logical_to_physical: tuple[int, ...]) -> Filling:
-        """Of a `RoutedExperts` that was just made, before anything was loaded."""
+        """Start the notes for a `RoutedExperts` module, before anything is loaded into it."""
         expert_map = experts.expert_map_manager.expert_map
         local = list(range(len(logical_to_physical))) if expert_map is None else expert_map.tolist()
         slots = {local[physical]: logical for logical, physical in enumerate(logical_to_physical)}
@@ -50,16 +50,16 @@ class Filling:
         return cls(logical_to_physical, tuple(slots[slot] for slot in range(len(slots))), samples=samples)
 
     def note(self, parameter: str, part: str, expert: int, whole: bool) -> None:
-        """A tensor of `expert` was loaded into `parameter`; `whole` if as one tensor of all experts."""
-        if self.asked is None or self.asked[0] != expert or whole:
-            self.past_the_seam = parameter
-        elif (slot := self.asked[1]) >= 0:
+        """Note that `part` of `expert` was loaded into `parameter`; `whole`: as one tensor of all experts."""
+        if self.last_lookup is None or self.last_lookup[0] != expert or whole:
+            self.bypassed = parameter
+        elif (slot := self.last_lookup[1]) >= 0:
             self.filled.setdefault(parameter, {}).setdefault(slot, {})[part] = expert
 
     def fault(self, experts: Any) -> str | None:
-        """What is wrong after loading, in words; None where every slot holds what it shall."""
-        if self.past_the_seam is not None:
-            return f"{self.past_the_seam} was loaded as one tensor of all experts, in the original's order"
+        """Describe what is wrong after loading; None if every slot holds its expert."""
+        if self.bypassed is not None:
+            return f"{self.bypassed} was loaded as one tensor of all experts, in the original's order"
         for family in ("w13", "w2"):
             if not any(name.startswith(family) for name in self.filled):
                 return f"no tensor of {family} was loaded by expert"
@@ -77,16 +77,16 @@ class Filling:
                 continue
             now = sample(parameter)
             if now is not None and not bool((now == before).all()):
-                return f"{name} was filled, and not by expert"
+                return f"{name} was filled, but not expert by expert"
         return None
 
     def forget(self) -> None:
-        """All went well: what comes later (reload, weight updates) need not be noted."""
+        """Drop the notes once the layer is proved; later loads (reload, weight updates) are not noted."""
         self.filled, self.samples = {}, {}
 
 
 def sample(parameter: Tensor) -> Tensor | None:
-    """Some bytes of each slot of a parameter [slots, …]; None of what has no memory, or nothing in it."""
+    """The first bytes of each slot of a parameter [slots, …]; None if it has no memory, no values or gaps."""
     import torch
 
     if parameter.is_meta or parameter.dim() == 0 or parameter.numel() == 0 or not parameter.is_contiguous():
@@ -95,7 +95,7 @@ def sample(parameter: Tensor) -> Tensor | None:
 
 
 def install(module: ModuleType) -> None:
-    """Put the placement into the seam; `module` defines RoutedExperts."""
+    """Wrap the lookup and the loader that calls it; `module` defines RoutedExperts."""
     replace_if_there(module.RoutedExperts, "_map_global_expert_id_to_local_expert_id", _by_place)
     replace_if_there(module.RoutedExperts, "weight_loader", _noted)
 
@@ -107,7 +107,7 @@ def _by_place(map_id: Callable[..., int]) -> Callable[..., int]:
         if filling is None:
             return map_id(experts, expert_id)
         slot = map_id(experts, filling.logical_to_physical[expert_id])
-        filling.asked = expert_id, slot
+        filling.last_lookup = expert_id, slot
         return slot
 
     return _map_global_expert_id_to_local_expert_id
@@ -127,7 +127,7 @@ def _noted(load: Callable[..., bool | None]) -> Callable[..., bool | None]:
         filling: Filling | None = experts.__dict__.get("reshard_filling")
         if filling is None:
             return load(experts, param, loaded_weight, weight_name, shard_id, expert_id, return_success)
-        filling.asked = None
+        filling.last_lookup = None
         loaded = load(experts, param, loaded_weight, weight_name, shard_id, expert_id, True)
         if loaded and filling.samples:
             known = (name for name, own in experts.named_parameters(recurse=False) if own is param)

@@ -1,12 +1,12 @@
-"""RESHARD_TRACE=DIR: which logical experts each token of any MoE model chose, layer by layer, as a trace in DIR.
+"""RESHARD_TRACE=DIR records which logical experts each token chose in each layer, as a trace in DIR.
 
-Nothing of this is installed where RESHARD_TRACE is not set. Where it is, each router's answer is kept in a buffer on
-the device, a copy of some KiB in each layer that CUDA graphs hold like any other; vLLM's own `RoutedExpertsCapturer`
-knows which rows are this rank's. After each step the rows of its tokens go to the CPU without being waited for, and a
-thread writes them. Recording never stands in the way of serving: what it cannot do it says once in the log, and ends.
+It works for any MoE model. Unless RESHARD_TRACE is set, nothing of this is installed. If it is set, each layer copies
+its router's answer into a buffer on the device: some KiB, captured by CUDA graphs like any other copy. vLLM's own
+`RoutedExpertsCapturer` knows which rows belong to this rank. After each step, the rows of its tokens are copied to the
+CPU asynchronously, and a thread writes them. Recording never blocks serving: if it fails, it logs that once and stops.
 
-Each DP rank records its tokens, each PP stage its layers, the first TP rank for all of them. MTP drafts are not
-recorded. RESHARD_TRACE_LIMIT is how many bytes a rank's trace may take; the oldest part goes first.
+Each DP rank records its tokens, and each PP stage its layers; the first TP rank records for all TP ranks. MTP drafts
+are not recorded. RESHARD_TRACE_LIMIT is the maximum size of a rank's trace in bytes; the oldest part is deleted first.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 VARIABLE, LIMIT_VARIABLE = "RESHARD_TRACE", "RESHARD_TRACE_LIMIT"
 MANIFEST = "reshard_manifest.json"
-WAITING = 64  # steps between the device and the disk; what comes on top is not recorded
-LAST_SECONDS = 5  # for the writer, when the process ends
+MAX_WAITING_STEPS = 64  # steps that wait for the disk; further steps are not recorded
+EXIT_TIMEOUT_SECONDS = 5  # how long the process waits for the writer when it ends
 
 
 def install(gpu_worker: ModuleType) -> None:
-    """Make vLLM's worker, on whatever device, record."""
+    """Make vLLM's worker record, on any device; `gpu_worker` defines Worker."""
     replace_once(gpu_worker.Worker, "load_model", _then_attach)
     replace_once(gpu_worker.Worker, "execute_model", _then_record)
 
@@ -66,9 +66,9 @@ def _then_record(execute_model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attach(worker: Any, environment: Mapping[str, str]) -> Recorder | None:
-    """Put a recorder behind the routers of the worker's model; None, and a word in the log, where none can be."""
+    """Attach a recorder to the routers of the worker's model; if that is impossible, log why and return None."""
     config = worker.vllm_config
-    if fault := _why_not(config):
+    if fault := _unsupported(config):
         _log().warning("%s: nothing is recorded: %s", VARIABLE, fault)
         return None
     runners = moe_runners(worker.get_model())
@@ -76,22 +76,22 @@ def attach(worker: Any, environment: Mapping[str, str]) -> Recorder | None:
     routers = {name: runner.router for name, runner in runners.items() if name not in blind}
     if blind:
         _log().warning(
-            "%s: %d layers are not recorded, since their kernels route by themselves: %s …",
+            "%s: %d layers are not recorded, because their kernels route by themselves: %s …",
             VARIABLE,
             len(blind),
             blind[0],
         )
     if not routers:
-        _log().warning("%s: nothing is recorded: the model has no MoE layer whose router vLLM asks", VARIABLE)
+        _log().warning("%s: nothing is recorded: the model has no MoE layer whose router vLLM calls", VARIABLE)
         return None
-    # vLLM keeps compiled code by its config; where routers are compiled with the model (on CPUs), it must not be kept
-    # for, nor taken from, a run that does not record
+    # vLLM's compile cache is keyed by the config. On CPUs routers are compiled with the model, so a run that records
+    # and one that does not must not share compiled code
     config.additional_config["reshard_trace"] = True
     return Recorder(routers, config, Path(environment[VARIABLE]), int(environment.get(LIMIT_VARIABLE, DEFAULT_LIMIT)))
 
 
-def _why_not(config: Any) -> str | None:
-    """Ways to run in which rows of the buffer are not simply the step's tokens, or the model's code not its own."""
+def _unsupported(config: Any) -> str | None:
+    """Name an option with which buffer rows are not the step's tokens, or compiled code would be shared; else None."""
     parallel = config.parallel_config
     if getattr(parallel, "use_ubatching", False):
         return "microbatches (--enable-dbo) are not supported"
@@ -103,10 +103,10 @@ def _why_not(config: Any) -> str | None:
 
 
 class Recorder:
-    """Keeps what routers answer, and after each step hands the rows of its tokens to a `Scribe`.
+    """Keeps the routers' answers, and after each step hands the rows of its tokens to a `Scribe`.
 
-    Every TP rank takes part, as vLLM's capturer may have to gather rows among them; only the first has a scribe, and
-    takes part also when that cannot write.
+    Every TP rank keeps its answers, as vLLM's capturer may have to gather rows among the ranks. Only the first TP rank
+    has a scribe; it goes on taking part when the scribe cannot write.
     """
 
     def __init__(self, routers: Mapping[str, Any], config: Any, directory: Path, limit: int) -> None:
@@ -114,7 +114,7 @@ class Recorder:
         from vllm.model_executor.layers.fused_moe.routed_experts_capturer import RoutedExpertsCapturer
 
         self._capturer = RoutedExpertsCapturer(config.scheduler_config.max_num_batched_tokens, config)
-        self._listens = True
+        self._keeps = True
         self._layers = len(routers)
         first = next(iter(routers.values()))
         header = Header(
@@ -134,14 +134,14 @@ class Recorder:
         for column, router in enumerate(routers.values()):
             if hasattr(router, "reshard_answers_logical_ids"):
                 router.reshard_answers_logical_ids()
-            router._compute_routing = self._listening(router._compute_routing, column)
+            router._compute_routing = self._then_keep(router._compute_routing, column)
 
-    def _listening(self, compute_routing: Callable[..., Any], column: int) -> Callable[..., Any]:
+    def _then_keep(self, compute_routing: Callable[..., Any], column: int) -> Callable[..., Any]:
         @functools.wraps(compute_routing)
         def compute_and_keep(*args: Any, **kwargs: Any) -> Any:
             weights, ids = compute_routing(*args, **kwargs)
-            if self._listens:
-                self._listens = bool(_attempt("ends here", lambda: self._keep(column, ids)))
+            if self._keeps:
+                self._keeps = bool(_attempt("stopped", lambda: self._keep(column, ids)))
             return weights, ids
 
         return compute_and_keep
@@ -151,28 +151,28 @@ class Recorder:
         return True
 
     def step(self, tokens: int) -> None:
-        """The forward pass of a step has been started, of so many tokens of this rank."""
+        """Record a step of `tokens` tokens of this rank; call this once its forward pass was launched."""
         scribe, rows_TLK = self._scribe, self._capturer.device_buffer[:tokens, : self._layers]
-        if tokens and scribe is not None and self._listens and not _attempt("ends here", lambda: scribe.take(rows_TLK)):
+        if tokens and scribe is not None and self._keeps and not _attempt("stopped", lambda: scribe.take(rows_TLK)):
             self._scribe = None
 
 
 class Scribe:
-    """Brings rows from the device to a trace, in a thread of its own."""
+    """Writes rows from the device to a trace, in its own thread."""
 
     def __init__(self, writer: TraceWriter, id_size: int) -> None:
         self._writer = writer
         self._id_size = id_size
-        self._waiting: queue.Queue[Callable[[], memoryview] | None] = queue.Queue(WAITING)
-        self._loses = False
+        self._waiting: queue.Queue[Callable[[], memoryview] | None] = queue.Queue(MAX_WAITING_STEPS)
+        self._dropped = False
         self._thread = threading.Thread(
-            target=_attempt, args=("ends here", self._write), name="reshard-trace", daemon=True
+            target=_attempt, args=("stopped", self._write), name="reshard-trace", daemon=True
         )
         self._thread.start()
         atexit.register(self._finish)
 
     def take(self, rows_TLK: Tensor) -> bool:
-        """Copy the rows, without waiting for the device; False once they can no longer be written."""
+        """Start copying the rows, without waiting for the device; False if they can no longer be written."""
         import torch
 
         narrow_TLK = rows_TLK.to(torch.uint8 if self._id_size == 1 else torch.int16)
@@ -192,9 +192,9 @@ class Scribe:
         try:
             self._waiting.put_nowait(arrived)
         except queue.Full:
-            if not self._loses:
-                _log().warning("%s: the disk cannot follow: some steps are not recorded", VARIABLE)
-            self._loses = True
+            if not self._dropped:
+                _log().warning("%s: the disk is too slow: some steps are not recorded", VARIABLE)
+            self._dropped = True
         return self._thread.is_alive()
 
     def _write(self) -> None:
@@ -204,18 +204,18 @@ class Scribe:
 
     def _finish(self) -> None:
         if self._thread.is_alive():
-            self._waiting.put(None, timeout=LAST_SECONDS)
-            self._thread.join(LAST_SECONDS)
+            self._waiting.put(None, timeout=EXIT_TIMEOUT_SECONDS)
+            self._thread.join(EXIT_TIMEOUT_SECONDS)
 
 
 def _scribe_in(directory: Path, header: Header, limit: int) -> Scribe:
     scribe = Scribe(TraceWriter(directory, header, limit), header.id_size)
-    _log().info("%s: the experts that tokens choose are recorded in %s", VARIABLE, directory)
+    _log().info("%s: recording the experts that tokens choose in %s", VARIABLE, directory)
     return scribe
 
 
 def _order_of(model_config: Any, routers: Mapping[str, Any]) -> list[int] | dict[str, list[int]] | None:
-    """By which permutation the model's expert ids are physical, as a trace's header has it; None for an original."""
+    """The model's placement in the form of a trace's header, to make its expert ids logical; None for an original."""
     placement = _placement_in(model_config)
     if placement is None:
         return None
@@ -223,7 +223,7 @@ def _order_of(model_config: Any, routers: Mapping[str, Any]) -> list[int] | dict
 
 
 def _placement_in(model_config: Any) -> Placement | None:
-    """An output's placement: from its contract, or where it needs none from its manifest."""
+    """An output's placement: from its contract, or from its manifest if it has no contract; None for an original."""
     where = str(model_config.model)
     if (contract := getattr(model_config.hf_config, CONTRACT_KEY, None)) is not None:
         return contract_from_json(contract, where).physical_to_logical
@@ -236,7 +236,7 @@ def _placement_in(model_config: Any) -> Placement | None:
 
 
 def _attempt(outcome: str, act: Callable[[], Any]) -> Any:
-    """What `act` returns; None, and a word in the log, where it raises: serving goes on without the trace."""
+    """Return what `act` returns; if it raises, log that and return None, so that serving goes on without the trace."""
     try:
         return act()
     except Exception as error:

@@ -1,10 +1,10 @@
-"""RESHARD_PLACEMENT: what a user asks for, resolved once for each vLLM configuration, or refused with a line.
+"""RESHARD_PLACEMENT: resolves the placement that a user requests for an original, or refuses it with one line.
 
     RESHARD_PLACEMENT=zigzag | node-zigzag:M | FILE
-    --additional-config '{"reshard": {"placement": …}}'      the same, where variables do not travel (Ray, more nodes)
+    --additional-config '{"reshard": {"placement": …}}'      the same; use it if variables do not travel (Ray, nodes)
 
-What is asked is read where vLLM makes its configuration, before any process is started. There the options that would
-get past the placement are refused, too.
+We resolve the request once per vLLM configuration, when vLLM makes it and before it starts any process. Options that
+would bypass the placement are refused there too.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from ..placement.contract import CONTRACT_KEY
 from ..placement.placement_file import PlacementFile, read_placement_file
 from .patching import replace_if_there
 from .served import KEY, NODE_ZIGZAG, ZIGZAG, ServedPlacement, served_file, served_placement, served_strategy
-from .support import VERSIONS, what_is_wrong
+from .support import VERSIONS, version_fault
 
 VARIABLE = "RESHARD_PLACEMENT"
 MANIFEST = "reshard_manifest.json"
-# Load formats that hand over tensors by name, in the original's ids.
+# Load formats that pass tensors to the model by name, with the original's expert ids.
 LOAD_FORMATS = (
     *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"),
     *("pt", "npcache", "mistral", "dummy"),
 )
-# Ways to send new weights that hand over whole tensors by name.
+# Weight transfer backends that pass whole tensors to the model by name.
 TRANSFERS = ("nccl", "ipc")
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What of vLLM's configuration decides whether a placement can be served, and which."""
+    """The settings in vLLM's configuration that decide which placements can be served."""
 
     name: str
-    num_experts: int  # 0 where it has none
+    num_experts: int  # 0 if it has none
     num_layers: int
-    n_group: int  # 1 where experts have no groups
-    ep_size: int  # 1 where expert parallelism is off
+    n_group: int  # 1 if experts have no groups
+    ep_size: int  # 1 if expert parallelism is off
     expert_parallel: bool
     is_output: bool
     strategy: str  # vLLM's own expert placement strategy
@@ -55,7 +55,7 @@ class Model:
 
 
 def install(module: ModuleType) -> None:
-    """Make VllmConfig resolve what is asked for; `module` is the one that defines it."""
+    """Make VllmConfig resolve the requested placement; `module` defines VllmConfig."""
     replace_if_there(module.VllmConfig, "__post_init__", _then_resolve)
 
 
@@ -70,36 +70,41 @@ def _then_resolve(post_init: Callable[..., None]) -> Callable[..., None]:
 
 
 def resolve_in(config: Any, environment: Mapping[str, str]) -> None:
-    """Put a ServedPlacement in a VllmConfig where one is asked for; UnsupportedError where it cannot be served."""
+    """Put the requested placement, if any, into a VllmConfig; raise UnsupportedError if it cannot be served."""
     more = config.additional_config
     if served_placement(config) is not None or not (asked := asked_for(environment, more)):
         return
-    if fault := what_is_wrong():
+    if fault := version_fault():
         raise UnsupportedError(
-            f"{VARIABLE}={asked}: a placement can be served with vLLM {VERSIONS}: {fault}. Install one of these, or "
-            f"unset {VARIABLE}"
+            f"{VARIABLE}={asked}: placements need vLLM {VERSIONS}, {fault}; install one of these, or unset {VARIABLE}"
         )
     model = _model_of(config)
     served = resolve(asked, model)
     if not model.expert_parallel:
         _log().warning(
-            "%s=%s: expert parallelism is off (--enable-expert-parallel): answers are right, the placement is idle",
+            "%s=%s: expert parallelism is off (--enable-expert-parallel): answers are right, but the placement has no "
+            "effect",
             VARIABLE,
             asked,
         )
     config.additional_config = {**(more or {}), KEY: served}
-    _log().info("serves %s placed: %s on %d EP ranks, digest %s", model.name, asked, model.ep_size, served.digest[:12])
+    _log().info(
+        "serving %s with placement %s on %d EP ranks, digest %s", model.name, asked, model.ep_size, served.digest[:12]
+    )
 
 
 def asked_for(environment: Mapping[str, str], more: Any) -> str | None:
-    """The placement that is asked for, None where none is; UnsupportedError for a request that contradicts itself."""
+    """The placement that the user requests, None if there is none; UnsupportedError for a malformed request.
+
+    `more` is vLLM's additional_config.
+    """
     variable = environment.get(VARIABLE) or None
     request = more.get(KEY) if isinstance(more, Mapping) else None
     if request is None:
         if variable and more is not None and not isinstance(more, Mapping):
             raise UnsupportedError(
-                f"{VARIABLE}={variable}: additional_config is a {type(more).__name__}; a placement travels in it and "
-                "needs a dictionary"
+                f"{VARIABLE}={variable}: additional_config is a {type(more).__name__}; expected a dictionary, which "
+                "carries the placement to every process"
             )
         return variable
     if not isinstance(request, Mapping) or not isinstance(request.get("placement"), str):
@@ -107,18 +112,19 @@ def asked_for(environment: Mapping[str, str], more: Any) -> str | None:
             f'additional_config.{KEY} is {request!r:.80}; expected {{"placement": "zigzag"}}, or node-zigzag:M, or a '
             "placement file"
         )
-    if strange := sorted(set(map(str, request)) - {"placement"}):
-        raise UnsupportedError(f"additional_config.{KEY}: unknown key {strange[0]!r:.80}; expected placement only")
+    if unknown := sorted(set(map(str, request)) - {"placement"}):
+        raise UnsupportedError(f"additional_config.{KEY}: unknown key {unknown[0]!r:.80}; expected placement only")
     asked = str(request["placement"])
     if variable and variable != asked:
         raise UnsupportedError(
-            f"{VARIABLE} is {variable}, additional_config.{KEY}.placement is {asked}: give one, or both the same"
+            f"{VARIABLE} is {variable}, but additional_config.{KEY}.placement is {asked}: give only one, or the same "
+            "for both"
         )
     return asked
 
 
 def resolve(asked: str, model: Model) -> ServedPlacement:
-    """The placement that `asked` means for `model`; UnsupportedError where it cannot be served."""
+    """Resolve the request `asked` for `model`; raise UnsupportedError if the placement cannot be served."""
     if fault := _fault(model):
         raise UnsupportedError(f"{VARIABLE}={asked}: {model.name}: {fault}")
     if asked == ZIGZAG:
@@ -128,22 +134,24 @@ def resolve(asked: str, model: Model) -> ServedPlacement:
     path = Path(asked)
     if not path.exists():
         raise UnsupportedError(
-            f"{VARIABLE}={asked}: no such file; expected {ZIGZAG}, {NODE_ZIGZAG}:M (M nodes), or a placement file, "
-            f"which `{_command(model)}` makes"
+            f"{VARIABLE}={asked}: no such file; expected {ZIGZAG}, {NODE_ZIGZAG}:M (M nodes), or a placement file; "
+            f"make one with `{_command(model)}`"
         )
     file = read_placement_file(path)
     make = f"make a placement for it with `{_command(model, file.strategy)}`"
-    if wrong := _misfit(file, model):
-        raise UnsupportedError(f"{asked}: {wrong}; {make}")
+    if misfit := _misfit(file, model):
+        raise UnsupportedError(f"{asked}: {misfit}; {make}")
     return served_file(asked, file, model.ep_size, model.num_layers, make)
 
 
 def _fault(model: Model) -> str | None:
-    """Why no placement can be served with these options, in words that say what to do; None where one can."""
+    """Describe an option with which no placement can be served, and what to do; None if there is none."""
     faults = {
-        "this model has no experts to place; unset it": model.num_experts == 0,
-        "this is an output of reshard, which has a placement already; serve the original, or unset it": model.is_output,
-        "--expert-placement-strategy round_robin would place experts once more; leave that option out": (
+        f"this model has no experts to place; unset {VARIABLE}": model.num_experts == 0,
+        f"this is an output of reshard and already has a placement; serve the original, or unset {VARIABLE}": (
+            model.is_output
+        ),
+        "--expert-placement-strategy round_robin would place the experts again; leave that option out": (
             model.strategy != "linear"
         ),
         f"load format {model.load_format} does not load experts by their ids; use one of {', '.join(LOAD_FORMATS)}": (
@@ -153,10 +161,10 @@ def _fault(model: Model) -> str | None:
             model.lora
         ),
         "elastic expert parallelism moves experts by itself; serve without it": model.elastic,
-        f"weight transfer by {model.transfer} writes into slots; use one of {', '.join(TRANSFERS)}": (
+        f"weight transfer by {model.transfer} writes to slots directly; use one of {', '.join(TRANSFERS)}": (
             model.transfer is not None and model.transfer not in TRANSFERS
         ),
-        f"{model.num_experts} experts are fewer than the {model.ep_size} EP ranks": (
+        f"{model.num_experts} experts are fewer than the {model.ep_size} EP ranks; use fewer ranks": (
             0 < model.num_experts < model.ep_size
         ),
     }
@@ -175,21 +183,21 @@ def _node_zigzag(asked: str, model: Model) -> ServedPlacement:
     }
     if fault := next((what for what, found in uneven.items() if found), None):
         raise UnsupportedError(
-            f"{VARIABLE}={asked}: {model.name}: {fault} are not the same number on each of {nodes} nodes and "
-            f"{model.ep_size} ranks; use another M, or {ZIGZAG}"
+            f"{VARIABLE}={asked}: {model.name}: {fault} cannot be divided evenly among {nodes} nodes with "
+            f"{model.ep_size} EP ranks; use another M, or {ZIGZAG}"
         )
     return served_strategy(asked, nodes, model.num_experts, model.ep_size, model.num_layers)
 
 
 def _misfit(file: PlacementFile, model: Model) -> str | None:
-    """Why a file is not of this model on so many ranks, in words; None where it is."""
+    """Describe why a placement file does not fit the model or its number of EP ranks; None if it fits."""
     if file.num_experts != model.num_experts:
         return f"made for {file.num_experts} experts, {model.name} has {model.num_experts}"
     if file.ep_size is not None and file.ep_size != model.ep_size:
         off = "" if model.expert_parallel else " (expert parallelism is off: --enable-expert-parallel)"
         return f"made for {file.ep_size} EP ranks, served on {model.ep_size}{off}"
     if file.has_copies:
-        return "some experts have copies in it, and copies cannot be served yet"
+        return "it has copies of some experts, and copies cannot be served yet"
     return None
 
 
@@ -200,7 +208,7 @@ def _command(model: Model, strategy: str = ZIGZAG) -> str:
 
 
 def is_output(model: str, config: Any) -> bool:
-    """Whether a model is what reshard wrote: by its config, or by the manifest where it is a directory."""
+    """Whether reshard wrote the model: its config has a contract, or its directory has a manifest."""
     return getattr(config, CONTRACT_KEY, None) is not None or Path(model, MANIFEST).is_file()
 
 
@@ -225,7 +233,7 @@ def _model_of(config: Any) -> Model:
 
 
 def ep_size_of(parallel: Any) -> int:
-    """R: vLLM spreads experts over all ranks of data, context and tensor parallelism."""
+    """R, the number of EP ranks: vLLM uses all ranks of data, prefill context and tensor parallelism."""
     if not parallel.enable_expert_parallel:
         return 1
     context = getattr(parallel, "prefill_context_parallel_size", 1)

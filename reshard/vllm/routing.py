@@ -1,10 +1,11 @@
-"""Routers of a model with a contract: groups by logical expert, ids as physical. For others that are served placed see
-`placed`.
+"""Makes the routers of a model with a contract score groups of logical experts and return physical ids.
 
-vLLM makes every router in `create_fused_moe_router`. The router it made is kept, with all that it does after choosing
-(EPLB's mapping and its load recording see physical ids); only what it chooses from is put into logical order before,
-and its answer into physical ids after. So ties fall as in the original, and the weights are the same bits. Where
-`fused` can do all that in one kernel, it does.
+vLLM makes every router in `create_fused_moe_router`, and we wrap that function. We keep vLLM's router: we put its
+logits into logical order before it chooses, and map its answer to physical ids afterwards. So ties fall as in the
+original, and the weights have the same bits. Everything after the choice (EPLB's mapping and load recording) sees
+physical ids. If `fused` has one kernel for all of this, it routes.
+
+The wrapper also handles originals that are served with a placement; `placed` has the rest of that.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from ..placement.permutations import Placement, invert
 from .fused import Fused, fused_in_place_of
 from .patching import replace_once
 from .served import ServedPlacement, current_placement
-from .support import what_is_wrong_with_hook
+from .support import hook_fault
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Load formats that read what the index names.
+# Load formats that read the files that the index names.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
 
 
 class LogicalOrder:
-    """What is put in front of a router's own class: see the module."""
+    """A mixin before the router's own class; it gives the router logits in logical order and maps its answer."""
 
     _physical_of_logical: Tensor  # [E]
     _fused: Fused | None
@@ -54,33 +55,33 @@ class LogicalOrder:
         def router(logits: Tensor) -> tuple[Tensor, Tensor]:
             if logits is router_logits:
                 return with_gathers(hidden_states, logits)
-            # a trial's: all that a router asks of hidden states is how many there are
+            # trial logits: routers read only the number of hidden states
             return with_gathers(hidden_states.new_zeros(len(logits), hidden_states.shape[1]), logits)
 
         return self._fused.route(router_logits, self.__dict__["e_score_correction_bias"], router)
 
     @property
     def e_score_correction_bias(self) -> Tensor | None:
-        """The correction bias in logical order; loaded, as all router tensors, in physical order."""
+        """The correction bias in logical order; like all router tensors, it is loaded in physical order."""
         bias = self.__dict__["e_score_correction_bias"]
         return None if bias is None else bias.index_select(0, self._physical_of_logical)
 
     @property
     def routing_method_type(self) -> Any:
-        """None that a kernel could do by itself from the logits."""
+        """`Unspecified`: no kernel can do this routing by itself from the logits."""
         from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 
         return RoutingMethodType.Unspecified
 
     @property
     def supports_monolithic_kernels(self) -> bool:
-        """Never: such a kernel would route by itself."""
+        """Always False: such a kernel would route by itself."""
         return False
 
 
 def install(layer: ModuleType) -> None:
-    """Replace `create_fused_moe_router` in the module that makes MoE layers."""
-    if what_is_wrong_with_hook(getattr(layer, "create_fused_moe_router", None)) is None:
+    """Wrap `create_fused_moe_router`; `layer` is the vLLM module that makes MoE layers."""
+    if hook_fault(getattr(layer, "create_fused_moe_router", None)) is None:
         replace_once(layer, "create_fused_moe_router", _with_contract)
 
 
@@ -108,13 +109,16 @@ def _placed(router: Any, served: ServedPlacement | None, arguments: dict[str, An
 
     from .placed import placed_router  # imports torch
 
-    if served is None or get_current_vllm_config().parallel_config.enable_eplb:  # `eplb` moves experts, once loaded
+    if served is None or get_current_vllm_config().parallel_config.enable_eplb:  # `eplb` moves experts after loading
         return router
     return placed_router(router, served, arguments, prefix)
 
 
 def current_contract() -> Contract | None:
-    """The contract of the model that is being built, None for any other."""
+    """The contract of the model that vLLM is building, None if it has none.
+
+    Raises UnsupportedError for a load format that does not read the files of the index.
+    """
     from vllm.config import get_current_vllm_config
 
     config = get_current_vllm_config()
@@ -123,14 +127,17 @@ def current_contract() -> Contract | None:
         return None
     if (load_format := str(config.load_config.load_format)) not in LOAD_FORMATS:
         raise UnsupportedError(
-            f"{config.model_config.model}: load format {load_format} finds weights in its own way, and those might not "
-            f"be the resharded ones; use one of {', '.join(LOAD_FORMATS)}"
+            f"{config.model_config.model}: load format {load_format} does not read the index, and might load weights "
+            f"that were not resharded; use one of {', '.join(LOAD_FORMATS)}"
         )
     return contract_from_json(value, str(config.model_config.model))
 
 
 def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any], prefix: str) -> Any:
-    """`router`, made with `arguments` for the layer `prefix`, made to honour `contract`, or UnsupportedError."""
+    """Make the router of the layer `prefix` honour `contract`; vLLM created it with `arguments`.
+
+    Raises UnsupportedError for a router that cannot be kept exact.
+    """
     import torch
     from vllm.config import get_current_vllm_config
 
@@ -147,8 +154,8 @@ def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any],
     for fault, found in faults.items():
         if found:
             raise UnsupportedError(
-                f"{prefix}: this layer's router is not one that reshard can keep exact for a resharded model: {fault}; "
-                "serve the original, or use other options"
+                f"{prefix}: reshard cannot keep this layer's router exact for a resharded model: {fault}; serve the "
+                "original, or use other options"
             )
     physical_of_logical = invert(placement_of(contract.physical_to_logical, prefix))
     resharded_class = type(f"Resharded{type(router).__name__}", (LogicalOrder, type(router)), {})
@@ -166,4 +173,7 @@ def placement_of(placement: Placement, prefix: str) -> tuple[int, ...]:
         return permutations.pop()
     if (layer := find_layer(prefix, placement)) is not None:
         return placement[layer]
-    raise UnsupportedError(f"{prefix}: the output has a placement for each layer, and none for this one")
+    raise UnsupportedError(
+        f"{prefix}: the output has a placement for each layer, but none for this one; restore the original with "
+        "`reshard restore` and serve that"
+    )

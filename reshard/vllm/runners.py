@@ -1,4 +1,4 @@
-"""What vLLM makes of a model's MoE layers."""
+"""Finds vLLM's `MoERunner` modules in a model: one per MoE layer, with its router and its experts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def moe_runners(model: Any) -> dict[str, Any]:
-    """What vLLM makes of each MoE layer, its router among it, by name (`model.layers.3.mlp.experts`)."""
+    """The MoERunner of each MoE layer, by the layer's name in vLLM (`model.layers.3.mlp.experts`)."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -15,5 +15,5 @@ def moe_runners(model: Any) -> dict[str, Any]:
 
 
 def lets_kernel_route(runner: Any) -> bool:
-    """Whether a layer's kernel chooses by itself, and its router is never asked."""
+    """Whether the layer's kernel chooses experts by itself, so that its router is never called."""
     return bool(runner.routed_experts.quant_method.is_monolithic)

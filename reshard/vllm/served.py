@@ -1,8 +1,8 @@
-"""A placement that an original is served with, as it travels with vLLM's configuration to every process.
+"""The placement that an original is served with; it travels in vLLM's configuration to every process.
 
-It stands in `VllmConfig.additional_config["reshard"]`. It is a dictionary of JSON values, so that vLLM's compile cache
-has it in its key. Unpickling it needs reshard and registers the plugin: a worker that lacks reshard ends with
-ModuleNotFoundError, where it would serve linear beside ranks that are placed.
+It is stored in `VllmConfig.additional_config["reshard"]`. It is a dictionary of JSON values, so that vLLM's compile
+cache includes it in its key. To unpickle it, a process needs reshard, and registers the plugin. So a worker without
+reshard fails with ModuleNotFoundError, and cannot serve linear beside ranks with the placement.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ _builds_draft: ContextVar[bool] = ContextVar("builds_draft", default=False)
 
 
 class ServedPlacement(dict[str, Any]):
-    """What is served; see the properties. Made by `served_strategy` or `served_file`."""
+    """A resolved placement; `served_strategy` and `served_file` make it, and its properties describe it."""
 
     @property
     def asked(self) -> str:
-        """As the user wrote it."""
+        """The placement as the user requested it."""
         return str(self["placement"])
 
     @property
     def ep_size(self) -> int:
-        """R, the EP ranks that it was resolved for."""
+        """R, the number of EP ranks that it was resolved for."""
         return int(self["ep_size"])
 
     @property
     def digest(self) -> str:
-        """See `placement_file.placement_digest`: what ranks compare, and the log says."""
+        """The digest that ranks compare and the log shows; see `placement_file.placement_digest`."""
         return str(self["digest"])
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model itself; those from there on are a draft's."""
+        """Number of layers of the model itself; layers from this number on belong to a draft."""
         return int(self["num_layers"])
 
     def order(self, layer: str, num_experts: int, *, draft: bool = False) -> tuple[int, ...] | None:
         """The placement of one layer.
 
         Parameters:
-            layer: its name in vLLM or in the checkpoint, or the name of a tensor in it
+            layer: its name in vLLM or in the checkpoint, or the name of one of its tensors
             num_experts: E of that layer
-            draft: whether it is known to be a draft's, whatever its name
+            draft: whether it is known to belong to a draft, whatever its name
 
         Returns:
-            physical_to_logical [E]; None for a draft's layer that the placement does not know, which stays linear
+            physical_to_logical [E]; None for a draft's layer that the placement does not contain: it stays linear
 
         Raises:
-            UnsupportedError: a layer of the model itself is unknown, or has another number of experts
+            UnsupportedError: the placement lacks a layer of the model itself, or has another number of experts for it
         """
         nodes = self["nodes"]
         if nodes is not None:  # a strategy fits any layer
@@ -65,7 +65,7 @@ class ServedPlacement(dict[str, Any]):
             return node_zigzag(num_experts, self.ep_size, nodes) if even else zigzag(num_experts, self.ep_size)
         orders, layers = self["physical_to_logical"], self["layers"]
         order = None
-        if not layers:  # one for all layers, whatever their names
+        if not layers:  # one order for all layers, whatever their names
             order = orders
         elif (name := find_layer(layer, layers, self.num_layers)) is not None:
             order = orders[name] if isinstance(orders, dict) else orders
@@ -73,14 +73,14 @@ class ServedPlacement(dict[str, Any]):
             return tuple(order)
         if draft or layer_key(layer, self.num_layers).kind == "draft":
             return None
-        found = f"has {num_experts} experts, the placement {len(order)}" if order else "is not in the placement"
+        found = f"has {num_experts} experts, but the placement {len(order)}" if order else "is not in the placement"
         raise UnsupportedError(f"{self.asked}: layer {layer} {found}; {self['make']}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (dict(self),)
+        return _unpickle, (dict(self),)
 
 
-def _arrive(values: dict[str, Any]) -> ServedPlacement:
+def _unpickle(values: dict[str, Any]) -> ServedPlacement:
     from . import register
 
     register()
@@ -88,7 +88,7 @@ def _arrive(values: dict[str, Any]) -> ServedPlacement:
 
 
 def served_strategy(asked: str, nodes: int, num_experts: int, ep_size: int, num_layers: int) -> ServedPlacement:
-    """Zigzag on `nodes` nodes, of a model whose layers have `num_experts` experts."""
+    """Zigzag among `nodes` nodes, for a model with `num_experts` experts per layer."""
     order = zigzag(num_experts, ep_size) if nodes == 1 else node_zigzag(num_experts, ep_size, nodes)
     return ServedPlacement(
         placement=asked,
@@ -103,7 +103,7 @@ def served_strategy(asked: str, nodes: int, num_experts: int, ep_size: int, num_
 
 
 def served_file(asked: str, file: PlacementFile, ep_size: int, num_layers: int, make: str) -> ServedPlacement:
-    """The placement of a file; `make` says how to make one that fits, for errors."""
+    """The placement of a file; `make` tells the user in errors how to make one that fits."""
     orders = file.physical_to_logical
     return ServedPlacement(
         placement=asked,
@@ -119,7 +119,7 @@ def served_file(asked: str, file: PlacementFile, ep_size: int, num_layers: int, 
 
 @contextlib.contextmanager
 def building(draft: bool) -> Iterator[None]:
-    """While this lasts, a model is being built, and is a draft or not."""
+    """Context in which vLLM builds a model; `draft` says whether it is a draft."""
     token = _builds_draft.set(draft)
     try:
         yield
@@ -128,19 +128,19 @@ def building(draft: bool) -> Iterator[None]:
 
 
 def builds_draft() -> bool:
-    """Whether the model that is being built is a draft: the placement need not know its layers."""
+    """Whether vLLM is building a draft; its layers need not be in the placement."""
     return _builds_draft.get()
 
 
 def served_placement(config: Any) -> ServedPlacement | None:
-    """The placement in a VllmConfig, None where the model is served as it is."""
+    """The placement in a VllmConfig, None if the model is served without one."""
     more = getattr(config, "additional_config", None)
     found = more.get(KEY) if isinstance(more, Mapping) else None
     return found if isinstance(found, ServedPlacement) else None
 
 
 def current_placement() -> ServedPlacement | None:
-    """The placement of the model that is being built."""
+    """The placement of the model that vLLM is building, None if it has none."""
     from vllm.config import get_current_vllm_config
 
     return served_placement(get_current_vllm_config())

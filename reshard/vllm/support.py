@@ -1,4 +1,8 @@
-"""Which vLLM this plugin fits: the versions that were read, with the functions it needs where they were."""
+"""Checks that the installed vLLM is one that the plugin supports.
+
+The plugin replaces functions inside vLLM. We read the source of the versions from OLDEST to NEWEST; only these are
+supported, and only if the functions that the plugin replaces exist and take the expected parameters.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ ROUTER_ARGUMENTS = (
 
 
 VERSIONS = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-# What an original is served placed by: module, class or function, and the parameters that are counted on.
+# The functions that apply a placement to an original: module, function, and the parameters that we rely on.
 _MOE = "vllm.model_executor.layers.fused_moe"
 PLACING_HOOKS = (
     (f"{_MOE}.layer", "create_fused_moe_router", ROUTER_ARGUMENTS),
@@ -43,12 +47,12 @@ PLACING_HOOKS = (
     ("vllm.v1.worker.gpu_worker", "Worker.wake_up", ("tags",)),
     ("vllm.distributed.eplb.eplb_state", "EplbState.add_model", ("model", "model_config")),
 )
-# What is put in front of a router calls these of it.
+# The methods of vLLM's routers that our mixins call or override.
 ROUTER_METHODS = ("_select_experts", "_compute_routing", "_apply_eplb_mapping", "_convert_indices_dtype")
 
 
-def what_is_wrong_with_placing() -> str | None:
-    """Why originals cannot be served placed by the installed vLLM, None where they can; imports much of vLLM."""
+def placing_fault() -> str | None:
+    """Describe why the installed vLLM cannot serve placements; None if it can. This imports much of vLLM."""
     for module, name, parameters in PLACING_HOOKS:
         function: Any = importlib.import_module(module)
         for part in name.split("."):
@@ -56,24 +60,24 @@ def what_is_wrong_with_placing() -> str | None:
         if not hasattr(function, "replaced_by_reshard"):
             return f"this vLLM has no {module}.{name} that reshard knows"
         known = inspect.signature(function).parameters
-        if lacking := [parameter for parameter in parameters if parameter not in known]:
-            return f"{module}.{name} of this vLLM takes no {lacking[0]}"
+        if missing := [parameter for parameter in parameters if parameter not in known]:
+            return f"{module}.{name} of this vLLM takes no {missing[0]}"
     router = importlib.import_module(f"{_MOE}.router.base_router").BaseRouter
-    lacking = [method for method in ROUTER_METHODS if not hasattr(router, method)]
-    return f"routers of this vLLM have no {lacking[0]}" if lacking else None
+    missing = [method for method in ROUTER_METHODS if not hasattr(router, method)]
+    return f"routers of this vLLM have no {missing[0]}" if missing else None
 
 
 def require_support(where: str) -> None:
-    """UnsupportedError unless the installed vLLM is one that the plugin can make route `where` rightly."""
-    if fault := what_is_wrong():
+    """Raise UnsupportedError unless the plugin supports the installed vLLM; `where` names the model in the error."""
+    if fault := version_fault():
         raise UnsupportedError(
             f"{where}: this model was resharded and has expert groups; serving it needs vLLM {VERSIONS}: {fault}. "
             "Install one of these, or restore the original with `reshard restore`"
         )
 
 
-def what_is_wrong() -> str | None:
-    """Why the installed vLLM does not fit, None where it does."""
+def version_fault() -> str | None:
+    """Describe why the version of the installed vLLM is not supported; None if it is."""
     import vllm
 
     version = getattr(vllm, "__version__", "")
@@ -83,9 +87,9 @@ def what_is_wrong() -> str | None:
     return None
 
 
-def what_is_wrong_with_hook(function: object) -> str | None:
-    """Why `create_fused_moe_router` is not the function that was read, None where it is."""
+def hook_fault(function: object) -> str | None:
+    """Describe how `create_fused_moe_router` differs from the function that we rely on; None if it does not."""
     if not callable(function):
         return "it has no create_fused_moe_router"
-    lacking = [name for name in ROUTER_ARGUMENTS if name not in inspect.signature(function).parameters]
-    return f"its create_fused_moe_router takes no {', '.join(lacking)}" if lacking else None
+    missing = [name for name in ROUTER_ARGUMENTS if name not in inspect.signature(function).parameters]
+    return f"its create_fused_moe_router takes no {', '.join(missing)}" if missing else None

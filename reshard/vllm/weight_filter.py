@@ -1,6 +1,7 @@
-"""--enable-ep-weight-filter of an original that is served placed: a rank reads its own experts, layer by layer.
+"""Makes --enable-ep-weight-filter follow a placement, so that each rank reads its own experts of each layer.
 
-vLLM asks for each tensor whether its expert is in one set, the same for all layers, made by its own placement strategy.
+vLLM decides for each tensor whether to skip it: it looks up the expert in one set, computed by its own placement
+strategy and the same for all layers. We replace that set by one that knows the experts of each layer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .served import ServedPlacement, current_placement
 
 
 class PlacedExperts(set[int]):
-    """The set that vLLM made, of a rank's experts under linear placement, with what it takes to tell others."""
+    """The set that vLLM made, of a rank's experts under linear placement; also gives the placed experts by layer."""
 
     def __init__(self, linear: set[int], served: ServedPlacement, num_experts: int, rank: int) -> None:
         super().__init__(linear)
@@ -25,7 +26,7 @@ class PlacedExperts(set[int]):
 
         @functools.cache
         def experts_of(layer: str) -> frozenset[int]:
-            order = served.order(layer, num_experts, draft=True)  # what is wrong of the model's own is found later
+            order = served.order(layer, num_experts, draft=True)  # `proof` reports unknown layers later
             return frozenset(linear if order is None else order[slots.start : slots.stop])
 
         self._experts_of = experts_of
@@ -35,13 +36,13 @@ class PlacedExperts(set[int]):
         return self._experts_of(module_name(name))
 
 
-def install_choice(default_loader: ModuleType) -> None:
-    """Make the set; `default_loader` is the module that asks for it."""
+def install_expert_set(default_loader: ModuleType) -> None:
+    """Replace the set that vLLM computes; `default_loader` is the module that computes it."""
     replace_if_there(default_loader, "compute_local_expert_ids", _placed)
 
 
-def install_question(weight_utils: ModuleType) -> None:
-    """Ask it by layer; `weight_utils` is the module that reads tensors."""
+def install_skip(weight_utils: ModuleType) -> None:
+    """Look up experts by layer; `weight_utils` is the module that reads and skips tensors."""
     replace_if_there(weight_utils, "should_skip_weight", _by_layer)
 
 

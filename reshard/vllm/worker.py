@@ -1,8 +1,9 @@
-"""What a worker may do with an original that is served placed: load it by the hooks that were read, and no other way.
+"""Makes vLLM's workers refuse what would misplace experts of an original that is served with a placement.
 
-New weights that name whole tensors by the original's ids go through the same seam as loading: `reload_weights` from
-disk, and updates that vLLM hands to `load_weights`. What knows slots only would put experts where others are, or write
-a placed model to a file that does not say so. That is refused.
+Loading must go through the functions that the plugin replaces; otherwise the start fails. New weights that name whole
+tensors with the original's ids go the same way as loading: `reload_weights` from disk, and updates that vLLM passes to
+`load_weights`. We refuse operations that know only slots: they would put experts into wrong slots, or save the model in
+physical order to files that do not record it.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from ..errors import UnsupportedError
 from .patching import replace_if_there
 from .request import MANIFEST
 from .served import ServedPlacement, served_placement
-from .support import VERSIONS, what_is_wrong_with_placing
+from .support import VERSIONS, placing_fault
 
 SAVING = ("save_sharded_state", "save_tensorized_model")
-WITH_EPLB = "with EPLB the maps of experts lie in the memory of the weights, and would be lost: serve without EPLB"
-_proved: list[str] = []  # digests of the placements that models of this process were seen to have
+WITH_EPLB = "with EPLB the expert maps lie in the memory of the weights and would be lost; serve without EPLB"
+_proved: list[str] = []  # digests of the placements that were proved for models of this process
 
 
 def install(module: ModuleType) -> None:
-    """Watch over the Worker of the module."""
+    """Wrap the methods that load, reload, save or wake a model; `module` defines Worker."""
     replace_if_there(module.Worker, "load_model", _proved_load)
     replace_if_there(module.Worker, "reload_weights", _checked_reload)
     replace_if_there(module.Worker, "sleep", _checked_sleep)
@@ -34,29 +35,29 @@ def install(module: ModuleType) -> None:
         replace_if_there(module.Worker, name, _refused)
 
 
-def is_proved(served: ServedPlacement) -> None:
-    """A model of this process has the placement: `proof` or `eplb` saw it."""
+def mark_proved(served: ServedPlacement) -> None:
+    """Note that a model of this process follows the placement; `loading` and `eplb` call this after their checks."""
     _proved.append(served.digest)
 
 
 def _proved_load(load_model: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(load_model)
-    def load_and_look(worker: Any, *args: Any, **kwargs: Any) -> None:
+    def load_and_check(worker: Any, *args: Any, **kwargs: Any) -> None:
         served = served_placement(worker.vllm_config)
         if served is None:
             load_model(worker, *args, **kwargs)
             return
-        if fault := what_is_wrong_with_placing():
-            raise UnsupportedError(f"{served.asked}: {fault}; a placement can be served with vLLM {VERSIONS}")
+        if fault := placing_fault():
+            raise UnsupportedError(f"{served.asked}: {fault}; placements need vLLM {VERSIONS}")
         before = len(_proved)
         load_model(worker, *args, **kwargs)
         if len(_proved) == before:
             raise UnsupportedError(
-                f"{served.asked}: the model was loaded in a way that reshard does not see; a placement can be served "
-                f"with vLLM {VERSIONS}, in its usual load formats"
+                f"{served.asked}: vLLM loaded the model without the functions that reshard replaces; placements need "
+                f"vLLM {VERSIONS} and one of its usual load formats"
             )
 
-    return load_and_look
+    return load_and_check
 
 
 def _checked_reload(reload: Callable[..., None]) -> Callable[..., None]:
@@ -71,20 +72,20 @@ def _checked_reload(reload: Callable[..., None]) -> Callable[..., None]:
         if (served := served_placement(worker.vllm_config)) is not None:
             eplb = worker.vllm_config.parallel_config.enable_eplb
             if fault := reload_fault(weights_path, is_checkpoint_format, eplb):
-                raise _refuse(served, "reload_weights", fault)
+                raise _refusal(served, "reload_weights", fault)
         reload(worker, weights_iterator, weights_path, is_checkpoint_format, **more)
 
     return reload_weights
 
 
 def reload_fault(weights_path: str | None, is_checkpoint_format: bool, eplb: bool) -> str | None:
-    """Why such a reload would put experts where they do not belong, and what to do; None where it would not."""
+    """Describe why a reload would put experts into wrong slots, and what to do; None if it would not."""
     if eplb:
         return WITH_EPLB
     if not is_checkpoint_format:
-        return "weights in kernel format are by slot; send them in the checkpoint's format"
+        return "weights in kernel format are ordered by slot; send them in the checkpoint's format"
     if weights_path is not None and Path(weights_path, MANIFEST).is_file():
-        return f"{weights_path} is an output of reshard, in other ids; reload an original"
+        return f"{weights_path} is an output of reshard, with other expert ids; reload an original"
     return None
 
 
@@ -93,7 +94,7 @@ def _checked_sleep(sleep: Callable[..., None]) -> Callable[..., None]:
     def sleep_or_refuse(worker: Any, level: int = 1, *args: Any, **kwargs: Any) -> None:
         served = served_placement(worker.vllm_config)
         if served is not None and level == 2 and worker.vllm_config.parallel_config.enable_eplb:
-            raise _refuse(served, "sleep level 2", WITH_EPLB)
+            raise _refusal(served, "sleep level 2", WITH_EPLB)
         sleep(worker, level, *args, **kwargs)
 
     return sleep_or_refuse
@@ -115,11 +116,13 @@ def _refused(save: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(save)
     def save_or_refuse(worker: Any, *args: Any, **kwargs: Any) -> None:
         if (served := served_placement(worker.vllm_config)) is not None:
-            raise _refuse(served, save.__name__, "it would write experts in their slots; serve linear to save")
+            raise _refusal(
+                served, save.__name__, "it would save experts in the order of their slots; serve without a placement"
+            )
         save(worker, *args, **kwargs)
 
     return save_or_refuse
 
 
-def _refuse(served: ServedPlacement, what: str, fault: str) -> UnsupportedError:
-    return UnsupportedError(f"{served.asked}: {what} is refused while the model is served placed: {fault}")
+def _refusal(served: ServedPlacement, what: str, fault: str) -> UnsupportedError:
+    return UnsupportedError(f"{served.asked}: {what} is refused while the model is served with a placement: {fault}")

@@ -1,8 +1,8 @@
-"""Originals served placed by real vLLM on the CPU: RESHARD_PLACEMENT, and not one byte of the checkpoint rewritten.
+"""Originals served with RESHARD_PLACEMENT by real vLLM on the CPU, without rewriting a byte of the checkpoint.
 
-"Equal" and "close" are as in `test_serving`. Two ranks under zigzag do the sums of stock round-robin in the same order,
-and those of a baked output with a contract; any other placement does them in another. At EP 1 nothing is summed
-in another order, so the original's bits come back.
+"Equal" and "close" mean the same as in `test_serving`. Two ranks under zigzag sum in the same order as stock
+round-robin and as a baked output with a contract; any other placement sums in another order. At EP 1 the order of sums
+never changes, so the answers have the original's bits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ZIGZAG = {"RESHARD_PLACEMENT": "zigzag"}
 
 
 def moe_layers(model: Path) -> tuple[list[str], int]:
-    """Names of the modules that hold experts, draft layers too, and the number of experts."""
+    """The names of the modules that hold experts, draft layers included, and the number of experts."""
     names = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
     experts = [name.split(".experts.") for name in names if ".experts." in name]
     numbers = {int(rest.split(".")[0]) for _, rest in experts}
@@ -46,7 +46,7 @@ def moe_layers(model: Path) -> tuple[list[str], int]:
 def random_file(serving: Serving, model: Path, ep: int, name: str = "random", **changes: Any) -> Path:
     """A placement file for `model` with another random order in each layer."""
     layers, num_experts = moe_layers(model)
-    chance = random.Random(0)
+    rng = random.Random(0)
     content = {
         "reshard_placement": 1,
         "strategy": "random",
@@ -54,7 +54,7 @@ def random_file(serving: Serving, model: Path, ep: int, name: str = "random", **
         "model_type": None,
         "num_experts": num_experts,
         "layers": layers,
-        "physical_to_logical": {layer: chance.sample(range(num_experts), num_experts) for layer in layers},
+        "physical_to_logical": {layer: rng.sample(range(num_experts), num_experts) for layer in layers},
         **changes,
     }
     path = serving.directory / f"{model.name}-{name}{ep}.json"
@@ -70,7 +70,7 @@ def by(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("model", [v3, v2], ids=["V3", "V2"])
-def test_zigzag_of_an_original_equals_stock_round_robin_and_the_log_says_what_is_placed(
+def test_zigzag_of_an_original_equals_stock_round_robin_and_the_log_reports_the_placement(
     model: Model, serving: Serving
 ) -> None:
     source = model(serving)
@@ -90,19 +90,19 @@ def test_zigzag_with_drafts_and_uneven_ranks_equals_stock_round_robin(serving: S
 
 
 @pytest.mark.parametrize("model", [kimi, qwen3], ids=["Kimi-K2", "Qwen3-MoE"])
-def test_without_groups_zigzag_answers_as_its_baked_output_and_the_original(model: Model, serving: Serving) -> None:
+def test_without_groups_zigzag_is_close_to_its_baked_output_and_the_original(model: Model, serving: Serving) -> None:
     source = model(serving)
     answer = serving.generate(source, ranks=2, environment=ZIGZAG)
-    # not to the bit: where nothing knows of a placement, the order of a token's experts is that of physical ids
+    # not equal: without a contract, an engine sums a token's experts in the order of physical ids
     assert_close(answer, serving.generate(serving.resharded(source, 2), ranks=2, plugins=SHIM_ONLY))
     assert_close(answer, serving.generate(source, plugins=SHIM_ONLY))
 
 
-def test_layers_placed_each_in_its_own_way_equal_their_baked_output_and_ranks_read_their_experts_only(
+def test_different_placements_per_layer_equal_their_baked_output_and_ranks_read_only_their_experts(
     serving: Serving,
 ) -> None:
     source, out = v3(serving), serving.placed(v3(serving), 2)
-    manifest = out / "reshard_manifest.json"  # a placement file as good as any
+    manifest = out / "reshard_manifest.json"  # a manifest is read as a placement file
     answer = serving.generate(
         *(source,), ranks=2, enable_ep_weight_filter=True, environment={**by(manifest), "RECORD_TENSORS": "1"}
     )
@@ -118,7 +118,7 @@ def test_layers_placed_each_in_its_own_way_equal_their_baked_output_and_ranks_re
 EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.")
 
 
-def test_on_one_rank_any_placement_equals_the_original_and_a_trace_of_it_has_logical_experts(serving: Serving) -> None:
+def test_on_one_rank_any_placement_equals_the_original_and_its_trace_has_logical_experts(serving: Serving) -> None:
     source = v3(serving)
     _, original = trace(serving, "v3", source)
     placement = by(random_file(serving, source, 1))
@@ -127,7 +127,7 @@ def test_on_one_rank_any_placement_equals_the_original_and_a_trace_of_it_has_log
     assert recorded(directory) == recorded(original) != []
 
 
-def test_the_control_a_router_that_forgets_where_experts_are_gives_other_tokens(serving: Serving) -> None:
+def test_the_control_a_router_that_ignores_the_placement_gives_other_tokens(serving: Serving) -> None:
     source = v3(serving)
     environment = {**by(random_file(serving, source, 1)), "ROUTER_FORGETS": "1"}
     wrong = serving.generate(source, environment=environment)
@@ -136,14 +136,14 @@ def test_the_control_a_router_that_forgets_where_experts_are_gives_other_tokens(
     assert largest_difference(wrong, serving.generate(source, plugins=SHIM_ONLY)) > 0.1
 
 
-def test_a_model_that_reshard_does_not_know_is_served_placed(serving: Serving) -> None:
+def test_a_model_that_reshard_does_not_know_is_served_with_a_placement(serving: Serving) -> None:
     source = serving.model("olmoe")
     answer = serving.generate(source, ranks=2, environment=by(random_file(serving, source, 2)))
     assert_close(answer, serving.generate(source, ranks=2, plugins=SHIM_ONLY))
     assert "3 MoE layers are placed" in answer.log
 
 
-def test_compiled_code_is_kept_for_one_placement_and_answers_the_same(serving: Serving) -> None:
+def test_compiled_code_answers_the_same_and_is_cached_per_placement(serving: Serving) -> None:
     source = v3(serving)
     cache = {"VLLM_CACHE_ROOT": str(serving.directory / "compiled-placed")}
     placement = by(random_file(serving, source, 1))
@@ -152,14 +152,14 @@ def test_compiled_code_is_kept_for_one_placement_and_answers_the_same(serving: S
     assert "saved AOT compiled function" in compiled.log
     linear = serving.generate(source, enforce_eager=False, environment=cache)
     assert_equal(linear, compiled)
-    assert "saved AOT compiled function" in linear.log, "it took the code of the placed run"
+    assert "saved AOT compiled function" in linear.log, "the linear start reused the code compiled for the placement"
 
 
 # New weights
 
 
 def reloaded(serving: Serving, environment: dict[str, str]) -> dict[str, Any]:
-    """What reload.py says, of V3's shape."""
+    """The output of reload.py for `v3`."""
     source = v3(serving)
     request = {
         "model": str(source),
@@ -184,23 +184,28 @@ def reloaded(serving: Serving, environment: dict[str, str]) -> dict[str, Any]:
     return found
 
 
-def test_new_weights_go_to_their_places_and_what_cannot_is_refused(serving: Serving) -> None:
-    # CPU kernels of vLLM 0.32 do not survive a reload themselves; but what they make of it, stock, is what is expected
+def test_new_weights_go_to_their_slots_and_operations_that_know_only_slots_are_refused(serving: Serving) -> None:
+    # vLLM 0.32's CPU kernels do not survive a reload even without reshard; so we expect what stock vLLM answers then
     stock = reloaded(serving, {})
     placed = reloaded(serving, by(random_file(serving, v3(serving), 1)))
     for step in ("at first", "reload", "sleep", "update", "another model", "back", "sleep without the buffer"):
         assert placed[step] == stock[step], step
     assert stock["another model"] != stock["reload"], "the control: other weights, other tokens"
     assert placed["lost"] != stock["lost"], "the control: without its buffer the placement is lost"
-    for step, fault in (("by slot", "kernel format"), ("an output", "is an output"), ("save", "in their slots")):
-        assert re.match(rf"UnsupportedError: .*refused while the model is served placed: .*{fault}", placed[step])
+    for step, fault in (("by slot", "kernel format"), ("an output", "is an output"), ("save", "order of their slots")):
+        assert re.match(
+            rf"UnsupportedError: .*refused while the model is served with a placement: .*{fault}", placed[step]
+        )
 
 
 # Refused
 
 
 def configured(serving: Serving, model: Path, cases: dict[str, tuple[str | None, dict[str, Any]]]) -> dict[str, Any]:
-    """What vLLM makes of options with RESHARD_PLACEMENT: the error, or the configuration's hash and placement."""
+    """Make a vLLM configuration for each case: the error, or its hash, its placement and its pickled form.
+
+    A case is a value of RESHARD_PLACEMENT (None: not set) and options of EngineArgs.
+    """
     code = (
         "import json, os, pickle, sys\n"
         "from vllm.engine.arg_utils import EngineArgs\n"
@@ -227,7 +232,7 @@ def configured(serving: Serving, model: Path, cases: dict[str, tuple[str | None,
     return found
 
 
-def test_what_gets_past_a_placement_is_refused_with_one_line_before_any_process_starts(serving: Serving) -> None:
+def test_options_that_bypass_a_placement_are_refused_with_one_line_before_any_process_starts(serving: Serving) -> None:
     source = v3(serving)
     copies = random_file(serving, source, 2, "copies", physical_to_logical=[*range(16), 0, 1])
     other_e = random_file(serving, source, 2, "other-e", num_experts=8, layers=[], physical_to_logical=list(range(8)))
@@ -240,7 +245,7 @@ def test_what_gets_past_a_placement_is_refused_with_one_line_before_any_process_
         "plain output": ("zigzag", {"model": str(serving.resharded(kimi(serving), 2))}, "an output of reshard"),
         "no file": ("zigzagg", {}, "no such file; expected zigzag, node-zigzag:M"),
         "no nodes": ("node-zigzag", {}, "expected node-zigzag:M with M nodes"),
-        "uneven nodes": ("node-zigzag:3", {}, "2 EP ranks are not the same number on each of 3 nodes"),
+        "uneven nodes": ("node-zigzag:3", {}, "2 EP ranks cannot be divided evenly among 3 nodes"),
         "copies": (str(copies), {}, "copies cannot be served yet"),
         "other E": (str(other_e), {}, "made for 8 experts, .* has 16; .*reshard export .* --to vllm --ep 2"),
         "other EP": (str(random_file(serving, source, 4)), {}, "made for 4 EP ranks, served on 2; .*reshard export"),
@@ -250,7 +255,7 @@ def test_what_gets_past_a_placement_is_refused_with_one_line_before_any_process_
         ),
         "key": (None, {"additional_config": {"reshard": {"placement": "zigzag", "x": 1}}}, "unknown key 'x'"),
         "shape": (None, {"additional_config": {"reshard": "zigzag"}}, "additional_config.reshard is 'zigzag'"),
-        "both": ("node-zigzag:2", {"additional_config": inline}, "give one, or both the same"),
+        "both": ("node-zigzag:2", {"additional_config": inline}, "give only one, or the same for both"),
     }
     served = {
         "zigzag": ("zigzag", {}),
@@ -266,9 +271,9 @@ def test_what_gets_past_a_placement_is_refused_with_one_line_before_any_process_
         assert re.match(rf"(Unsupported|Checkpoint)Error: .*{fault}", found[name]), found[name]
         assert "\n" not in found[name]
     assert found["zigzag"][:2] == found["inline"][:2], "the same request in two ways"
-    assert len({found[name][0] for name in served}) == 4, "each placement has compiled code of its own"
+    assert len({found[name][0] for name in served}) == 4, "each placement has its own compiled code"
     assert len({found[name][1]["digest"] for name in ("zigzag", "file", "idle")}) == 3
-    assert "the placement is idle" in found["log"]
+    assert "the placement has no effect" in found["log"]
     assert found["linear"][1] is None
     code = "import pickle, sys; sys.modules['reshard'] = None; print(pickle.loads(bytes.fromhex(sys.argv[1])))"
     arrived = serving.python(code, found["zigzag"][2])
@@ -276,28 +281,30 @@ def test_what_gets_past_a_placement_is_refused_with_one_line_before_any_process_
     assert "ModuleNotFoundError" in arrived.stderr, "a worker without reshard would serve linear"
 
 
-def test_a_model_that_cuts_one_tensor_of_all_experts_by_itself_is_refused_once_it_is_loaded(serving: Serving) -> None:
+def test_a_model_that_slices_one_tensor_of_all_experts_itself_is_refused_after_loading(serving: Serving) -> None:
     refusal = serving.generate(serving.model("llama4"), ranks=2, environment=ZIGZAG)
     assert refusal.status != 0
-    assert re.search(r"zigzag: layer \S+: .*so it cannot be served placed; serve it without", refusal.log)
+    assert re.search(
+        r"zigzag: layer \S+: .*so this model cannot be served with a placement; serve it without", refusal.log
+    )
 
 
 def test_a_rank_without_the_plugin_is_named(serving: Serving) -> None:
     soon = {**ZIGZAG, "RESHARD_AGREEMENT_SECONDS": "10"}
     one, _ = serving.each(v3(serving), [soon, {"VLLM_PLUGINS": SHIM_ONLY}])
     assert one.returncode != 0
-    assert re.search(r"ranks 1 did not say within 10 s which placement they serve", one.stderr), one.stderr[-4000:]
+    assert re.search(r"ranks 1 did not report their placement within 10 s", one.stderr), one.stderr[-4000:]
 
 
-def test_a_rank_with_another_placement_is_named_by_each(serving: Serving) -> None:
+def test_ranks_with_different_placements_name_each_other(serving: Serving) -> None:
     source = v3(serving)
     one, other = serving.each(source, [ZIGZAG, by(random_file(serving, source, 2))])
     for rank, ended in enumerate((one, other)):
         assert ended.returncode != 0
-        assert re.search(rf"ranks {1 - rank} serve another placement than this one", ended.stderr), ended.stderr[-4000:]
+        assert re.search(rf"ranks {1 - rank} serve a different placement", ended.stderr), ended.stderr[-4000:]
 
 
-def test_a_vllm_whose_hooks_are_others_is_refused_where_a_placement_is_asked_for(serving: Serving) -> None:
+def test_a_placement_is_refused_on_a_vllm_without_a_function_that_the_plugin_replaces(serving: Serving) -> None:
     refusal = serving.generate(v3(serving), environment={**ZIGZAG, "HOOK_IS_GONE": "1"})
     assert refusal.status != 0
-    assert re.search(r"create_fused_moe_router.*a placement can be served with vLLM 0\.26 to 0\.33", refusal.log)
+    assert re.search(r"create_fused_moe_router.*placements need vLLM 0\.26 to 0\.33", refusal.log)

@@ -1,6 +1,6 @@
-"""When the router's kernel may route: only after it was seen to agree with vLLM's own router, bit for bit.
+"""The router's kernel may route only after it agreed with vLLM's own router, bit for bit.
 
-Kernel and router are stand-ins; the real ones meet in tests/gpu.
+Kernel and router are stand-ins here; tests/gpu compares the real ones.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from reshard.vllm.fused import TRIAL_ROWS, TRIAL_SINGLE_ROWS, Fused, same, trial_logits
+from reshard.vllm.fused import TRIAL_ROWS, TRIAL_SINGLE_ROWS, Fused, same_bits, trial_logits
 
 Answer = tuple[torch.Tensor, torch.Tensor]
 EXPERTS = 8
@@ -24,28 +24,28 @@ def right(logits: torch.Tensor) -> Answer:
     return weights, ids.int()
 
 
-def by_one_bit(logits: torch.Tensor) -> Answer:
+def wrong_by_one_bit(logits: torch.Tensor) -> Answer:
     weights, ids = right(logits)
     weights[-1, -1] = weights[-1, -1].nextafter(torch.tensor(2.0))
     return weights, ids
 
 
-def only_where_infinite(logits: torch.Tensor) -> Answer:
+def wrong_if_infinite(logits: torch.Tensor) -> Answer:
     weights, ids = right(logits)
     return weights.where(logits.isfinite().all(dim=1, keepdim=True), weights + 1), ids
 
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Callable[[torch.Tensor], Answer]]]:
-    """By name what the stand-in for the kernel answers; a name is a choice."""
-    kernels = {"right": right, "by one bit": by_one_bit, "only where infinite": only_where_infinite}
+    """Stand-ins for the kernel, by name; the name stands in for the `Choice`."""
+    kernels = {"right": right, "wrong by one bit": wrong_by_one_bit, "wrong if infinite": wrong_if_infinite}
 
     def grouped_topk(logits: torch.Tensor, bias: Any, place: Any, choice: str, logical: bool) -> Answer:
         return kernels[choice](logits)
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    said = SimpleNamespace(info_once=lambda *words: None, warning_once=lambda *words: None)
-    module = SimpleNamespace(init_logger=lambda name: said)
+    logger = SimpleNamespace(info_once=lambda *words: None, warning_once=lambda *words: None)
+    module = SimpleNamespace(init_logger=lambda name: logger)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(logger=module))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "vllm.logger", module)  # type: ignore[arg-type]
     stand_in = SimpleNamespace(grouped_topk=grouped_topk)
@@ -53,8 +53,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Callable[[torc
     yield kernels
 
 
-def router_that_counts() -> tuple[Callable[[torch.Tensor], Answer], list[int]]:
-    """vLLM's own router, and how many rows it was asked for each time."""
+def counting_router() -> tuple[Callable[[torch.Tensor], Answer], list[int]]:
+    """A stand-in for vLLM's own router, and a list of how many rows it routed in each call."""
     asked: list[int] = []
 
     def router(logits: torch.Tensor) -> Answer:
@@ -70,50 +70,50 @@ def fused(*choices: str) -> Fused:
 
 @pytest.mark.usefixtures("kernel")
 def test_a_kernel_that_agrees_routes_from_then_on() -> None:
-    router, asked = router_that_counts()
+    router, asked = counting_router()
     one = fused("right")
     one.route(torch.randn(5, EXPERTS), None, router)
-    assert asked == [5, TRIAL_ROWS], "the batch itself, and enough random rows"
+    assert asked == [5, TRIAL_ROWS], "the batch itself, then the random rows"
     one.route(torch.randn(3, EXPERTS), None, router)
-    assert asked == [5, TRIAL_ROWS], "the kernel alone"
+    assert asked == [5, TRIAL_ROWS], "now the kernel routes alone"
 
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("wrong", ["by one bit", "only where infinite"])
+@pytest.mark.parametrize("wrong", ["wrong by one bit", "wrong if infinite"])
 def test_a_kernel_that_differs_anywhere_never_routes(wrong: str, rows: int) -> None:
-    router, asked = router_that_counts()
+    router, asked = counting_router()
     one, logits = fused(wrong), torch.randn(rows, EXPERTS)
     for _ in range(3):
         weights, _ = one.route(logits, None, router)
         assert torch.equal(weights, right(logits)[0])
     trials = [1] * TRIAL_SINGLE_ROWS if rows == 1 else [TRIAL_ROWS]
-    assert asked == [rows, *trials, rows, rows, rows], "for the proof, and each time"
+    assert asked == [rows, *trials, rows, rows, rows], "for the trial, and then in every call"
 
 
 @pytest.mark.usefixtures("kernel")
-def test_of_several_ways_the_one_that_agrees_is_taken() -> None:
-    one = fused("by one bit", "right")
+def test_the_first_choice_that_agrees_is_used() -> None:
+    one = fused("wrong by one bit", "right")
     one.route(torch.randn(5, EXPERTS), None, right)
     assert list(one.agreed.values()) == ["right"]
 
 
 @pytest.mark.usefixtures("kernel")
-def test_each_dtype_is_proved_for_itself_and_so_is_one_token() -> None:
-    router, asked = router_that_counts()
+def test_each_dtype_is_tried_separately_and_so_is_a_single_token() -> None:
+    router, asked = counting_router()
     one = fused("right")
     for logits in (torch.randn(5, EXPERTS), torch.randn(5, EXPERTS).bfloat16(), torch.randn(1, EXPERTS)):
         asked.clear()
         one.route(logits, None, router)
-        assert len(asked) > 1, "proved"
+        assert len(asked) > 1, "tried"
         asked.clear()
         one.route(logits, None, router)
-        assert not asked, "the kernel alone"
+        assert not asked, "the kernel routes alone"
 
 
 @pytest.mark.usefixtures("kernel")
-def test_nothing_is_looked_at_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    router, asked = router_that_counts()
+def test_nothing_is_tried_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    router, asked = counting_router()
     one, capturing = fused("right"), [True]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     one.route(torch.randn(5, EXPERTS), None, router)
@@ -125,13 +125,13 @@ def test_nothing_is_looked_at_while_a_cuda_graph_is_captured(monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("kernel")
-def test_no_tokens_prove_nothing() -> None:
-    one = fused("by one bit")
+def test_an_empty_batch_decides_nothing() -> None:
+    one = fused("wrong by one bit")
     one.route(torch.randn(0, EXPERTS), None, right)
     assert not one.agreed
 
 
-def test_the_trial_has_ties_and_infinities_and_the_dtype_it_is_asked_for() -> None:
+def test_trial_logits_have_ties_and_infinities_and_the_given_dtype() -> None:
     (trial,) = trial_logits(torch.zeros(3, 64, dtype=torch.bfloat16))
     assert trial.shape == (TRIAL_ROWS, 64)
     assert trial.dtype == torch.bfloat16
@@ -142,17 +142,17 @@ def test_the_trial_has_ties_and_infinities_and_the_dtype_it_is_asked_for() -> No
     assert sum(bool(row.isneginf().any()) for row in singles) == TRIAL_SINGLE_ROWS // 3
     before = torch.get_rng_state()
     trial_logits(trial)
-    assert torch.equal(torch.get_rng_state(), before), "vLLM's own random numbers are left alone"
+    assert torch.equal(torch.get_rng_state(), before), "the random state that vLLM uses is unchanged"
 
 
-def test_sameness_is_of_bits_but_for_nan() -> None:
+def test_answers_are_compared_bit_by_bit_except_nan() -> None:
     ids = torch.tensor([[1, 2]], dtype=torch.int32)
     zero, minus_zero, nan = (torch.tensor([[value, 1.0]]) for value in (0.0, -0.0, float("nan")))
-    assert same((zero, ids), (zero.clone(), ids.long()))
+    assert same_bits((zero, ids), (zero.clone(), ids.long()))
     other_nan = torch.tensor([[-float("nan"), 1.0]])
     assert not torch.equal(nan.view(torch.int32), other_nan.view(torch.int32))
-    assert same((nan, ids), (other_nan, ids))
-    assert not same((zero, ids), (minus_zero, ids))
-    assert not same((zero, ids), (nan, ids))
-    assert not same((zero, ids), (zero, ids.flip(1)))
-    assert not same((zero, ids), (zero.double(), ids))
+    assert same_bits((nan, ids), (other_nan, ids))
+    assert not same_bits((zero, ids), (minus_zero, ids))
+    assert not same_bits((zero, ids), (nan, ids))
+    assert not same_bits((zero, ids), (zero, ids.flip(1)))
+    assert not same_bits((zero, ids), (zero.double(), ids))

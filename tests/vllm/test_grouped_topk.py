@@ -1,5 +1,6 @@
-"""The router's kernel in Triton's interpreter, against a plain statement of group-limited routing: which experts, in
-which order. Bits are for the GPU, where tests/gpu compares them with vLLM's own.
+"""The router's kernel in Triton's interpreter, compared with a plain implementation of group-limited routing.
+
+These tests check which experts are chosen, and in which order. tests/gpu compares bits with vLLM's own router.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton", reason="Triton is for Linux")
-CASES = [  # experts, groups, groups of a token, experts of a token, how a softmax is summed, biased, dtype
+CASES = [  # experts, groups, groups per token, experts per token, order of summing a softmax, biased, dtype
     (256, 8, 4, 8, None, True, "float32"),
     (210, 7, 3, 8, None, True, "float32"),
     (512, 8, 4, 8, None, True, "float32"),
@@ -31,7 +32,7 @@ CASES = [  # experts, groups, groups of a token, experts of a token, how a softm
 
 
 def expected_ids(values: Sequence[float], groups: int, chosen_groups: int, top_k: int, biased: bool) -> list[int]:
-    """Logical experts for one token, from the values that experts are compared by; None is never chosen."""
+    """The logical experts of one token, from the values by which experts are compared."""
     size = len(values) // groups
     members = [range(group * size, (group + 1) * size) for group in range(groups)]
     best = [sorted((values[expert] for expert in group), reverse=True) for group in members]
@@ -41,11 +42,11 @@ def expected_ids(values: Sequence[float], groups: int, chosen_groups: int, top_k
     ids = sorted(candidates, key=lambda expert: (-values[expert], expert))[:top_k]
     if biased:
         return ids
-    least = min(values[expert] for expert in ids)
-    return sorted(ids, key=lambda expert: (values[expert] == least, expert))
+    lowest = min(values[expert] for expert in ids)
+    return sorted(ids, key=lambda expert: (values[expert] == lowest, expert))
 
 
-def test_the_control_statement_of_ties() -> None:
+def test_the_control_breaks_ties_by_the_lower_id() -> None:
     assert expected_ids([0, 0, 1, 1, 5, 0, 2, 2], 4, 2, 2, biased=False) == [4, 6]
     assert expected_ids([0, 0, 1, 1, 5, 0, 2, 2], 4, 2, 3, biased=True) == [4, 6, 7]
     assert expected_ids([1, 1, 1, 1, 1, 1, 1, 1], 4, 2, 3, biased=True) == [0, 1, 2]
@@ -56,7 +57,7 @@ Ask = Callable[..., list[Any]]
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Ask]:
-    """Triton's interpreter in a process of its own: whether it interprets is settled when it first sees a kernel."""
+    """Triton's interpreter in its own process: Triton decides whether to interpret when it first sees a kernel."""
     command = [sys.executable, "-W", "ignore", Path(__file__).parents[1] / "support" / "interpreted.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     with subprocess.Popen(
@@ -68,7 +69,7 @@ def interpreted() -> Iterator[Ask]:
         def ask(*case: Any) -> list[Any]:
             print(json.dumps(case), file=asked, flush=True)
             answer = answers.readline()
-            assert answer, "the interpreter ended: see stderr"
+            assert answer, "the interpreter exited; see stderr"
             found: list[Any] = json.loads(answer)
             return found
 
@@ -91,7 +92,7 @@ def test_the_kernel_chooses_by_logical_groups_and_answers_with_physical_ids(
 
 
 def added(numbers: Sequence[float]) -> float:
-    """In float32, one after the other."""
+    """The sum in float32, adding one number after the other."""
     total = 0.0
     for number in numbers:
         (total,) = struct.unpack("f", struct.pack("f", total + number))
@@ -99,7 +100,7 @@ def added(numbers: Sequence[float]) -> float:
 
 
 def in_order(numbers: Sequence[float], block: int, warps: int, side_by_side: bool) -> float:
-    """The sum in the order that `Summing` states, with the lanes of a warp and the warps added as by `shfl.bfly`."""
+    """The sum in the order that `Summing` describes; lanes and warps are added in pairs, as by `shfl.bfly`."""
     lanes = 32 * warps
     blocks = [added(numbers[at::block]) for at in range(block)]
     of_lane = [blocks[n * (block // lanes) : (n + 1) * (block // lanes)] for n in range(lanes)]
@@ -117,14 +118,14 @@ def in_order(numbers: Sequence[float], block: int, warps: int, side_by_side: boo
 
 @pytest.mark.parametrize("side_by_side", [False, True])
 @pytest.mark.parametrize(("size", "block", "warps"), [(256, 256, 2), (256, 128, 2), (1024, 1024, 8), (1024, 256, 4)])
-def test_a_softmax_is_summed_in_the_order_that_is_asked_for(
+def test_a_softmax_is_summed_in_the_requested_order(
     size: int, block: int, warps: int, side_by_side: bool, interpreted: Ask
 ) -> None:
     rows, totals = sums(interpreted, size, block, warps, side_by_side)
     assert totals == [in_order(row, block, warps, side_by_side) for row in rows]
 
 
-def test_the_control_each_order_gives_other_sums(interpreted: Ask) -> None:
+def test_the_control_each_order_gives_different_sums(interpreted: Ask) -> None:
     rows, _ = sums(interpreted, 1024, 1024, 8, False)
     orders = [(1024, 8, False), (1024, 8, True), (512, 8, False), (256, 2, False)]
     assert len({tuple(in_order(row, *order) for row in rows) for order in orders}) == len(orders)
@@ -136,6 +137,6 @@ def sums(interpreted: Ask, *case: Any) -> tuple[list[list[float]], list[float]]:
 
 
 @pytest.mark.parametrize("case", [(1, 8, 256, "int32"), (100, 6, 160, "int64"), (0, 8, 16, "int32")], ids=str)
-def test_ids_of_an_original_are_mapped_and_padding_stays_padding(case: tuple[Any, ...], interpreted: Ask) -> None:
+def test_logical_ids_are_mapped_and_padding_is_unchanged(case: tuple[Any, ...], interpreted: Ask) -> None:
     ids, place, mapped = interpreted("map", *case)
     assert mapped == [[place[expert] if expert >= 0 else expert for expert in row] for row in ids]

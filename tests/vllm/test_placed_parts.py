@@ -1,4 +1,4 @@
-"""The parts of serving an original placed, without vLLM: what is asked for, where experts go, the proof, the ranks."""
+"""Serving an original with a placement, part by part and without vLLM: request, loading, proof, agreement, EPLB."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reshard.vllm.placed import ExpertPlace
 from reshard.vllm.placed_weights import Filling, install
 from reshard.vllm.request import Model, asked_for, resolve
 from reshard.vllm.served import ServedPlacement, served_file, served_strategy
-from reshard.vllm.weight_filter import PlacedExperts, install_question
+from reshard.vllm.weight_filter import PlacedExperts, install_skip
 from reshard.vllm.worker import reload_fault
 
 LAYERS = ["model.layers.1.mlp", "model.layers.2.mlp", "model.layers.3.mlp"]
@@ -48,7 +48,7 @@ def changed(**values: Any) -> Model:
     return Model(**{**{name: getattr(MODEL, name) for name in Model.__dataclass_fields__}, **values})
 
 
-# What is asked for
+# The request
 
 
 @pytest.mark.parametrize(
@@ -61,22 +61,22 @@ def changed(**values: Any) -> Model:
         ({"RESHARD_PLACEMENT": "zigzag"}, {"reshard": {"placement": "zigzag"}}, "zigzag"),
     ],
 )
-def test_a_placement_is_asked_for_in_two_ways(environment: dict[str, str], more: Any, expected: str | None) -> None:
+def test_a_placement_is_requested_in_two_ways(environment: dict[str, str], more: Any, expected: str | None) -> None:
     assert asked_for(environment, more) == expected
 
 
-def test_a_file_is_served_to_the_model_that_it_was_made_for(tmp_path: Path) -> None:
+def test_a_file_serves_only_the_model_that_it_was_made_for(tmp_path: Path) -> None:
     path = tmp_path / "placement.json"
     path.write_bytes(encode_placement_file(FILE))
     served = resolve(str(path), MODEL)
     assert served.order("model.layers.1.mlp.experts", 8) == zigzag(8, 2)
     assert served.order("model.layers.2.mlp.experts.5.w1.weight", 8) == zigzag(8, 4)
-    assert served.order("model.layers.3.mtp_block.mlp.experts", 8) == tuple(range(8)), "the draft's"
-    assert served.order("model.layers.4.mtp_block.mlp.experts", 8) is None, "a draft that it does not know"
-    assert served.order("model.layers.0.mlp.experts", 8, draft=True) is None, "one of another directory"
+    assert served.order("model.layers.3.mtp_block.mlp.experts", 8) == tuple(range(8)), "the draft layer"
+    assert served.order("model.layers.4.mtp_block.mlp.experts", 8) is None, "a draft layer that is not in the file"
+    assert served.order("model.layers.0.mlp.experts", 8, draft=True) is None, "a draft from another directory"
     with pytest.raises(UnsupportedError, match=r"layer model\.layers\.0.* is not in the placement; .*reshard export"):
         served.order("model.layers.0.mlp.experts", 8)
-    with pytest.raises(UnsupportedError, match="has 16 experts, the placement 8"):
+    with pytest.raises(UnsupportedError, match="has 16 experts, but the placement 8"):
         served.order("model.layers.1.mlp.experts", 16)
     command = "reshard export org/model --to vllm --ep {} --strategy balanced --trace DIR --out FILE"
     for model, fault in (
@@ -88,7 +88,7 @@ def test_a_file_is_served_to_the_model_that_it_was_made_for(tmp_path: Path) -> N
             resolve(str(path), model)
 
 
-def test_strategies_fit_any_layer_and_the_number_of_ranks_that_is_served() -> None:
+def test_strategies_fit_any_layer_and_any_number_of_ranks() -> None:
     served = resolve("zigzag", changed(ep_size=4))
     assert served.order("whatever", 8) == zigzag(8, 4)
     assert served.order("a draft's", 6) == zigzag(6, 4)
@@ -98,22 +98,22 @@ def test_strategies_fit_any_layer_and_the_number_of_ranks_that_is_served() -> No
     assert resolve("node-zigzag:1", changed(ep_size=4)).digest == served.digest
 
 
-def test_a_placement_travels_as_json_and_by_pickle_and_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickled_placement_arrives_unchanged_and_registers_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     registered: list[bool] = []
     monkeypatch.setattr("reshard.vllm.register", lambda: registered.append(True))
     served = served_strategy("zigzag", 1, 8, 2, 3)
     arrived = pickle.loads(pickle.dumps(served))
     assert type(arrived) is ServedPlacement
     assert arrived == served
-    assert registered, "the process that it arrives in has the plugin from then on"
-    assert b"reshard.vllm.served" in pickle.dumps(served), "it cannot arrive where reshard is not"
+    assert registered, "unpickling registers the plugin"
+    assert b"reshard.vllm.served" in pickle.dumps(served), "unpickling needs reshard"
 
 
-# Where experts go
+# Loading and its proof
 
 
 class Experts(torch.nn.Module):
-    """Stands for vLLM's RoutedExperts, of EP rank 1 of 2, with 8 experts."""
+    """A stand-in for vLLM's RoutedExperts with 8 experts, on EP rank 1 of 2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ PARTS = (("w13_weight", "w1"), ("w13_weight", "w3"), ("w2_weight", "w2"))
 
 
 def loaded(skip: tuple[int, str] | None = None) -> Experts:
-    """Experts that were loaded from a checkpoint in which expert `e` holds the number `e`."""
+    """Experts loaded from a checkpoint in which every weight of expert `e` is the number `e`."""
     experts = Experts()
     for expert in range(8):
         for name, part in PARTS:
@@ -153,54 +153,54 @@ def loaded(skip: tuple[int, str] | None = None) -> Experts:
     return experts
 
 
-def test_experts_go_to_their_places_and_that_is_proved() -> None:
+def test_experts_are_loaded_into_their_slots_and_that_is_proved() -> None:
     experts = loaded()
     assert experts.w2_weight[:, 0].tolist() == [1, 3, 5, 7], "what rank 1 of 2 owns under zigzag"
     assert experts.reshard_filling.expected == (1, 3, 5, 7)
     assert experts.reshard_filling.fault(experts) is None
     experts.e_score_correction_bias.data.fill_(1.0)
-    assert experts.reshard_filling.fault(experts) is None, "a router's tensor stays in the original's order"
+    assert experts.reshard_filling.fault(experts) is None, "a router tensor keeps the original's order"
 
 
-def test_a_slot_that_was_not_filled_is_found() -> None:
+def test_a_slot_that_was_not_filled_is_reported() -> None:
     experts = loaded(skip=(5, "w3"))
     assert experts.reshard_filling.fault(experts) == "w13_weight: slot 2, of expert 5, was not filled (w3)"
 
 
-def test_a_slot_that_got_another_expert_is_found() -> None:
+def test_a_slot_that_got_another_expert_is_reported() -> None:
     experts = loaded()
     experts.reshard_filling.filled["w2_weight"][1]["w2"] = 6
     assert "slot 1 was filled with expert 6, expected 3" in str(experts.reshard_filling.fault(experts))
 
 
-def test_what_is_filled_past_the_seam_is_found() -> None:
+def test_a_parameter_that_was_filled_without_the_lookup_is_reported() -> None:
     experts = loaded()
     experts.w2_bias.data[2].fill_(1.0)
-    assert experts.reshard_filling.fault(experts) == "w2_bias was filled, and not by expert"
+    assert experts.reshard_filling.fault(experts) == "w2_bias was filled, but not expert by expert"
     untouched = Experts()
     assert untouched.reshard_filling.fault(untouched) == "no tensor of w13 was loaded by expert"
     whole = loaded()
     whole.reshard_filling.note("w13_weight", "w1", 4, whole=True)
     assert "as one tensor of all experts" in str(whole.reshard_filling.fault(whole))
-    blind = loaded()
-    blind.reshard_filling.asked = None
-    blind.reshard_filling.note("w13_weight", "w1", 4, whole=False)
-    assert "as one tensor of all experts" in str(blind.reshard_filling.fault(blind))
+    without_lookup = loaded()
+    without_lookup.reshard_filling.last_lookup = None
+    without_lookup.reshard_filling.note("w13_weight", "w1", 4, whole=False)
+    assert "as one tensor of all experts" in str(without_lookup.reshard_filling.fault(without_lookup))
 
 
-def test_ids_are_mapped_and_padding_stays_padding() -> None:
+def test_ids_are_mapped_and_padding_is_unchanged() -> None:
     place = ExpertPlace(zigzag(8, 2), "cpu")
     ids = torch.tensor([[0, 3, -1], [7, 1, 2]], dtype=torch.int32)
     assert place(ids).tolist() == [[0, 5, -1], [7, 4, 1]]
     assert place(ids).dtype == torch.int32
     assert place.place_E.tolist() == list(invert(zigzag(8, 2)))
-    assert not place.state_dict(), "nothing that a reload could overwrite"
-    assert [name for name, _ in place.named_buffers()] == ["_expert_map"], "what sleep saves"
+    assert not place.state_dict(), "a reload has nothing to overwrite"
+    assert [name for name, _ in place.named_buffers()] == ["_expert_map"], "sleep saves this buffer"
 
 
-def test_a_rank_reads_its_own_experts_layer_by_layer() -> None:
+def test_a_rank_reads_its_own_experts_of_each_layer() -> None:
     weight_utils = SimpleNamespace(should_skip_weight=lambda name, ids: int(name.split(".")[-3]) not in ids)
-    install_question(weight_utils)  # type: ignore[arg-type]
+    install_skip(weight_utils)  # type: ignore[arg-type]
     served = served_file("file", FILE, 2, 3, "make it")
     own = PlacedExperts({4, 5, 6, 7}, served, 8, rank=1)
     for layer, order in ORDERS.items():
@@ -208,14 +208,14 @@ def test_a_rank_reads_its_own_experts_layer_by_layer() -> None:
         read = {expert for expert, name in enumerate(names) if not weight_utils.should_skip_weight(name, own)}
         assert read == set(order[4:])
     name = "model.layers.9.mlp.experts.3.w1.weight"
-    assert weight_utils.should_skip_weight(name, own), "a draft that is linear: vLLM's own set"
+    assert weight_utils.should_skip_weight(name, own), "a linear draft layer: vLLM's own set decides"
     assert not weight_utils.should_skip_weight(name, {3})
 
 
-# Ranks
+# Agreement of the ranks
 
 
-def test_ranks_that_agree_go_on_and_others_are_named() -> None:
+def test_ranks_that_agree_continue_and_ranks_that_differ_or_are_silent_are_named() -> None:
     store: Any = torch.distributed.HashStore()
     publish(store, 0, 0, "a" * 64)
     publish(store, 0, 1, "a" * 64)
@@ -223,9 +223,9 @@ def test_ranks_that_agree_go_on_and_others_are_named() -> None:
     publish(store, 1, 0, "a" * 64)
     publish(store, 1, 1, None)
     publish(store, 1, 2, "b" * 64)
-    with pytest.raises(UnsupportedError, match=r"ranks 1-2 serve another placement than this one \(linear on rank 1"):
+    with pytest.raises(UnsupportedError, match=r"ranks 1-2 serve a different placement \(linear on rank 1"):
         compare(store, 1, range(3), "a" * 64, seconds=1)
-    with pytest.raises(UnsupportedError, match=r"ranks 3-4 did not say within 1 s which placement they serve"):
+    with pytest.raises(UnsupportedError, match=r"ranks 3-4 did not report their placement within 1 s"):
         compare(store, 1, range(5), "a" * 64, seconds=1)
 
 
@@ -235,7 +235,7 @@ def test_ranks_that_agree_go_on_and_others_are_named() -> None:
 @pytest.mark.parametrize(
     ("experts", "ranks", "redundant"), [(8, 2, 2), (16, 4, 8), (256, 8, 32), (15, 4, 1), (6, 4, 6)]
 )
-def test_copies_stand_behind_a_ranks_experts_and_never_beside_each_other(
+def test_copies_follow_a_ranks_own_experts_and_no_rank_holds_an_expert_twice(
     experts: int, ranks: int, redundant: int
 ) -> None:
     order = zigzag(experts, ranks)
@@ -245,15 +245,15 @@ def test_copies_stand_behind_a_ranks_experts_and_never_beside_each_other(
     assert sorted(found) == sorted([*range(experts), *(copy % experts for copy in range(redundant))])
     for rank, own in enumerate(rank_slots(experts, ranks)):
         held = found[rank * size : (rank + 1) * size]
-        assert len(set(held)) == size, "copies of one expert on one rank"
+        assert len(set(held)) == size, "a rank holds two copies of one expert"
         if redundant <= ranks:
             assert held[: len(own)] == order[own.start : own.stop]
 
 
-def test_copies_that_cannot_be_apart_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="are not as many on 4 ranks"):
+def test_copies_that_do_not_fit_on_different_ranks_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="cannot be divided evenly among 4 EP ranks"):
         with_copies(zigzag(8, 4), 4, 2)
-    with pytest.raises(UnsupportedError, match="would stand beside another"):
+    with pytest.raises(UnsupportedError, match=r"one rank would hold expert \d+ twice"):
         with_copies(zigzag(2, 2), 2, 4)
 
 
@@ -277,7 +277,7 @@ def test_a_reload_that_would_misplace_experts_is_refused(
     assert (fault in found) if fault and found else found == fault
 
 
-def test_a_router_is_placed_in_front_of_its_own_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_placed_router_returns_physical_ids_and_captures_logical_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     class Router:
         capture_fn: Any = None
 
@@ -305,7 +305,7 @@ def test_a_router_is_placed_in_front_of_its_own_class(monkeypatch: pytest.Monkey
     weights, ids = placed._select_experts(None, logits)
     assert [zigzag(8, 2)[physical] for physical in ids[0].tolist()] == [2, 5]
     assert weights.tolist() == logits[:, [2, 5]].tolist()
-    assert captured[0].tolist() == [[2, 5]], "what is captured is logical"
+    assert captured[0].tolist() == [[2, 5]], "captured ids are logical"
     assert not placed.supports_monolithic_kernels
     for arguments, fault in (
         ({"zero_expert_type": "copy"}, "zero experts"),

@@ -1,4 +1,4 @@
-"""The plugin's recorder, without vLLM: whatever goes wrong with a trace, routers answer and steps go on."""
+"""The plugin's recorder, without vLLM: whatever goes wrong with a trace, routers answer and steps continue."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from reshard.traffic.recordings import read_recordings
-from reshard.vllm.recording import WAITING, Recorder, Scribe, attach
+from reshard.vllm.recording import MAX_WAITING_STEPS, Recorder, Scribe, attach
 
 TOP_K, EXPERTS, MAX_TOKENS = 2, 8, 16
 
 
 class Capturer:
-    """As vLLM's `RoutedExpertsCapturer`, on one rank; `fault` is raised once there are that many rows."""
+    """A stand-in for vLLM's `RoutedExpertsCapturer` on one rank; it raises an error for `fault_at` rows."""
 
     fault_at: int | None = None
 
@@ -34,26 +34,26 @@ class Capturer:
         self.device_buffer[: len(ids), column] = ids
 
 
-class Said(list[str]):
-    """vLLM's log."""
+class Log(list[str]):
+    """A stand-in for vLLM's logger that keeps its lines."""
 
-    def _say(self, text: str, *values: object) -> None:
+    def _add(self, text: str, *values: object) -> None:
         self.append(text % values)
 
-    info = warning = exception = _say
+    info = warning = exception = _add
 
 
 class Vllm:
-    """What the recorder asks of vLLM."""
+    """Stand-ins for what the recorder imports from vLLM."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.said = Said()
+        self.log = Log()
         self.tp_rank = 0
         self.capturer = type("Capturer", (Capturer,), {})
         group = lambda: SimpleNamespace(rank_in_group=self.tp_rank)  # noqa: E731
         for name, contents in {
             "vllm": {"__version__": "0.0"},
-            "vllm.logger": {"init_logger": lambda name: self.said},
+            "vllm.logger": {"init_logger": lambda name: self.log},
             "vllm.distributed.parallel_state": {
                 "get_tp_group": group,
                 "get_pp_group": lambda: SimpleNamespace(rank_in_group=0),
@@ -71,7 +71,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Vllm:
 
 
 class Router:
-    """Answers with the logits' first columns, as if they were ids."""
+    """A router that returns the first columns of the logits as ids."""
 
     top_k = TOP_K
 
@@ -99,7 +99,7 @@ def worker(*, monolithic: bool = False, **parallel: Any) -> Any:
 
 
 def step(worker: Any, recorder: Recorder | None, ids: list[list[int]]) -> None:
-    """A forward pass of these tokens, of which all layers choose the same."""
+    """A forward pass in which every layer chooses `ids` for these tokens."""
     logits = torch.tensor(ids)
     for router in worker.routers:
         weights, chosen = router._compute_routing(None, logits)
@@ -134,18 +134,18 @@ def start(worker: Any, directory: Path) -> Recorder:
     return recorder
 
 
-def test_rows_of_each_step_are_those_of_its_tokens_and_not_of_its_padding(vllm: Vllm, tmp_path: Path) -> None:
+def test_each_step_records_the_rows_of_its_tokens_without_padding(vllm: Vllm, tmp_path: Path) -> None:
     of = worker()
     recorder = start(of, tmp_path)
     step(of, recorder, [[1, 2], [3, 4], [5, 6]])
     for router in of.routers:
-        router._compute_routing(None, torch.tensor([[7, 0], [0, 0], [0, 0]]))  # two rows fill up a CUDA graph
+        router._compute_routing(None, torch.tensor([[7, 0], [0, 0], [0, 0]]))  # two rows are a CUDA graph's padding
     recorder.step(1)
     assert recorded(tmp_path, 4) == [[ids, ids] for ids in ([1, 2], [3, 4], [5, 6], [7, 0])]
     assert of.vllm_config.additional_config == {"reshard_trace": True}
 
 
-def test_only_the_first_tensor_parallel_rank_writes_and_all_take_part(vllm: Vllm, tmp_path: Path) -> None:
+def test_every_tensor_parallel_rank_captures_and_only_the_first_writes(vllm: Vllm, tmp_path: Path) -> None:
     vllm.tp_rank, of = 1, worker()
     recorder = start(of, tmp_path)
     step(of, recorder, [[1, 2]])
@@ -153,24 +153,24 @@ def test_only_the_first_tensor_parallel_rank_writes_and_all_take_part(vllm: Vllm
     assert recorder._capturer.device_buffer[0, :2].tolist() == [[1, 2], [1, 2]]
 
 
-def test_a_layer_whose_kernel_routes_is_left_out_and_named(vllm: Vllm, tmp_path: Path) -> None:
+def test_a_layer_whose_kernel_routes_is_skipped_and_named(vllm: Vllm, tmp_path: Path) -> None:
     of = worker(monolithic=True)
     recorder = start(of, tmp_path)
     step(of, recorder, [[1, 2]])
     assert recorded(tmp_path, 1) == [[[1, 2]]]
-    assert any("1 layers are not recorded" in line and "model.layers.2.mlp.experts" in line for line in vllm.said)
+    assert any("1 layers are not recorded" in line and "model.layers.2.mlp.experts" in line for line in vllm.log)
 
 
 @pytest.mark.parametrize("parallel", [{"use_ubatching": True}, {"prefill_context_parallel_size": 2}])
-def test_where_rows_are_not_tokens_nothing_is_recorded(parallel: dict[str, Any], vllm: Vllm, tmp_path: Path) -> None:
+def test_nothing_is_recorded_if_rows_are_not_tokens(parallel: dict[str, Any], vllm: Vllm, tmp_path: Path) -> None:
     of = worker(**parallel)
     assert attach(of, {"RESHARD_TRACE": str(tmp_path)}) is None
     step(of, None, [[1, 2]])
     assert not list(tmp_path.iterdir())
-    assert "nothing is recorded" in vllm.said[-1]
+    assert "nothing is recorded" in vllm.log[-1]
 
 
-def test_rows_that_cannot_be_kept_end_the_recording_once_and_not_the_routing(vllm: Vllm, tmp_path: Path) -> None:
+def test_an_error_while_capturing_stops_the_recording_but_not_the_routing(vllm: Vllm, tmp_path: Path) -> None:
     of = worker()
     recorder = start(of, tmp_path)
     step(of, recorder, [[1, 2]])
@@ -179,19 +179,19 @@ def test_rows_that_cannot_be_kept_end_the_recording_once_and_not_the_routing(vll
         step(of, recorder, [[1, 2], [3, 4], [5, 6]])
     step(of, recorder, [[1, 2]])
     assert recorded(tmp_path, 1) == [[[1, 2]] * 2]
-    assert len([line for line in vllm.said if "recording ends here: unexpected topk_ids" in line]) == 1
+    assert len([line for line in vllm.log if "recording stopped: unexpected topk_ids" in line]) == 1
 
 
-def test_a_directory_that_cannot_be_written_is_said_and_this_rank_takes_part(vllm: Vllm, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_logged_and_this_rank_still_captures(vllm: Vllm, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     of = worker()
     recorder = start(of, tmp_path / "file")
     step(of, recorder, [[3, 4]])
     assert recorder._capturer.device_buffer[0, :2].tolist() == [[3, 4], [3, 4]]
-    assert len([line for line in vllm.said if "recording cannot begin" in line]) == 1
+    assert len([line for line in vllm.log if "recording cannot begin" in line]) == 1
 
 
-def test_a_disk_that_is_full_ends_the_writing_and_this_rank_goes_on_taking_part(vllm: Vllm, tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_writing_and_this_rank_still_captures(vllm: Vllm, tmp_path: Path) -> None:
     of = worker()
     recorder = start(of, tmp_path)
     assert recorder._scribe is not None
@@ -207,10 +207,10 @@ def test_a_disk_that_is_full_ends_the_writing_and_this_rank_goes_on_taking_part(
         step(of, recorder, [[3, 4]])
     assert recorder._scribe is None
     assert recorder._capturer.device_buffer[0, :2].tolist() == [[3, 4], [3, 4]]
-    assert len([line for line in vllm.said if "No space left on device" in line]) == 1
+    assert len([line for line in vllm.log if "No space left on device" in line]) == 1
 
 
-def test_a_disk_that_is_slow_loses_steps_and_delays_none(vllm: Vllm) -> None:
+def test_a_slow_disk_loses_steps_and_delays_none(vllm: Vllm) -> None:
     class Stuck:
         def __init__(self) -> None:
             self.rows = 0
@@ -225,11 +225,11 @@ def test_a_disk_that_is_slow_loses_steps_and_delays_none(vllm: Vllm) -> None:
 
     disk: Any = Stuck()
     scribe = Scribe(disk, id_size=1)
-    for _ in range(3 * WAITING):
+    for _ in range(3 * MAX_WAITING_STEPS):
         assert scribe.take(torch.ones(1, 1, TOP_K, dtype=torch.int32))
     assert disk.rows == 0, "no step waited for the disk"
-    assert vllm.said.count("RESHARD_TRACE: the disk cannot follow: some steps are not recorded") == 1
+    assert vllm.log.count("RESHARD_TRACE: the disk is too slow: some steps are not recorded") == 1
     disk.goes_on.set()
     until(lambda: not scribe._waiting.qsize())
     scribe._finish()
-    assert disk.rows in (WAITING, WAITING + 1), "one may have been on its way"
+    assert disk.rows in (MAX_WAITING_STEPS, MAX_WAITING_STEPS + 1), "one may have been on its way"

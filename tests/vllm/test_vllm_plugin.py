@@ -1,4 +1,4 @@
-"""The plugin's own decisions, without vLLM: which files, which words, which placement, which versions."""
+"""The plugin's own decisions, without vLLM: which files to read, when to warn, which routers and versions to accept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reshard.placement.contract import Contract, contract_to_json, lock_config
 from reshard.placement.permutations import zigzag
 from reshard.vllm import support
 from reshard.vllm.configs import read_config
-from reshard.vllm.loading import Parallel, _parallel, check_model, choose_files, needed_ranks, words_on
+from reshard.vllm.loading import Parallel, _parallel, check_model, choose_files, needed_ranks, placement_warnings
 from reshard.vllm.patching import replace_once
 from reshard.vllm.routing import current_contract, in_logical_order, placement_of
 
@@ -39,7 +39,7 @@ def contract(placement: dict[str, tuple[int, ...]] | None = None) -> Contract:
 
 
 def test_importing_and_registering_the_plugin_imports_nothing_of_vllm_or_torch(tmp_path: Path) -> None:
-    """Packages of these names stand in: importing one would be seen. The control imports one."""
+    """Empty packages with these names show whether one is imported. The control imports one."""
     for name in ("vllm", "torch", "transformers"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("")
@@ -51,20 +51,20 @@ def test_importing_and_registering_the_plugin_imports_nothing_of_vllm_or_torch(t
         assert ran.stdout.strip() == found, ran.stderr
 
 
-def test_a_rank_chooses_the_shared_files_and_its_own() -> None:
+def test_a_rank_reads_the_shared_files_and_its_own() -> None:
     for rank in range(4):
         chosen = choose_files(NAMED, NAMED, 8, Parallel(rank, 4, consecutive=True))
         assert chosen == SHARED + RANKED[2 * rank : 2 * rank + 2]
 
 
 @pytest.mark.parametrize("parallel", [Parallel(0, 1, True), Parallel(1, 4, False)])
-def test_without_expert_parallelism_or_with_eplb_every_file_is_chosen(parallel: Parallel) -> None:
+def test_without_expert_parallelism_or_with_eplb_a_rank_reads_every_file(parallel: Parallel) -> None:
     assert choose_files(NAMED, NAMED, 8, parallel) == NAMED
 
 
 @pytest.mark.parametrize("experts", [8, 9, 10, 15])
 @pytest.mark.parametrize("served_on", [2, 3, 4, 5, 8])
-def test_with_another_ep_size_the_chosen_ranks_hold_all_experts_owned_and_none_is_chosen_for_nothing(
+def test_with_another_ep_size_a_rank_reads_exactly_the_ranks_that_hold_its_experts(
     experts: int, served_on: int
 ) -> None:
     def slots(size: int) -> list[set[int]]:
@@ -76,7 +76,7 @@ def test_with_another_ep_size_the_chosen_ranks_hold_all_experts_owned_and_none_i
         assert needed == {holder for holder, held in enumerate(slots(4)) if held & owned}
 
 
-def test_a_needed_file_that_is_absent_is_named_with_the_way_to_get_it() -> None:
+def test_the_error_for_an_absent_file_names_it_and_says_how_to_get_it() -> None:
     present = [file for file in NAMED if file != RANKED[5]]
     assert choose_files(NAMED, present, 8, Parallel(1, 4, consecutive=True))
     with pytest.raises(OutputError, match=r"model-ep02-of-04-00002-of-00002.*EP rank 2 of 4.*reshard stage"):
@@ -97,13 +97,15 @@ def test_a_needed_file_that_is_absent_is_named_with_the_way_to_get_it() -> None:
         (Parallel(0, 2, False), "round_robin", False, ["with --ep 2", "undoes the placement"]),
     ],
 )
-def test_a_user_who_goes_astray_is_told(parallel: Parallel, strategy: str, eplb: bool, expected: list[str]) -> None:
-    words = words_on(4, parallel, strategy, eplb)
-    assert len(words) == len(expected)
-    assert all(part in word for part, word in zip(expected, words, strict=True))
+def test_options_that_make_the_placement_useless_give_a_warning(
+    parallel: Parallel, strategy: str, eplb: bool, expected: list[str]
+) -> None:
+    warnings = placement_warnings(4, parallel, strategy, eplb)
+    assert len(warnings) == len(expected)
+    assert all(part in warning for part, warning in zip(expected, warnings, strict=True))
 
 
-def test_a_layer_is_found_by_its_numbers_where_layers_differ() -> None:
+def test_a_layers_placement_is_found_by_its_number_if_layers_differ() -> None:
     one, other = zigzag(8, 2), zigzag(8, 4)
     both = {"model.layers.1.mlp": one, "model.layers.2.mlp": other}
     assert placement_of(both, "model.layers.2.mlp.experts") == other
@@ -136,30 +138,30 @@ def test_a_locked_config_reads_as_the_original_and_keeps_its_contract(monkeypatc
     ("version", "fits"),
     [("0.26.0", True), ("0.32.0+cpu", True), ("0.33.1", True), ("0.25.2", False), ("0.34.0", False), ("dev", False)],
 )
-def test_a_vllm_that_was_not_read_is_refused_with_the_versions_that_were(
+def test_an_unsupported_vllm_version_is_refused_and_the_supported_ones_are_named(
     version: str, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))  # type: ignore[arg-type]
-    assert (support.what_is_wrong() is None) == fits
+    assert (support.version_fault() is None) == fits
     if not fits:
         with pytest.raises(UnsupportedError, match=rf"0\.26 to 0\.33.*{version}"):
             support.require_support("here")
 
 
-def test_a_hook_that_takes_other_arguments_is_told_from_the_one_that_was_read() -> None:
+def test_a_router_factory_without_an_expected_parameter_is_detected() -> None:
     arguments = ", ".join(f"{name}=None" for name in support.ROUTER_ARGUMENTS)
     functions: dict[str, object] = {}
     exec(
         f"def same({arguments}, more=None): ...\ndef other({arguments.replace('topk_group=None, ', '')}): ...",
         functions,
     )
-    assert support.what_is_wrong_with_hook(functions["same"]) is None
-    assert "topk_group" in str(support.what_is_wrong_with_hook(functions["other"]))
-    assert support.what_is_wrong_with_hook(None)
+    assert support.hook_fault(functions["same"]) is None
+    assert "topk_group" in str(support.hook_fault(functions["other"]))
+    assert support.hook_fault(None)
 
 
-def test_a_function_is_replaced_once_by_each_who_replaces_it() -> None:
-    """Two hooks on one function once dropped the second: RESHARD_TRACE recorded nothing beside another hook."""
+def test_each_wrapper_replaces_a_function_once() -> None:
+    """A second wrapper of a function was once dropped: RESHARD_TRACE recorded nothing beside another hook."""
     module = ModuleType("module")
     module.double = lambda x: 2 * x  # type: ignore[attr-defined]
 
@@ -184,7 +186,7 @@ def test_a_function_is_replaced_once_by_each_who_replaces_it() -> None:
         ({"tensor": "model.layers.1.mlp.experts.0.w1.input_scale"}, False),
     ],
 )
-def test_a_rank_reads_all_files_where_it_may_need_any_expert(
+def test_a_rank_reads_all_files_if_it_may_need_any_expert(
     changes: dict[str, object], consecutive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"load_format": "auto", "tensor": "model.layers.1.mlp.experts.0.w1.weight_scale", **changes}
@@ -200,7 +202,7 @@ def test_a_rank_reads_all_files_where_it_may_need_any_expert(
 
 
 class Chooser:
-    """Stands for a router of vLLM."""
+    """A stand-in for a vLLM router."""
 
     def _compute_routing(self, hidden_states: object, logits: torch.Tensor, indices_type: object = None) -> object:
         weights, ids = logits.topk(2, dim=1)
@@ -209,7 +211,7 @@ class Chooser:
 
 @pytest.fixture
 def vllm_config(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What stands for vLLM's own configuration; its model has a contract."""
+    """A stand-in for vLLM's configuration; its model has a contract."""
     hf_config = SimpleNamespace(expert_placement=contract_to_json(contract()))
     config = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=hf_config, model="here"),
@@ -225,7 +227,7 @@ def vllm_config(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 GROUPED = {"use_grouped_topk": True, "num_expert_group": 4, "topk_group": 2}
 
 
-def test_a_router_sees_logits_in_logical_order_and_answers_in_physical_ids(vllm_config: SimpleNamespace) -> None:
+def test_a_router_gets_logits_in_logical_order_and_returns_physical_ids(vllm_config: SimpleNamespace) -> None:
     found = current_contract()
     assert found is not None
     router = in_logical_order(Chooser(), found, GROUPED, "layer")
@@ -238,7 +240,7 @@ def test_a_router_sees_logits_in_logical_order_and_answers_in_physical_ids(vllm_
     assert not router.supports_monolithic_kernels
 
 
-def test_a_router_that_is_tried_on_other_logits_gets_as_many_hidden_states(vllm_config: SimpleNamespace) -> None:
+def test_a_router_that_gets_trial_logits_gets_as_many_hidden_states(vllm_config: SimpleNamespace) -> None:
     class Strict(Chooser):
         def _compute_routing(self, hidden_states: object, logits: torch.Tensor, indices_type: object = None) -> object:
             assert isinstance(hidden_states, torch.Tensor)
@@ -262,7 +264,7 @@ def test_a_router_that_is_tried_on_other_logits_gets_as_many_hidden_states(vllm_
     assert seen == [(7, 5), (3, 5)]
 
 
-def test_an_id_that_marks_padding_stays_what_it_is(vllm_config: SimpleNamespace) -> None:
+def test_an_id_that_marks_padding_is_unchanged(vllm_config: SimpleNamespace) -> None:
     class Padding(Chooser):
         def _compute_routing(self, *arguments: object, **more: object) -> object:
             return torch.ones(1, 2), torch.tensor([[-1, 3]])
@@ -299,10 +301,10 @@ def test_a_load_format_that_does_not_read_the_index_is_refused(load_format: str,
     assert current_contract() is None
 
 
-def test_the_last_look_refuses_every_layer_that_does_not_route_by_the_contract(
+def test_the_check_after_loading_refuses_every_layer_that_does_not_route_by_the_contract(
     vllm_config: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = in_logical_order(Chooser(), contract(), GROUPED, "layer")
+    exact = in_logical_order(Chooser(), contract(), GROUPED, "layer")
     layer = SimpleNamespace(create_fused_moe_router=None)
     module: object = layer
     for name in ("layer", "fused_moe", "layers", "model_executor"):
@@ -320,11 +322,11 @@ def test_the_last_look_refuses_every_layer_that_does_not_route_by_the_contract(
         modules = [(f"model.layers.{number}.mlp.experts", module) for number, module in enumerate(runners)]
         return SimpleNamespace(named_modules=lambda: modules, config=SimpleNamespace(num_hidden_layers=2))
 
-    check_model(model(runner(ours, False)), contract(), is_draft=False, pipelined=False)
+    check_model(model(runner(exact, False)), contract(), is_draft=False, pipelined=False)
     for bad, fault in (
         (model(runner(Chooser(), False)), "does not route by the contract"),
-        (model(runner(ours, True)), "lets its kernel .* route"),
-        (model(), "0 of its 1 MoE layers"),
+        (model(runner(exact, True)), "lets its kernel .* route"),
+        (model(), "only 0 of its 1 MoE layers"),
     ):
         with pytest.raises(UnsupportedError, match=f"{fault}.*reshard restore"):
             check_model(bad, contract(), is_draft=False, pipelined=False)
