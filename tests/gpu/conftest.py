@@ -1,4 +1,4 @@
-"""One `Gpu` for a whole run."""
+"""One `Gpu` for the whole test session."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from harness import Gpu
 
 @pytest.fixture(scope="session")
 def gpu(tmp_path_factory: pytest.TempPathFactory) -> Gpu:
-    """The GPU; models are kept in RESHARD_GPU_WORK, if that is set, from one run to the next."""
+    """The GPU. If RESHARD_GPU_WORK is set, models are kept in that directory for later test sessions."""
     kept = os.environ.get("RESHARD_GPU_WORK")
     return Gpu(Path(kept) if kept else tmp_path_factory.mktemp("gpu"))

@@ -1,15 +1,15 @@
-"""Greedy decoding by vLLM's `LLM` on the GPU; one process for each EP rank. Runs where vLLM is.
+"""Greedy decoding with vLLM's `LLM` on the GPU, one process per EP rank. Runs in an environment with vLLM.
 
 Reads one JSON object from standard input: `model`, `prompts` (lists of token ids), `max_tokens`, `llm` (arguments of
-`vllm.LLM`), `repeats` (how often to answer; the last answer is given). Prints one line of JSON; everything else goes to
-standard error. Log-probabilities are written by `float.hex`, so that equal text is equal bits.
+`vllm.LLM`), `repeats` (how often to answer; the last answer is printed). Prints one line of JSON; everything else goes
+to standard error. Log-probabilities are written by `float.hex`, so that equal text means equal bits.
 
     tokens            [prompt][position]
     logprobs          [prompt][position] of the generated tokens: token id to log-probability
-    prompt_logprobs   the same of the prompt's tokens after the first; null where `llm` has speculation
-    drafts            drafted and accepted tokens
+    prompt_logprobs   the same for the prompt's tokens after the first; null if `llm` has speculation
+    drafts            numbers of drafted and accepted tokens
     digests           [repeat] of tokens and log-probabilities
-    routed            [prompt][token][layer][choice], where `llm` has enable_return_routed_experts
+    routed            [prompt][token][layer][choice] if `llm` has enable_return_routed_experts, else null
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def generate(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_hex(positions: Any) -> list[dict[str, str]]:
-    """Log-probabilities of one prompt: for each position those of some token ids."""
+    """Log-probabilities of one prompt: for each position, those of some token ids."""
     return [{str(token): value.logprob.hex() for token, value in position.items()} for position in positions]
 
 
 if __name__ == "__main__":
     answers = os.dup(1)
-    os.dup2(2, 1)  # what libraries and workers print is no answer
+    os.dup2(2, 1)  # keeps what libraries and workers print out of the answer
     line = json.dumps(generate(json.load(sys.stdin)))
     os.write(answers, f"{line}\n".encode())
-    os._exit(0)  # engines that share a process with their driver may hang in their own clearing up
+    os._exit(0)  # an engine that shares the process with its driver may hang while it shuts down

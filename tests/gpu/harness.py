@@ -1,6 +1,6 @@
-"""Real vLLM on GPUs, as subprocesses: one for each EP rank. Models, outputs and answers are kept for the session.
+"""Runs real vLLM on GPUs, one subprocess per EP rank. Models, outputs and answers are kept for the session.
 
-Ranks have a GPU each where there are as many, else they share one.
+Each rank has its own GPU if there are enough; otherwise all ranks share one.
 """
 
 from __future__ import annotations
@@ -31,33 +31,34 @@ PROMPTS = tuple(
 MAX_TOKENS = 32
 PLUGINS = {"reshard": "reshard.vllm:register", "one_gpu": "one_gpu:install"}
 
-LEAST_FREE = 0.02  # of the memory, for vLLM to start; where the KV cache's size is given it decides nothing else
+# The fraction of GPU memory that must be free for vLLM to start. It decides nothing else: we set the KV cache's size.
+MIN_FREE = 0.02
 
-# Ranks that may share a GPU.
+# Options for ranks that may share a GPU.
 EXPERT_PARALLEL: dict[str, Any] = {
     "enable_expert_parallel": True,
     "distributed_executor_backend": "external_launcher",
     "disable_custom_all_reduce": True,
     "enforce_eager": True,
     "kv_cache_memory_bytes": 1 << 29,
-    "gpu_memory_utilization": LEAST_FREE,
+    "gpu_memory_utilization": MIN_FREE,
 }
-# Whether kernels are combined into one, and how such a one sums, PyTorch's compiler decides by the clock, and another
-# compilation may have other bits. Told not to combine, and TORCHINDUCTOR_DETERMINISTIC, it looks at no clock.
+# PyTorch's compiler decides by timing whether to combine kernels, and how a combined kernel sums. So two compilations
+# may give different bits. With `combo_kernels` off and TORCHINDUCTOR_DETERMINISTIC set, it decides without timing.
 GRAPHS: dict[str, Any] = {
-    "gpu_memory_utilization": LEAST_FREE,
+    "gpu_memory_utilization": MIN_FREE,
     "kv_cache_memory_bytes": 1 << 30,
     "compilation_config": {
         "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
         "inductor_compile_config": {"combo_kernels": False},
     },
 }
-EAGER: dict[str, Any] = {"gpu_memory_utilization": LEAST_FREE, "kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
+EAGER: dict[str, Any] = {"gpu_memory_utilization": MIN_FREE, "kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What vLLM answered; `log` is what it printed. Where `status` is not 0 there are no tokens."""
+    """What vLLM answered, and what it printed (`log`). If `status` is not 0, there are no tokens."""
 
     status: int
     log: str
@@ -70,7 +71,7 @@ class Answer:
 
     @property
     def bits(self) -> object:
-        """All tokens and log-probabilities: equal if and only if they are equal to the last bit."""
+        """All tokens and log-probabilities; equal if and only if every bit is equal."""
         return self.tokens, self.logprobs, self.prompt_logprobs
 
     @property
@@ -80,13 +81,13 @@ class Answer:
 
 
 def together(*calls: Callable[[], Answer]) -> list[Answer]:
-    """What the calls return, made at the same time."""
+    """Make the calls at the same time, and return their answers."""
     with ThreadPoolExecutor(len(calls)) as pool:
         return list(pool.map(lambda call: call(), calls))
 
 
 class Gpu:
-    """What there is of GPUs, and a directory for models, outputs and answers."""
+    """The GPUs, and a directory for models, outputs and answers."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -101,12 +102,12 @@ class Gpu:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_USE_DEEP_GEMM": "0",
             "TORCHINDUCTOR_DETERMINISTIC": "1",
-            "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it is compiled for minutes, and greedy decoding needs none
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",  # takes minutes to compile, and greedy decoding does not need it
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
 
     def made(self, name: str, make: Callable[[Path], None]) -> Path:
-        """The directory `name`, made by `make` where it is not there yet."""
+        """The directory `name`; `make` makes it if it does not exist yet."""
         directory = self.directory / name
         with (self.directory / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # several pytest processes may share the directory
@@ -118,7 +119,7 @@ class Gpu:
         return directory
 
     def resharded(self, model: Path, ep: int) -> Path:
-        """`reshard zigzag` of a model."""
+        """The output of `reshard zigzag` for a model."""
 
         def make(out: Path) -> None:
             arguments = ["zigzag", "--src", model, "--ep", str(ep), "--out", out, "--quiet"]
@@ -138,14 +139,14 @@ class Gpu:
         repeats: int = 1,
         environment: Mapping[str, str] | None = None,
     ) -> Answer:
-        """Greedy decoding of `model`; the same call is answered once."""
+        """Greedy decoding of `model`; the answer to a repeated call comes from memory."""
         request = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": llm, "repeats": repeats}
         more = dict(environment or {})
         key = hashlib.sha256(json.dumps([request, ranks, more], sort_keys=True).encode()).hexdigest()
         if key not in self._answers:
-            # nothing that was compiled for another answer serves this one
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as anew:
-                self._answers[key] = self._run(request, ranks, {**self.environment, "VLLM_CACHE_ROOT": anew, **more})
+            # an empty cache, so that no code that was compiled for another answer is used for this one
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+                self._answers[key] = self._run(request, ranks, {**self.environment, "VLLM_CACHE_ROOT": cache, **more})
         return self._answers[key]
 
     def _run(self, request: dict[str, Any], ranks: int, environment: dict[str, str]) -> Answer:
@@ -163,11 +164,11 @@ class Gpu:
                     "WORLD_SIZE": str(ranks),
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
-                    "OMP_NUM_THREADS": "1",  # of as many as there are processors each, none gets on
+                    "OMP_NUM_THREADS": "1",  # with one thread per core in each rank, the ranks would stall each other
                     **({"SHARED_GPU": "1", "VLLM_DISABLE_PYNCCL": "1"} if shared else {}),
                 }
                 request = {**request, "llm": {"tensor_parallel_size": ranks, **request["llm"]}}
-            log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below, when it was read
+            log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below, after it is read
             process = subprocess.Popen(
                 [sys.executable, HERE / "generate.py"],
                 env={**environment, **more},

@@ -1,4 +1,4 @@
-"""Random models for vLLM on a GPU: small ones by Transformers' own classes, and DeepSeek-R1's layers at their size.
+"""Makes random models for vLLM on a GPU: small ones with Transformers' classes, or layers of DeepSeek-R1 at full size.
 
 python models.py KIND DIRECTORY [--mtp] [--config JSON]       KIND: deepseek_v3, deepseek_v2, r1
 """
@@ -37,9 +37,9 @@ BLOCK = 128
 
 
 def make_r1(directory: Path, layers: int, given: Mapping[str, torch.Tensor] | None = None) -> None:
-    """A dense layer of R1 and `layers` MoE layers: names, shapes and dtypes as published, a small vocabulary.
+    """Make a dense layer and `layers` MoE layers of R1: names, shapes and dtypes as published, but a small vocabulary.
 
-    Tensors that are `given`, by their names there, take the place of random ones; embeddings set the vocabulary.
+    Tensors in `given`, by their names in the new model, replace random ones; given embeddings set the vocabulary.
     """
     given = given or {}
     vocabulary = len(given.get("model.embed_tokens.weight", range(1024)))
@@ -63,7 +63,7 @@ def make_r1(directory: Path, layers: int, given: Mapping[str, torch.Tensor] | No
             name = found.name.replace(f"layers.{wanted}.", f"layers.{layer}.", 1)
             shape = [vocabulary if length == 129280 else length for length in found.shape]
             if name in given:
-                assert list(given[name].shape) == shape, f"{name}: {list(given[name].shape)} in the place of {shape}"
+                assert list(given[name].shape) == shape, f"{name}: found {list(given[name].shape)}, expected {shape}"
                 tensors[name] = given[name].to({"BF16": torch.bfloat16, "F32": torch.float32}[found.dtype])
             else:
                 tensors[name] = _random(name, found.dtype, shape, generator)
@@ -79,7 +79,7 @@ def _random(name: str, dtype: str, shape: list[int], generator: torch.Generator)
     if name.endswith("norm.weight"):
         return torch.ones(shape, dtype=torch.bfloat16)
     if name.endswith("weight_scale_inv"):
-        return torch.full(shape, 2.0 / 7168**0.5 / 64).cpu()  # rows of FP8 values of deviation 64 become of about 2
+        return torch.full(shape, 2.0 / 7168**0.5 / 64).cpu()  # scales rows of FP8 values of deviation 64 to norm 2
     if dtype == "F8_E4M3":
         return (values * 64).to(torch.float8_e4m3fn).cpu()
     if name.endswith("mlp.gate.weight"):

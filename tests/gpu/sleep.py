@@ -1,4 +1,4 @@
-"""Sleep level 2 and reloaded weights, by vLLM's own means on the GPU. Runs where vLLM is.
+"""Puts vLLM on the GPU to sleep at level 2 and reloads its weights. Runs in an environment with vLLM.
 
 Reads one JSON object from standard input: `model`, `prompts`, `max_tokens`, `llm`. Prints one line of JSON: the tokens
 that were generated after each step.

@@ -1,7 +1,7 @@
-"""Real vLLM with its CUDA kernels on one GPU: what it answers from outputs of `reshard zigzag`, beside the originals.
+"""Real vLLM with its CUDA kernels: compares its answers from outputs of `reshard zigzag` with those from the originals.
 
-"Identical" is to the last bit of all tokens and log-probabilities. EP ranks share the GPU, through gloo, where there
-are more of them than GPUs.
+"Identical" means that every bit of all tokens and log-probabilities is equal. If there are more EP ranks than GPUs, all
+ranks share one GPU, through gloo.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ def _small(gpu: Gpu, kind: str, *, mtp: bool = False, **config: Any) -> Path:
 
 
 def v3(gpu: Gpu) -> Path:
-    """256 experts in 8 groups, by sigmoid and with a bias."""
+    """256 experts in 8 groups, sigmoid scores with a bias."""
     return _small(gpu, "deepseek_v3")
 
 
 def v2(gpu: Gpu) -> Path:
-    """160 experts in 8 groups, by softmax and without a bias."""
+    """160 experts in 8 groups, softmax scores without a bias."""
     return _small(gpu, "deepseek_v2", n_routed_experts=160, topk_group=3, num_experts_per_tok=6)
 
 
 def uneven(gpu: Gpu) -> Path:
-    """210 experts in 7 groups, which 8 ranks do not divide."""
+    """210 experts in 7 groups, which cannot be divided evenly among 8 ranks."""
     return _small(gpu, "deepseek_v3", n_routed_experts=210, n_group=7, topk_group=3)
 
 
 def r1(gpu: Gpu) -> Path:
-    """A dense layer and two MoE layers of DeepSeek-R1 at their size, FP8 in blocks of 128 x 128."""
+    """A dense layer and two MoE layers of DeepSeek-R1 at full size, FP8 in blocks of 128 x 128."""
 
     def make(directory: Path) -> None:
         subprocess.run([sys.executable, HERE / "models.py", "r1", directory], env=gpu.environment, check=True)
@@ -59,7 +59,7 @@ def r1(gpu: Gpu) -> Path:
 
 
 def agreeing(one: Answer, other: Answer) -> int:
-    """How many of the tokens are the same."""
+    """How many tokens are the same in both answers."""
     for answer in (one, other):
         assert answer.status == 0, answer.log[-6000:]
     return sum(a == b for a, b in zip(one.flat, other.flat, strict=True))
@@ -79,8 +79,8 @@ def assert_identical(answer: Answer, expected: Answer) -> None:
         ]
         assert not rows, f"{what} differ at (prompt, position) {rows}"
     assert answer.bits == expected.bits
-    said = sorted(set(re.findall(r"routers: .*", answer.log)))
-    print(f"identical: {len(expected.flat)} tokens and their log-probabilities; {said}")
+    routers = sorted(set(re.findall(r"routers: .*", answer.log)))
+    print(f"identical: {len(expected.flat)} tokens and their log-probabilities; {routers}")
 
 
 def assert_by_the_kernel(answer: Answer) -> None:
@@ -111,7 +111,7 @@ def test_ep_is_identical_to_the_original_under_round_robin(model: Model, ranks: 
 
 
 def without_the_contract(gpu: Gpu) -> Path:
-    """The output of `v3` with the original's config.json."""
+    """The output of `v3`, but with the original's config.json."""
 
     def make(directory: Path) -> None:
         shutil.copytree(gpu.resharded(v3(gpu), 8), directory, copy_function=os.link)
@@ -129,7 +129,7 @@ def test_the_control_without_the_contract_gives_other_tokens(gpu: Gpu) -> None:
     assert found < len(expected.flat) // 2
 
 
-def test_mtp_drafts_are_accepted_as_often_as_the_original_s(gpu: Gpu) -> None:
+def test_mtp_drafts_are_accepted_as_often_as_with_the_original(gpu: Gpu) -> None:
     source = _small(gpu, "deepseek_v3", mtp=True, num_hidden_layers=2)
     drafting = {**EAGER, "speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
     output = gpu.resharded(source, 8)
@@ -141,7 +141,7 @@ def test_mtp_drafts_are_accepted_as_often_as_the_original_s(gpu: Gpu) -> None:
 
 
 def same_first_tokens(one: Answer, other: Answer) -> int:
-    """Of how many prompts: later tokens of other placements, which sum in another order, soon differ."""
+    """How many prompts get the same first token; later ones soon differ, as other placements sum in another order."""
     return sum(a[0] == b[0] for a, b in zip(one.tokens, other.tokens, strict=True))
 
 
@@ -160,7 +160,7 @@ def test_eplb_rearranges_from_zigzag_and_answers_stay_right(gpu: Gpu) -> None:
     assert same >= len(answer.tokens) - 1
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL, which vLLM needs for this, wants a GPU for each rank")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="vLLM needs NCCL for this, and NCCL a GPU for each rank")
 def test_data_parallel_answers_stay_right(gpu: Gpu) -> None:
     each_its_own = {**EXPERT_PARALLEL, "tensor_parallel_size": 1, "data_parallel_size": 2}
     source, output, without = v3(gpu), gpu.resharded(v3(gpu), 2), without_the_contract(gpu)
@@ -178,19 +178,19 @@ def test_data_parallel_answers_stay_right(gpu: Gpu) -> None:
 
 
 @pytest.mark.parametrize("how", [EAGER, GRAPHS], ids=["eager", "graphs"])
-def test_fp8_blocks_at_the_size_of_r1_s_layers_are_identical_at_ep_1(how: dict[str, Any], gpu: Gpu) -> None:
+def test_r1_layers_of_full_size_in_fp8_blocks_are_identical_at_ep_1(how: dict[str, Any], gpu: Gpu) -> None:
     source = r1(gpu)
     output = gpu.resharded(source, 8)
     answer, expected = together(
         lambda: gpu.answer(output, how, repeats=REPEATS), lambda: gpu.answer(source, how, repeats=REPEATS)
     )
-    print(f"one after the other, the output's and the original's: {answer.digests}, {expected.digests}")
+    print(f"digests of repeated answers: output {answer.digests}, original {expected.digests}")
     assert_identical(answer, expected)
     assert answer.digests == expected.digests
     assert_by_the_kernel(answer)
 
 
-def test_the_control_compiled_and_eager_answers_of_one_original_have_other_bits(gpu: Gpu) -> None:
+def test_the_control_compiled_and_eager_answers_of_one_original_differ_in_bits(gpu: Gpu) -> None:
     compiled, eager = (gpu.answer(r1(gpu), how, repeats=REPEATS) for how in (GRAPHS, EAGER))
     print(f"{agreeing(compiled, eager)} of {len(eager.flat)} tokens agree; {compiled.digests}, {eager.digests}")
     assert compiled.bits != eager.bits

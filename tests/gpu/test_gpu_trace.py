@@ -1,4 +1,4 @@
-"""RESHARD_TRACE on a GPU, where routers run in CUDA graphs, beside what vLLM itself returns of its routing."""
+"""RESHARD_TRACE on a GPU, where routers run in CUDA graphs: compares traces with the routing that vLLM returns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness import GRAPHS, Gpu, together
 from test_gpu import v3
 
 Row = tuple[tuple[int, ...], ...]
-"""A token's experts, each layer's in ascending order."""
+"""The experts of one token: for each layer, their ids in ascending order."""
 
 
 def row(by_layer: Any) -> Row:
@@ -19,7 +19,7 @@ def row(by_layer: Any) -> Row:
 
 
 def recorded(directory: Path) -> Counter[Row]:
-    """The rows of the one file in `directory`, in logical ids."""
+    """The rows of the only trace in `directory`, in logical ids."""
     (path,) = directory.glob("*.trace")
     line, _, rows = path.read_bytes().partition(b"\n")
     header = json.loads(line)
@@ -31,7 +31,9 @@ def recorded(directory: Path) -> Counter[Row]:
     )
 
 
-def test_a_trace_is_what_vllm_returns_of_its_routing_and_of_an_output_it_is_logical(gpu: Gpu, tmp_path: Path) -> None:
+def test_a_trace_equals_the_routing_that_vllm_returns_and_has_logical_ids_for_an_output(
+    gpu: Gpu, tmp_path: Path
+) -> None:
     source = v3(gpu)
     returning = {**GRAPHS, "enable_return_routed_experts": True}
     resharded = gpu.resharded(source, 8)

@@ -1,8 +1,8 @@
-"""Originals served placed by real vLLM with its CUDA kernels: RESHARD_PLACEMENT beside stock vLLM.
+"""Originals served with RESHARD_PLACEMENT by real vLLM with its CUDA kernels, compared with stock vLLM.
 
-"Identical" is to the last bit of all tokens and log-probabilities. At EP 1 any placement is identical to the original:
-no sum is in another order. EP ranks under zigzag are identical to stock ones under round-robin. Where EPLB or data
-parallelism sums in another order, only each prompt's first token is compared.
+"Identical" means that every bit of all tokens and log-probabilities is equal. At EP 1 any placement is identical to the
+original, as the order of sums stays the same. EP ranks under zigzag are identical to stock ones under round-robin. EPLB
+and data parallelism sum in another order; there we compare only each prompt's first token.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ ZIGZAG = {"RESHARD_PLACEMENT": "zigzag"}
 
 
 def without_groups(gpu: Gpu) -> Path:
-    """256 experts in one group, as Kimi-K2 has them: their ids are mapped by a kernel of its own."""
+    """256 experts in one group, as in Kimi-K2: the kernel in `map_ids` maps their ids."""
     return _small(gpu, "deepseek_v3", n_group=1, topk_group=1)
 
 
 def random_placement(gpu: Gpu, model: Path, ep: int) -> dict[str, str]:
-    """A placement file with another random order in each layer, as the environment that serves it."""
+    """Write a placement file with another random order in each layer; return the environment that serves it."""
     names = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
     experts = [name.split(".experts.") for name in names if ".experts." in name]
     layers = sorted({layer for layer, _ in experts})
@@ -102,7 +102,7 @@ def test_a_random_placement_of_each_layer_is_identical_to_its_baked_output(gpu: 
     assert_placed(answer.log)
 
 
-def test_mtp_drafts_are_placed_and_accepted_as_often(gpu: Gpu) -> None:
+def test_mtp_drafts_are_placed_and_accepted_as_often_as_without_a_placement(gpu: Gpu) -> None:
     source = _small(gpu, "deepseek_v3", mtp=True, num_hidden_layers=2)
     drafting = {**EAGER, "speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
     placement = random_placement(gpu, source, 1)
@@ -115,7 +115,7 @@ def test_mtp_drafts_are_placed_and_accepted_as_often(gpu: Gpu) -> None:
 
 
 @pytest.mark.parametrize("how", [EAGER, GRAPHS], ids=["eager", "graphs"])
-def test_fp8_blocks_at_the_size_of_r1_s_layers_are_identical_at_ep_1(how: dict[str, Any], gpu: Gpu) -> None:
+def test_r1_layers_of_full_size_in_fp8_blocks_are_identical_at_ep_1(how: dict[str, Any], gpu: Gpu) -> None:
     source = r1(gpu)
     placement = random_placement(gpu, source, 1)
     answer, expected = together(
@@ -138,7 +138,7 @@ def test_returned_experts_are_logical(gpu: Gpu) -> None:
     assert answer.routed == expected.routed != [None] * len(PROMPTS)
 
 
-def test_sleep_level_2_and_reload_keep_the_placement(gpu: Gpu) -> None:
+def test_sleep_level_2_and_a_reload_keep_the_placement(gpu: Gpu) -> None:
     source = v3(gpu)
     placement = random_placement(gpu, source, 1)
     request = json.dumps({"model": str(source), "prompts": PROMPTS[:4], "max_tokens": 16, "llm": GRAPHS})
@@ -153,7 +153,7 @@ def test_sleep_level_2_and_reload_keep_the_placement(gpu: Gpu) -> None:
     placed, stock = found
     assert placed["at first"] == stock["at first"]
     for step in ("reload", "sleep 2 and reload"):
-        assert stock[step] == stock["at first"], f"vLLM itself does not keep its weights over {step}"
+        assert stock[step] == stock["at first"], f"stock vLLM loses its weights in {step}"
         assert placed[step] == placed["at first"], step
 
 
@@ -173,13 +173,13 @@ def test_eplb_starts_from_the_placement_and_answers_stay_right(redundant: int, g
     )
     assert answer.status == 0, answer.log[-8000:]
     assert re.search(rf"EPLB starts from the placement .* in 2 MoE layers, {redundant} redundant", answer.log)
-    assert re.search(r"Rearranged experts\s+in", answer.log), "and it goes on from there"
+    assert re.search(r"Rearranged experts\s+in", answer.log), "EPLB continues from the placement"
     same = same_first_tokens(answer, expected)
     print(f"EPLB: the first token of {same} of {len(answer.tokens)} prompts agrees with the original's without it")
     assert same >= len(answer.tokens) - 1
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL, which vLLM needs for this, wants a GPU for each rank")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="vLLM needs NCCL for this, and NCCL a GPU for each rank")
 def test_data_parallel_answers_stay_right(gpu: Gpu) -> None:
     each_its_own = {**EXPERT_PARALLEL, "tensor_parallel_size": 1, "data_parallel_size": 2}
     source = v3(gpu)
@@ -194,7 +194,7 @@ def test_data_parallel_answers_stay_right(gpu: Gpu) -> None:
     assert same_first_tokens(answer, expected) >= len(expected.tokens) - 1
 
 
-def test_the_control_a_router_that_forgets_gives_other_tokens(gpu: Gpu) -> None:
+def test_the_control_a_router_that_ignores_the_placement_gives_other_tokens(gpu: Gpu) -> None:
     source = without_groups(gpu)
     placement = {**random_placement(gpu, source, 1), "ROUTER_FORGETS": "1"}
     spoilt, expected = together(
@@ -204,7 +204,7 @@ def test_the_control_a_router_that_forgets_gives_other_tokens(gpu: Gpu) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_ids_are_mapped_as_by_indexing(dtype: torch.dtype) -> None:
+def test_map_ids_gives_the_same_ids_as_indexing(dtype: torch.dtype) -> None:
     from reshard.vllm.map_ids import map_ids
 
     for tokens in (1, 7, 64, 4096):

@@ -1,4 +1,4 @@
-"""The router's kernel against "permute, vLLM's own router, permute back": the same bits, over millions of rows."""
+"""Compares the router's kernel with "permute, vLLM's own router, permute back", bit by bit, over millions of rows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.filterwarnings("default"),  # PyTorch and vLLM run in this process, and have theirs
+    pytest.mark.filterwarnings("default"),  # PyTorch and vLLM run in this process and emit warnings
 ]
 
 ROWS = 1 << 16
 ROUNDS = 4
 SINGLE_ROWS = 1000
-SIZES = [  # experts, groups, groups of a token, experts of a token
+SIZES = [  # experts, groups, groups per token, experts per token
     (256, 8, 4, 8),  # DeepSeek-V3 and R1
     (160, 8, 3, 6),
     (64, 8, 4, 8),
@@ -60,13 +60,13 @@ def minus_infinite(shape: tuple[int, int]) -> Any:
     return logits
 
 
-def hardly_finite(shape: tuple[int, int]) -> Any:
+def mostly_infinite(shape: tuple[int, int]) -> Any:
     logits = torch.randn(shape, device="cuda")
     logits[torch.rand(shape, device="cuda") < 0.99] = float("-inf")
     return logits
 
 
-KINDS: list[Callable[[tuple[int, int]], Any]] = [normal, wide, ties, flat, infinite, hardly_finite]
+KINDS: list[Callable[[tuple[int, int]], Any]] = [normal, wide, ties, flat, infinite, mostly_infinite]
 
 
 def stock(logits: Any, bias: Any, choice: Any, scoring: str) -> tuple[Any, Any]:
@@ -86,12 +86,12 @@ def stock(logits: Any, bias: Any, choice: Any, scoring: str) -> tuple[Any, Any]:
 
 
 def random_place(num_experts: int) -> Any:
-    """Where each logical expert stands: int32 [E]."""
+    """A random physical id for each logical expert, int32 [E]."""
     return torch.tensor(random.sample(range(num_experts), num_experts), device="cuda", dtype=torch.int32)
 
 
 def differing(logits: Any, bias: Any, place: Any, choice: Any, scoring: str) -> tuple[int, int]:
-    """Of rows in logical order, those where ids or weights differ from vLLM's own: [ids, weights]."""
+    """In how many rows the kernel's ids and weights differ from vLLM's: (ids, weights); logits in logical order."""
     from reshard.vllm.grouped_topk import grouped_topk
 
     expected_weights, expected_ids = stock(logits, bias, choice, scoring)
@@ -119,25 +119,25 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("scoring", "biased", "experts", "groups", "chosen_groups", "top_k", "dtype"), list(cases()))
-def test_the_kernel_chooses_as_vllm_s_own_router_to_the_last_bit(
+def test_the_kernel_equals_vllms_own_router_to_the_last_bit(
     scoring: str, biased: bool, experts: int, groups: int, chosen_groups: int, top_k: int, dtype: Any
 ) -> None:
     compare(scoring, biased, experts, groups, chosen_groups, top_k, dtype)
 
 
 @pytest.mark.parametrize("experts", [384, 1024])
-def test_the_kernel_sums_as_code_does_that_pytorch_compiled_for_fewer_experts(experts: int) -> None:
+def test_the_kernel_equals_a_router_that_pytorch_compiled_for_fewer_experts_first(experts: int) -> None:
     from reshard.vllm.grouped_topk import Choice
 
     stock(normal((ROWS, 256)), None, Choice(256, 8, 4, 8, False, 1.0, biased=False), "softmax")
-    torch._dynamo.reset()  # what it compiled is in its cache now
+    torch._dynamo.reset()  # the compiled code stays in PyTorch's cache
     compare("softmax", False, experts, 8, 4, 8, torch.float32)
 
 
 @pytest.mark.parametrize(
     ("scoring", "biased", "experts", "top_k"), [("softmax", False, 160, 6), ("sigmoid", True, 256, 8)]
 )
-def test_single_tokens_for_which_pytorch_compiles_by_itself(
+def test_the_kernel_equals_the_router_that_pytorch_compiles_for_single_tokens(
     scoring: str, biased: bool, experts: int, top_k: int
 ) -> None:
     from reshard.vllm.grouped_topk import Choice, ways_to_sum
@@ -150,20 +150,20 @@ def test_single_tokens_for_which_pytorch_compiles_by_itself(
         found = {way: differing(logits, bias, place, choice, scoring) for way, choice in choices.items()}
         ways = [way for way in ways if found[way] == (0, 0)]
         assert ways, found
-    print(f"the same bits in {SINGLE_ROWS} rows, one by one; summed as in {ways}")
+    print(f"same bits in {SINGLE_ROWS} rows, one at a time; order of summing: {ways}")
 
 
 @pytest.fixture(autouse=True)
-def _compiled_anew() -> Iterator[None]:
+def _compiled_afresh() -> Iterator[None]:
     from torch._inductor.utils import fresh_cache
 
-    torch._dynamo.reset()  # what was compiled too often is no longer compiled, and then its bits are others
+    torch._dynamo.reset()  # after too many compilations PyTorch stops compiling a function, and its bits change
     with fresh_cache():
         yield
 
 
 def compare(scoring: str, biased: bool, experts: int, groups: int, chosen_groups: int, top_k: int, dtype: Any) -> None:
-    """Millions of rows of all kinds, with one way to sum a softmax in all that one compiled router answers."""
+    """Compare millions of rows of all kinds; one order of summing must fit all rows of one compiled router."""
     from reshard.vllm.grouped_topk import Choice, ways_to_sum
 
     torch.manual_seed(experts + groups)
@@ -171,8 +171,8 @@ def compare(scoring: str, biased: bool, experts: int, groups: int, chosen_groups
     for renormalize, scale in ((True, 2.5), (False, 1.0), (False, 16.0)) if biased else ((False, 1.0), (False, 16.0)):
         ways = ways_to_sum(experts) if scoring == "softmax" else [None]
         for kind in KINDS:
-            if scoring == "softmax" and kind in (infinite, hardly_finite):
-                kind = minus_infinite  # more makes NaN of a whole row, and what vLLM chooses from that is chance
+            if scoring == "softmax" and kind in (infinite, mostly_infinite):
+                kind = minus_infinite  # others make a whole row NaN, from which vLLM's choice is random
             for number in range(ROUNDS if biased and scoring == "sigmoid" else 1):
                 bias = (torch.randn(experts, device="cuda") / 20).to(dtype) if biased else None
                 if number % 2 and kind in (ties, flat) and bias is not None:
@@ -184,12 +184,12 @@ def compare(scoring: str, biased: bool, experts: int, groups: int, chosen_groups
                     choice = Choice(experts, groups, chosen_groups, top_k, renormalize, scale, way, biased)
                     found[way] = differing(logits, bias, place, choice, scoring)
                 ways = [way for way in ways if found[way] == (0, 0)]
-                assert ways, f"{kind.__name__}: ids, weights of so many of {ROWS} rows differ: {found}"
+                assert ways, f"{kind.__name__}: (ids, weights) that differ in {ROWS} rows, by order of summing: {found}"
                 rows += ROWS
-        print(f"the same bits in {rows} rows; summed as in {ways}")
+        print(f"same bits in {rows} rows; order of summing: {ways}")
 
 
-def test_the_control_another_placement_or_a_changed_bias_would_be_seen() -> None:
+def test_the_control_another_placement_or_changed_logits_would_be_seen() -> None:
     from reshard.vllm.grouped_topk import Choice, grouped_topk
 
     choice = Choice(256, 8, 4, 8, True, 2.5)
@@ -203,7 +203,7 @@ def test_the_control_another_placement_or_a_changed_bias_would_be_seen() -> None
     assert int((weights != other_weights).any(1).sum()) > ROWS // 2
 
 
-def test_a_replayed_cuda_graph_routes_what_is_in_its_input_now() -> None:
+def test_a_replayed_cuda_graph_routes_its_current_input() -> None:
     from reshard.vllm.grouped_topk import Choice, grouped_topk
 
     choice = Choice(256, 8, 4, 8, True, 2.5)
@@ -241,7 +241,7 @@ def test_a_kernel_that_differs_from_the_router_is_not_used() -> None:
         for logits in (normal((512, 256)), normal((8, 256)).bfloat16(), normal((1, 256))):
             calls.clear()
             fused.route(logits, bias, router)
-            assert len(calls) > 1, "looked at, for each dtype and for one token"
+            assert len(calls) > 1, "tried, for each dtype and for one token"
             calls.clear()
             weights, ids = fused.route(logits, bias, router)
             assert calls == ([] if right else [len(logits)])

@@ -1,19 +1,20 @@
-"""Greedy decoding by vLLM's `LLM`, for a parent that has no vLLM. Runs in vLLM's environment.
+"""Greedy decoding with vLLM's `LLM`, for tests that run without vLLM. Runs in vLLM's environment.
 
 Reads one JSON object from standard input:
 
     model        directory
     prompts      lists of token ids
     max_tokens   tokens to generate for each prompt
-    llm          further arguments of `vllm.LLM`, or others in the place of `FIXED`
+    llm          more arguments of `vllm.LLM`; they override those in `FIXED`
 
 Prints one line of JSON; everything else goes to standard error. Log-probabilities are written by `float.hex`, so that
-equal text is equal bits: for each prompt and position a mapping from token id, of all that vLLM returned.
+equal text means equal bits. Each is a mapping from token id to log-probability, with all token ids that vLLM returned.
 
     tokens            [prompt][position]
     logprobs          [prompt][position] of the generated tokens
-    prompt_logprobs   [prompt][position] of the prompt's tokens after the first; null where `llm` has speculation
-    routed            [prompt][token][layer][choice], where `llm` has enable_return_routed_experts
+    prompt_logprobs   [prompt][position] of the prompt's tokens after the first; null if `llm` has speculation
+    routed            [prompt][token][layer][choice] if `llm` has enable_return_routed_experts, else null
+    accepted_drafts   number of draft tokens that were accepted
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-TOP = 20  # as many as vLLM returns unasked
+TOP = 20  # the most that vLLM returns without further options
 
 FIXED: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
     "enable_prefix_caching": False,
     "max_model_len": 128,
-    "max_num_seqs": 1,  # batched runs on the CPU do not repeat themselves, even unchanged
+    "max_num_seqs": 1,  # with batches, vLLM on the CPU does not give the same bits twice
     "skip_tokenizer_init": True,
-    "attention_backend": "CPU_MLA",  # the choice for a CPU with AMX computes in bfloat16
-    # The CPU kernel reads DeepSeek's queries, one tensor dimension for heads, as if they had one head.
+    "attention_backend": "CPU_MLA",  # vLLM's default on a CPU with AMX computes in bfloat16
+    # vLLM's CPU kernel reads DeepSeek's queries, which have one dimension for all heads, as if they had one head.
     "compilation_config": {"custom_ops": ["-rotary_embedding"]},
     "disable_log_stats": False,  # counts accepted drafts
     "seed": 0,
@@ -68,17 +69,17 @@ def generate(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def routed(output: Any) -> Any:
-    """The experts of a request's tokens, None where vLLM was not asked for them."""
+    """The experts of a request's tokens; None if vLLM was not asked to return them."""
     return getattr(output.outputs[0], "routed_experts", None)
 
 
 def to_hex(positions: Any) -> list[dict[str, str]]:
-    """Log-probabilities of one prompt: for each position those of some token ids."""
+    """Log-probabilities of one prompt: for each position, those of some token ids."""
     return [{str(token): value.logprob.hex() for token, value in position.items()} for position in positions]
 
 
 if __name__ == "__main__":
     answers = os.dup(1)
-    os.dup2(2, 1)  # what libraries and workers print is no answer
+    os.dup2(2, 1)  # keeps what libraries and workers print out of the answer
     line = json.dumps(generate(json.load(sys.stdin)))
     os.write(answers, f"{line}\n".encode())

