@@ -10,11 +10,15 @@ plugin replaces functions of vLLM as follows:
 
 For an original, if RESHARD_PLACEMENT is set:
 
-    request, served       resolve or refuse the requested placement, and carry it to every process
+    request               resolves the requested placement, and refuses options that it cannot go with
+    served                the resolved placement, as it travels to every process
     placed                routers return physical ids; on a GPU through `map_ids`, `fused` and `grouped_topk`
     placed_weights, proof load each expert into its slot, and check that before the model serves
     agreement             checks that all ranks serve the same placement
-    weight_filter, eplb, worker   apply the placement where vLLM filters, moves or replaces expert weights
+    weight_filter, eplb   apply the placement where vLLM filters or moves expert weights
+    worker                refuses what a running model cannot do: load, sleep, reload or save in ways that lose it
+
+`support` says which vLLM versions and hooks fit, `patching` replaces functions, and `runners` finds a model's MoE layers.
 
 Every other model loads as it does without the plugin. If the plugin does not support the installed vLLM, it says so
 only when a group-limited output is loaded or a placement is requested.
