@@ -18,7 +18,7 @@ For an original, if RESHARD_PLACEMENT is set:
     weight_filter, eplb   apply the placement where vLLM filters or moves expert weights
     worker                refuses what a running model cannot do: load, sleep, reload or save in ways that lose it
 
-`support` says which vLLM versions and hooks fit, `patching` replaces functions, `runners` finds the MoE layers of a model.
+`support` says which vLLM versions and hooks fit, `patching` replaces functions, and `runners` finds MoE layers.
 
 Every other model loads as it does without the plugin. If the plugin does not support the installed vLLM, it says so
 only when a group-limited output is loaded or a placement is requested.
