@@ -38,8 +38,18 @@ TIMEOUT = 240  # seconds; a start takes about 30
 PROMPTS = ((5,), (7, 11), (3, 201, 45, 90), tuple(range(20, 31)), tuple(range(250, 100, -7)))
 MAX_TOKENS = 24
 
+SLOTS = 2  # vLLMs that run at the same time: most of a start is one thread of Python
+
 Logprobs = list[list[dict[str, float]]]
 """For each prompt and position, the log-probabilities of some token ids."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Room for one running vLLM: its first core, and a directory for its logs."""
+
+    number: int
+    directory: Path
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ class Serving:
         def make(directory: Path) -> None:
             options = ["--config", json.dumps(config), "--seed", str(seed), *(["--mtp"] if mtp else [])]
             command = [str(BIN / "python"), str(HERE / "models.py"), kind, str(directory), *options]
-            subprocess.run(command, env=self._environment(), check=True, capture_output=True, timeout=TIMEOUT)
+            subprocess.run(command, env=self.environment(), check=True, capture_output=True, timeout=TIMEOUT)
 
         return self._made(f"{kind}-{_digest([mtp, seed, config])}", make)
 
@@ -173,17 +183,21 @@ class Serving:
         request = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": llm}
         more = dict(environment or {})
         path = self.directory / f"{_digest([request, plugins, again, more])}.json"
-        with self._lock():
+        with self._locked(path.name):
             if not path.exists():
-                path.write_text(json.dumps(asdict(self._run(request, ranks * stages, plugins, more)), default=sorted))
-        answer = json.loads(path.read_text())
-        return Result(**{**answer, "opened": {who: set(names) for who, names in answer["opened"].items()}})
+                with self.slot() as slot:
+                    answer = self._run(slot, request, ranks * stages, plugins, more)
+                path.write_text(json.dumps(asdict(answer), default=sorted))
+        kept = json.loads(path.read_text())
+        return Result(**{**kept, "opened": {who: set(names) for who, names in kept["opened"].items()}})
 
-    def _run(self, request: Mapping[str, Any], processes: int, plugins: str | None, more: Mapping[str, str]) -> Result:
-        opened, log = self.directory / "opened", self.directory / "log"
+    def _run(
+        self, slot: Slot, request: Mapping[str, Any], processes: int, plugins: str | None, more: Mapping[str, str]
+    ) -> Result:
+        opened, log = slot.directory / "opened", slot.directory / "log"
         opened.write_text("")
         environment = {
-            **self._environment(processes, plugins),
+            **self.environment(processes, plugins, slot.number),
             "OPENED_SAFETENSORS_LOG": str(opened),
             **more,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # an engine in the calling process starts faster
@@ -221,16 +235,16 @@ class Serving:
         llm |= {"tensor_parallel_size": size, "enable_expert_parallel": True}
         llm |= {"distributed_executor_backend": "external_launcher"}
         request = json.dumps({"model": str(model), "prompts": [[5]], "max_tokens": 1, "llm": llm})
-        with self._lock(), contextlib.ExitStack() as stack:
+        with self.slot() as slot, contextlib.ExitStack() as stack:
             processes = []
             for rank, more in enumerate(environments):
                 environment = {
-                    **self._environment(size),
+                    **self.environment(size, first=slot.number),
                     **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)},
                     **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
                     **more,
                 }
-                log = stack.enter_context((self.directory / f"rank{rank}-log").open("w+"))
+                log = stack.enter_context((slot.directory / f"rank{rank}-log").open("w+"))
                 command = [BIN / "python", HERE / "generate.py"]
                 process = stack.enter_context(_process(command, environment, subprocess.PIPE, log))
                 assert process.stdin is not None
@@ -246,7 +260,6 @@ class Serving:
 
     def complete(self, model: Path, prompt: str, max_tokens: int, *, ranks: int, placement: str = "linear") -> str:
         """One completion from `vllm serve`, over HTTP, with the model's tokenizer."""
-        environment = self._environment(ranks)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -256,11 +269,12 @@ class Serving:
         arguments += f" --tensor-parallel-size {ranks} --enable-expert-parallel --expert-placement-strategy {placement}"
         body = {"model": str(model), "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         body["skip_special_tokens"] = False
-        log = self.directory / "serve-log"
+        command = [BIN / "vllm", "serve", model, *arguments.split()]
+        log = self.directory / f"serve-log-{port}"
         with (
-            self._lock(),
+            self.slot() as slot,
             log.open("w") as errors,
-            _process([BIN / "vllm", "serve", model, *arguments.split()], environment, errors, errors) as server,
+            _process(command, self.environment(ranks, first=slot.number), errors, errors) as server,
         ):
             address = f"http://127.0.0.1:{port}"
             deadline = time.monotonic() + TIMEOUT
@@ -291,10 +305,12 @@ class Serving:
     def python(self, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Run Python code in vLLM's environment."""
         command = [str(BIN / "python"), "-c", code, *map(str, arguments)]
-        return subprocess.run(command, env=self._environment(), capture_output=True, text=True, timeout=TIMEOUT)
+        return subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=TIMEOUT)
 
-    def _environment(self, processes: int = 1, plugins: str | None = None) -> dict[str, str]:
-        """The environment of a vLLM that uses no network and keeps to a core per process."""
+    def environment(self, processes: int = 1, plugins: str | None = None, first: int = 0) -> dict[str, str]:
+        """The environment of a vLLM that uses no network and keeps to a core per process, from core `first` on."""
+        cores = sorted(os.sched_getaffinity(0))
+        first %= len(cores)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "HF_", "PYTEST"))}
         kept.pop("PYTHONPATH", None)
         return {
@@ -306,26 +322,43 @@ class Serving:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(
-                map(str, itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), processes))
+                map(str, itertools.islice(itertools.cycle(cores[first:] + cores[:first]), processes))
             ),  # a core per process, as long as there are enough cores
             **({} if plugins is None else {"VLLM_PLUGINS": plugins}),
         }
 
     def _made(self, name: str, make: Callable[[Path], None]) -> Path:
         directory = self.directory / name
-        with self._lock():
+        with self._locked(name):
             if not directory.exists():
-                unfinished = self.directory / "unfinished"
+                unfinished = self.directory / f"{name}.unfinished"
                 shutil.rmtree(unfinished, ignore_errors=True)
                 make(unfinished)
                 unfinished.rename(directory)
         return directory
 
     @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        with (self.directory / "lock").open("w") as file:
+    def _locked(self, name: str) -> Iterator[None]:
+        """Hold what is made under `name`: the tests' other process waits for it."""
+        with (self.directory / f"{name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[Slot]:
+        """Wait until fewer than SLOTS vLLMs run, and take a slot for one more."""
+        while True:
+            for number in range(SLOTS):
+                directory = self.directory / f"slot{number}"
+                directory.mkdir(exist_ok=True)
+                with (directory / "lock").open("w") as file:
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        continue
+                    yield Slot(number, directory)
+                    return
+            time.sleep(0.2)
 
 
 @contextlib.contextmanager

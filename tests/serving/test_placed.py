@@ -169,12 +169,12 @@ def reloaded(serving: Serving, environment: dict[str, str]) -> dict[str, Any]:
         "max_tokens": 8,
         "llm": {},
     }
-    environment = {**serving._environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
-    with serving._lock():
+    with serving.slot() as slot:
+        first = {**serving.environment(first=slot.number), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         ran = subprocess.run(
             [BIN / "python", HERE / "reload.py"],
             input=json.dumps(request),
-            env=environment,
+            env={**first, **environment},
             capture_output=True,
             text=True,
             timeout=2 * TIMEOUT,

@@ -170,10 +170,10 @@ def test_a_compiled_model_records_the_same_and_its_code_is_not_reused_without_re
 def test_a_killed_server_leaves_what_it_recorded(serving: Serving, tmp_path: Path) -> None:
     source = v3(serving)
     request = {"model": str(source), "prompts": [[5]] * 64, "max_tokens": 100, "llm": {}}
-    environment = {**serving._environment(), "RESHARD_TRACE": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = {**serving.environment(), "RESHARD_TRACE": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     command = [str(BIN / "python"), str(HERE / "generate.py")]
     with (
-        serving._lock(),
+        serving.slot(),
         (serving.directory / "killed-log").open("w") as log,
         subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True) as process,
     ):
