@@ -320,6 +320,7 @@ class Serving:
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # workers need not import vLLM again
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(
                 map(str, itertools.islice(itertools.cycle(cores[first:] + cores[:first]), processes))
