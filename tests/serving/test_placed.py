@@ -158,16 +158,17 @@ def test_compiled_code_is_kept_for_one_placement_and_answers_the_same(serving: S
 # New weights
 
 
-def reloaded(serving: Serving, environment: dict[str, str]) -> dict[str, Any]:
-    """What reload.py says, of V3's shape."""
+def reloaded(serving: Serving, environment: dict[str, str], model: Path | None = None, **more: Any) -> dict[str, Any]:
+    """What reload.py says, of V3's shape; `more` are other keys of its request."""
     source = v3(serving)
     request = {
-        "model": str(source),
+        "model": str(model or source),
         "other": str(serving.model("deepseek_v3", seed=1)),
         "output": str(serving.resharded(source, 2)),
         "prompts": PROMPTS,
         "max_tokens": 8,
         "llm": {},
+        **more,
     }
     environment = {**serving._environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
     with serving._lock():
@@ -194,6 +195,16 @@ def test_new_weights_go_to_their_places_and_what_cannot_is_refused(serving: Serv
     assert placed["lost"] != stock["lost"], "the control: without its buffer the placement is lost"
     for step, fault in (("by slot", "kernel format"), ("an output", "is an output"), ("save", "in their slots")):
         assert re.match(rf"UnsupportedError: .*refused while the model is served placed: .*{fault}", placed[step])
+
+
+def test_an_output_keeps_its_placement_when_memory_is_lost_and_weights_are_loaded_again(serving: Serving) -> None:
+    """Outside modules it was zeros after sleep level 2, and every token went to expert 0."""
+    steps = ["at first", "reload", "sleep", "sleep without the buffer"]
+    stock = reloaded(serving, {"VLLM_PLUGINS": SHIM_ONLY}, steps=steps)
+    output = reloaded(serving, {}, serving.placed(v3(serving), 2), steps=steps)
+    for step in steps:
+        assert output[step] == stock[step], step
+    assert output["lost"] != stock["lost"], "the control: without its buffer the placement is lost"
 
 
 # Refused

@@ -16,7 +16,7 @@ import torch
 from reshard import CheckpointError, OutputError, UnsupportedError
 from reshard.placement.contract import Contract, contract_to_json, lock_config
 from reshard.placement.permutations import zigzag
-from reshard.vllm import support
+from reshard.vllm import placed, support, worker
 from reshard.vllm.configs import read_config
 from reshard.vllm.loading import Parallel, _parallel, check_model, choose_files, needed_ranks, words_on
 from reshard.vllm.patching import replace_once
@@ -270,6 +270,40 @@ def test_an_id_that_marks_padding_stays_what_it_is(vllm_config: SimpleNamespace)
     router = in_logical_order(Padding(), contract(), GROUPED, "layer")
     _, ids = router._compute_routing(None, torch.zeros(1, 8))
     assert ids.tolist() == [[-1, zigzag(8, 2).index(3)]]
+
+
+def test_sleep_saves_where_an_outputs_experts_are_and_waking_up_restores_it(vllm_config: SimpleNamespace) -> None:
+    class Runner(torch.nn.Module):
+        def __init__(self, router: object, routed_experts: object) -> None:
+            super().__init__()
+            self.router, self.routed_experts = router, routed_experts
+
+    class Worker:
+        vllm_config: Any = None
+
+        def wake_up(self, tags: list[str] | None = None) -> None: ...
+
+    placed.install_runner(SimpleNamespace(MoERunner=Runner))  # type: ignore[arg-type]
+    worker.install(SimpleNamespace(Worker=Worker))  # type: ignore[arg-type]
+    router = in_logical_order(Chooser(), contract(), GROUPED, "layer")
+    runner = Runner(router, object())
+    assert [tensor for tensor in vars(router).values() if isinstance(tensor, torch.Tensor)] == []
+    buffers = dict(runner.named_buffers())
+    assert len(buffers) == 1, "a module's: sleep level 2 saves it"
+    assert not runner.state_dict(), "not persistent: a reload leaves it alone"
+
+    def routed() -> list[int]:
+        ids: list[int] = router._compute_routing(None, torch.arange(8.0)[None, list(zigzag(8, 2))])[1][0].tolist()
+        return ids
+
+    right = routed()
+    for buffer in buffers.values():
+        buffer.zero_()
+    assert routed() != right
+    Worker().wake_up(["kv_cache"])
+    assert routed() != right
+    Worker().wake_up(["weights"])
+    assert routed() == right, "a draft's is saved by no vLLM before 0.33"
 
 
 @pytest.mark.parametrize(
