@@ -2,7 +2,7 @@
 
 vLLM loads it in every process through the entry point group `vllm.general_plugins`. What it changes in vLLM:
 
-    configs    config.json of an output reads as the original's, with the contract still in it
+    configs    config.json of an output reads as the original's to vLLM alone, with the contract still in it
     routing    the routers of a model with a contract score groups by logical expert and answer with physical ids
     loading    a rank opens the shared files and its own ranks' only; nothing serves before every router was checked
     recording  where RESHARD_TRACE names a directory, and of any MoE model: which experts each token chose
@@ -33,6 +33,10 @@ def register() -> None:
     from . import configs, eplb, loading, placed_weights, recording, request, routing, weight_filter, worker
 
     register_post_import_hook(configs.install, "transformers.configuration_utils")
+    register_post_import_hook(configs.install_models, "transformers.modeling_utils")
+    register_post_import_hook(configs.install_parsers, "vllm.transformers_utils.config")
+    for chooser in configs.CHOOSERS:
+        register_post_import_hook(configs.install_chooser, f"transformers.models.auto.{chooser}")
     register_post_import_hook(request.install, "vllm.config.vllm")
     register_post_import_hook(_install_runner, "vllm.model_executor.layers.fused_moe.runner.moe_runner")
     register_post_import_hook(placed_weights.install, "vllm.model_executor.layers.fused_moe.routed_experts")

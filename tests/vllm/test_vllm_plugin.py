@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from reshard import CheckpointError, OutputError, UnsupportedError
 from reshard.placement.contract import Contract, contract_to_json, lock_config
 from reshard.placement.permutations import zigzag
-from reshard.vllm import placed, support, worker
+from reshard.vllm import configs, placed, support, worker
 from reshard.vllm.configs import read_config
 from reshard.vllm.loading import Parallel, _parallel, check_model, choose_files, needed_ranks, words_on
 from reshard.vllm.patching import replace_once
@@ -172,6 +173,51 @@ def test_a_function_is_replaced_once_by_each_who_replaces_it() -> None:
     for wrap in (add_one, add_one, add_ten, add_one, add_ten):
         replace_once(module, "double", wrap)
     assert module.double(3) == 17
+
+
+def test_a_class_method_is_replaced_too_and_stays_one() -> None:
+    class Config:
+        @classmethod
+        def name(cls) -> str:
+            return cls.__name__
+
+    class Other(Config): ...
+
+    def loud(old: Callable[[type], str]) -> Callable[[type], str]:
+        return lambda cls: old(cls).upper()
+
+    for _ in range(2):
+        replace_once(Config, "name", loud)
+    assert (Config.name(), Other().name()) == ("CONFIG", "OTHER")
+
+
+def test_the_lock_is_open_where_vllm_reads_a_config_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reshard.vllm.configs.require_support", lambda where: None)
+    locked = lock_config({"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}, contract())
+
+    class PretrainedConfig:
+        @classmethod
+        def get_config_dict(cls, path: str, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+            return locked, kwargs
+
+    class HFConfigParser:
+        def parse(self, fails: bool = False) -> Any:
+            if fails:
+                raise OSError
+            return read()
+
+    def read() -> Any:
+        return PretrainedConfig.get_config_dict("here")[0]["model_type"]
+
+    configs.install(SimpleNamespace(PretrainedConfig=PretrainedConfig))  # type: ignore[arg-type]
+    configs.install_parsers(SimpleNamespace(HFConfigParser=HFConfigParser))  # type: ignore[arg-type]
+    assert read() == "reshard_deepseek_v3"
+    assert HFConfigParser().parse() == "deepseek_v3"
+    with pytest.raises(OSError):
+        HFConfigParser().parse(fails=True)
+    assert read() == "reshard_deepseek_v3"
+    with configs.open_lock(), ThreadPoolExecutor() as other:
+        assert other.submit(read).result() == "reshard_deepseek_v3", "another thread"
 
 
 @pytest.mark.parametrize(
