@@ -2,8 +2,9 @@
 
 Everything that reads a config begins with Transformers' `PretrainedConfig.get_config_dict`. While vLLM's own parser
 reads one, the original `model_type`, `architectures` and `auto_map` come back there. The contract stays in, as an
-attribute of the config object, for `routing` to find. Transformers' classes that choose a tokenizer or a processor see
-the original's config too: they choose by `model_type`, and give no config away.
+attribute of the config object, for `routing` to find; pickled, it arrives only where reshard is. Transformers' classes
+that choose a tokenizer or a processor see the original's config too: they choose by `model_type`, and give no config
+away.
 
 For all others in the process, a trainer or an evaluation beside vLLM, the lock stays closed. Where they hold a config
 that vLLM has opened, Transformers builds no model from it and does not save it.
@@ -21,6 +22,7 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..placement.contract import CONTRACT_KEY, contract_from_json, unlock_config
 from .patching import replace_if_there, replace_once
+from .served import ServedContract
 from .support import require_support
 
 PARSERS = ("HFConfigParser", "MistralConfigParser")
@@ -68,7 +70,7 @@ def read_config(config: dict[str, Any], where: str) -> dict[str, Any]:
         return config
     contract_from_json(config[CONTRACT_KEY], where)
     require_support(where)
-    return {**unlock_config(config), CONTRACT_KEY: config[CONTRACT_KEY]}
+    return {**unlock_config(config), CONTRACT_KEY: ServedContract(config[CONTRACT_KEY])}
 
 
 @contextmanager

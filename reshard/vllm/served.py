@@ -1,13 +1,16 @@
-"""A placement that an original is served with, as it travels with vLLM's configuration to every process.
+"""A placement that an original is served with, as it travels with vLLM's configuration to every process; and an
+output's contract, as it travels with the model's.
 
-It stands in `VllmConfig.additional_config["reshard"]`. It is a dictionary of JSON values, so that vLLM's compile cache
-has it in its key. Unpickling it needs reshard and registers the plugin: a worker that lacks reshard ends with
-ModuleNotFoundError, where it would serve linear beside ranks that are placed.
+The placement stands in `VllmConfig.additional_config["reshard"]`, the contract in `hf_config.expert_placement`. Both
+are dictionaries of JSON values, so that vLLM's compile cache has them in its key. Unpickling them needs reshard and
+registers the plugin: a worker that lacks reshard ends with ModuleNotFoundError, where it would serve linear beside
+ranks that are placed, or an output as the original.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -22,7 +25,21 @@ ZIGZAG, NODE_ZIGZAG = "zigzag", "node-zigzag"
 _builds_draft: ContextVar[bool] = ContextVar("builds_draft", default=False)
 
 
-class ServedPlacement(dict[str, Any]):
+class Travelling(dict[str, Any]):
+    """JSON values that arrive only where reshard is, and bring the plugin with them. A copy is of the same class."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Travelling:
+        return type(self)(copy.deepcopy(dict(self), memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (type(self), dict(self))
+
+
+class ServedContract(Travelling):
+    """An output's contract, as config.json has it."""
+
+
+class ServedPlacement(Travelling):
     """What is served; see the properties. Made by `served_strategy` or `served_file`."""
 
     @property
@@ -76,15 +93,12 @@ class ServedPlacement(dict[str, Any]):
         found = f"has {num_experts} experts, the placement {len(order)}" if order else "is not in the placement"
         raise UnsupportedError(f"{self.asked}: layer {layer} {found}; {self['make']}")
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (dict(self),)
 
-
-def _arrive(values: dict[str, Any]) -> ServedPlacement:
+def _arrive(kind: type[Travelling], values: dict[str, Any]) -> Travelling:
     from . import register
 
     register()
-    return ServedPlacement(values)
+    return kind(values)
 
 
 def served_strategy(asked: str, nodes: int, num_experts: int, ep_size: int, num_layers: int) -> ServedPlacement:

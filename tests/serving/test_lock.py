@@ -10,6 +10,12 @@ import pytest
 from harness import Serving
 from test_serving import v3
 
+ARRIVES = """
+import pickle, sys
+pickle.loads(bytes.fromhex(sys.argv[1]))
+from vllm.model_executor.layers.fused_moe import layer
+print(hasattr(layer.create_fused_moe_router, "replaced_by_reshard"))
+"""
 BEGINNING = """
 import json, os, pickle, sys
 output, source, folder = sys.argv[1:4]
@@ -28,6 +34,16 @@ ORDERS = {
     "from vllm.plugins import load_general_plugins; load_general_plugins()",
 }
 ATTEMPTS = """
+def without_reshard(pickled):
+    there = {name: sys.modules[name] for name in sys.modules if name.partition(".")[0] == "reshard"}
+    sys.modules.update(dict.fromkeys(there))
+    try:
+        return str(type(pickle.loads(pickled)))
+    except Exception as error:
+        return type(error).__name__
+    finally:
+        sys.modules.update(there)
+
 import transformers
 from vllm.config import ModelConfig
 from vllm.tokenizers import get_tokenizer
@@ -53,6 +69,12 @@ for name, one in (("opened", config), ("by hand", by_hand.from_pretrained(output
     attempt(f"write {name}", lambda: one.to_json_file(f"{folder}-config.json"))
 found["written"] = [path for path in (folder, f"{folder}-config.json") if os.path.exists(path)]
 attempt("original", lambda: str(type(model.from_pretrained(source))))
+import cloudpickle
+from vllm.config import VllmConfig
+import copy
+whole = VllmConfig(model_config=ModelConfig(model=output, dtype="float32"))
+travellers = pickle.dumps(config), cloudpickle.dumps(whole), pickle.dumps(copy.deepcopy(config).to_dict())
+found["pickled"] = [{"bytes": one.hex(), "absent": without_reshard(one)} for one in travellers]
 for where in (source, output):
     tokenizers = [get_tokenizer(where), transformers.AutoTokenizer.from_pretrained(where)]
     tokenizers.append(transformers.AutoProcessor.from_pretrained(where))
@@ -83,3 +105,8 @@ def test_beside_the_plugin_transformers_refuses_what_vllm_reads(order: str, serv
     assert found["written"] == []
     assert "DeepseekV3ForCausalLM" in found["original"]
     assert found["tokens True"] == found["tokens False"]
+    for pickled in found["pickled"]:
+        assert pickled["absent"] == "ModuleNotFoundError", "it would serve the output as the original"
+    present = serving.python(ARRIVES, found["pickled"][1]["bytes"])
+    assert present.returncode == 0, present.stderr[-4000:]
+    assert present.stdout.split() == ["True"], "the plugin came with it"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +18,7 @@ import pytest
 import torch
 
 from reshard import CheckpointError, OutputError, UnsupportedError
-from reshard.placement.contract import Contract, contract_to_json, lock_config
+from reshard.placement.contract import Contract, contract_from_json, contract_to_json, lock_config
 from reshard.placement.permutations import zigzag
 from reshard.vllm import configs, placed, support, worker
 from reshard.vllm.configs import read_config
@@ -131,6 +134,28 @@ def test_a_locked_config_reads_as_the_original_and_keeps_its_contract(monkeypatc
     locked["expert_placement"] = {**locked["expert_placement"], "version": 2}
     with pytest.raises(CheckpointError, match="version 2"):
         read_config(locked, "here")
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_opened_config_arrives_only_where_reshard_is(copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a worker without reshard it was the original's config, and the worker served it as that."""
+    registered: list[bool] = []
+    monkeypatch.setattr("reshard.vllm.register", lambda: registered.append(True))
+    monkeypatch.setattr("reshard.vllm.configs.require_support", lambda where: None)
+    locked = lock_config({"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}, contract())
+    opened = read_config(locked, "here")
+    if copied:
+        opened = copy.deepcopy(opened)
+    assert not registered
+    pickled = pickle.dumps(opened)
+    arrived = pickle.loads(pickled)
+    assert registered, "the process that it arrives in has the plugin from then on"
+    assert arrived == opened
+    assert contract_from_json(arrived["expert_placement"], "here") == contract()
+    assert json.loads(json.dumps(arrived)) == opened
+    code = "import pickle, sys; sys.modules['reshard'] = None; pickle.loads(bytes.fromhex(sys.argv[1]))"
+    absent = subprocess.run([sys.executable, "-c", code, pickled.hex()], capture_output=True, text=True)
+    assert "ModuleNotFoundError" in absent.stderr
 
 
 @pytest.mark.parametrize(
