@@ -22,7 +22,15 @@ from reshard.placement.contract import Contract, contract_from_json, contract_to
 from reshard.placement.permutations import zigzag
 from reshard.vllm import configs, placed, support, worker
 from reshard.vllm.configs import read_config
-from reshard.vllm.loading import Parallel, _parallel, check_model, choose_files, needed_ranks, words_on
+from reshard.vllm.loading import (
+    Parallel,
+    _parallel,
+    check_model,
+    choose_files,
+    install_file_choice,
+    needed_ranks,
+    words_on,
+)
 from reshard.vllm.patching import replace_once
 from reshard.vllm.routing import current_contract, in_logical_order, placement_of
 
@@ -91,18 +99,15 @@ def test_a_needed_file_that_is_absent_is_named_with_the_way_to_get_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "strategy", "eplb", "expected"),
+    ("parallel", "expected"),
     [
-        (Parallel(0, 4, True), "linear", False, []),
-        (Parallel(0, 1, True), "linear", False, ["expert parallelism is off"]),
-        (Parallel(0, 2, True), "linear", False, ["with --ep 2"]),
-        (Parallel(0, 4, False), "round_robin", False, ["undoes the placement"]),
-        (Parallel(0, 4, False), "round_robin", True, []),
-        (Parallel(0, 2, False), "round_robin", False, ["with --ep 2", "undoes the placement"]),
+        (Parallel(0, 4, True), []),
+        (Parallel(0, 1, True), ["expert parallelism is off"]),
+        (Parallel(0, 2, True), ["with --ep 2"]),
     ],
 )
-def test_a_user_who_goes_astray_is_told(parallel: Parallel, strategy: str, eplb: bool, expected: list[str]) -> None:
-    words = words_on(4, parallel, strategy, eplb)
+def test_a_user_who_goes_astray_is_told(parallel: Parallel, expected: list[str]) -> None:
+    words = words_on(4, parallel)
     assert len(words) == len(expected)
     assert all(part in word for part, word in zip(expected, words, strict=True))
 
@@ -375,6 +380,27 @@ def test_sleep_saves_where_an_outputs_experts_are_and_waking_up_restores_it(vllm
     assert routed() != right
     Worker().wake_up(["weights"])
     assert routed() == right, "a draft's is saved by no vLLM before 0.33"
+
+
+@pytest.mark.parametrize("eplb", [False, True])
+def test_round_robin_on_top_of_an_output_is_refused_when_its_files_are_chosen(
+    eplb: bool, vllm_config: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also of one without groups that came from the Hub, which no config tells from an original."""
+    said = SimpleNamespace(init_logger=lambda name: SimpleNamespace(warning=print, info=print))
+    monkeypatch.setitem(sys.modules, "vllm.logger", said)  # type: ignore[arg-type]
+    vllm_config.parallel_config = SimpleNamespace(
+        enable_expert_parallel=False, enable_eplb=eplb, expert_placement_strategy="round_robin"
+    )
+    vllm_config.model_config.get_num_experts = lambda: 8
+    files = [str(tmp_path / Path(name).name) for name in NAMED]
+    (tmp_path / "index.json").write_text(json.dumps({"weight_map": {name: Path(name).name for name in files}}))
+    module = SimpleNamespace(filter_duplicate_safetensors_files=lambda files, folder, index: files)
+    install_file_choice(module)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"place them once more, and some kernels answer wrongly.*leave that"):
+        module.filter_duplicate_safetensors_files(files, str(tmp_path), "index.json")
+    vllm_config.parallel_config.expert_placement_strategy = "linear"
+    assert sorted(module.filter_duplicate_safetensors_files(files, str(tmp_path), "index.json")) == sorted(files)
 
 
 @pytest.mark.parametrize(
