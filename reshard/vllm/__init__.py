@@ -3,7 +3,7 @@
 vLLM calls `register` in every process, through the entry point group `vllm.general_plugins`. For outputs of reshard the
 plugin replaces functions of vLLM as follows:
 
-    configs    config.json of a group-limited output reads as the original's, and keeps the contract
+    configs    config.json of a group-limited output reads as the original's, to vLLM only, and keeps the contract
     routing    with a contract, routers score groups of logical experts and return physical ids
     loading    a rank opens only the shared files and its own; every router is checked before the model serves
     recording  if RESHARD_TRACE names a directory: records which experts each token chose, for any MoE model
@@ -38,6 +38,10 @@ def register() -> None:
     from . import configs, eplb, loading, placed_weights, recording, request, routing, weight_filter, worker
 
     register_post_import_hook(configs.install, "transformers.configuration_utils")
+    register_post_import_hook(configs.install_models, "transformers.modeling_utils")
+    register_post_import_hook(configs.install_parsers, "vllm.transformers_utils.config")
+    for chooser in configs.CHOOSERS:
+        register_post_import_hook(configs.install_chooser, f"transformers.models.auto.{chooser}")
     register_post_import_hook(request.install, "vllm.config.vllm")
     register_post_import_hook(_install_runner, "vllm.model_executor.layers.fused_moe.runner.moe_runner")
     register_post_import_hook(placed_weights.install, "vllm.model_executor.layers.fused_moe.routed_experts")

@@ -19,6 +19,7 @@ from ..errors import OutputError, UnsupportedError
 from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
 from ..placement.permutations import rank_slots
 from .patching import replace_if_there, replace_once
+from .request import refuse_placing_twice
 from .routing import LogicalOrder
 from .runners import lets_kernel_route, moe_runners
 from .served import ServedPlacement, building, served_placement
@@ -83,25 +84,19 @@ def needed_ranks(ranks: int, num_experts: int, parallel: Parallel) -> set[int]:
     return {rank for rank, slots in enumerate(made_for) if slots.start < owned.stop and owned.start < slots.stop}
 
 
-def placement_warnings(ranks: int, parallel: Parallel, strategy: str, eplb: bool) -> list[str]:
+def placement_warnings(ranks: int, parallel: Parallel) -> list[str]:
     """Warnings for a user whose options make the placement of an output for `ranks` EP ranks useless."""
     if parallel.ep_size == 1:
         return [
             f"resharded for {ranks} EP ranks, but expert parallelism is off: answers are right, but the placement has "
             "no effect"
         ]
-    warnings = []
     if parallel.ep_size != ranks:
-        warnings.append(
+        return [
             f"resharded for {ranks} EP ranks, served on {parallel.ep_size}: answers are right, but the ranks do not "
             f"own the experts as planned; reshard the original again with --ep {parallel.ep_size}"
-        )
-    if strategy == "round_robin" and not eplb:
-        warnings.append(
-            "--expert-placement-strategy round_robin undoes the placement of a resharded checkpoint: answers are "
-            "right, but leave that option out"
-        )
-    return warnings
+        ]
+    return []
 
 
 def check_model(model: Any, contract: Contract, is_draft: bool, pipelined: bool) -> None:
@@ -222,13 +217,12 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
         from vllm.logger import init_logger
 
         config = get_current_vllm_config()
+        refuse_placing_twice(folder, str(config.parallel_config.expert_placement_strategy))
         weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
         parallel = _parallel(config.parallel_config, str(config.load_config.load_format), weight_map)
         logger = init_logger("vllm.plugins.reshard")
         made_for = contract.ep_size if contract else sizes.pop()
-        for warning in placement_warnings(
-            made_for, parallel, config.parallel_config.expert_placement_strategy, config.parallel_config.enable_eplb
-        ):
+        for warning in placement_warnings(made_for, parallel):
             logger.warning("%s: %s", folder, warning)
         if not by_rank:
             return filter_files(files, folder, index_file)

@@ -154,7 +154,10 @@ def placed_router(router: Any, served: ServedPlacement, arguments: dict[str, Any
 
 
 def install_runner(module: ModuleType) -> None:
-    """Make each MoE layer pass its router's placement to its experts; `module` defines MoERunner."""
+    """Make each MoE layer keep its router's placement, and pass it to experts that get it while they are loaded.
+
+    `module` defines MoERunner.
+    """
     replace_if_there(module.MoERunner, "__init__", _then_join)
 
 
@@ -162,9 +165,11 @@ def _then_join(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def __init__(runner: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - vLLM's own name
         init(runner, *args, **kwargs)
-        if isinstance(runner.router, Placed):
-            place = runner.router.reshard_place
-            runner.reshard_place = place  # now a submodule of the model: vLLM saves and restores its buffer
+        place: ExpertPlace | None = getattr(runner.router, "reshard_place", None)
+        if place is None:
+            return
+        runner.reshard_place = place  # now a submodule of the model: vLLM saves and restores its buffer
+        if isinstance(runner.router, Placed):  # not an output's router: its experts are in place already
             runner.routed_experts.reshard_filling = Filling.of(runner.routed_experts, place.logical_to_physical)
 
     return __init__

@@ -63,10 +63,21 @@ def _then_resolve(post_init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(post_init)
     def __post_init__(config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - vLLM's own name
         post_init(config, *args, **kwargs)
-        if config.model_config is not None:
+        if (model := config.model_config) is not None:
+            if is_output(str(model.model), model.hf_config):
+                refuse_placing_twice(str(model.model), str(config.parallel_config.expert_placement_strategy))
             resolve_in(config, os.environ)
 
     return __post_init__
+
+
+def refuse_placing_twice(output: str, strategy: str) -> None:
+    """UnsupportedError where vLLM's own strategy would place the experts of an output once more."""
+    if strategy != "linear":
+        raise UnsupportedError(
+            f"{output}: this is an output of reshard, whose experts are placed already; --expert-placement-strategy "
+            f"{strategy} would place them once more, and some kernels answer wrongly then; leave that option out"
+        )
 
 
 def resolve_in(config: Any, environment: Mapping[str, str]) -> None:

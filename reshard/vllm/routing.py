@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnsupportedError
 from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
 from ..placement.layer_names import find_layer
-from ..placement.permutations import Placement, invert
+from ..placement.permutations import Placement
 from .fused import Fused, fused_in_place_of
 from .patching import replace_once
 from .served import ServedPlacement, current_placement
@@ -29,6 +29,7 @@ from .support import hook_fault
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .placed import ExpertPlace
 
 # Load formats that read the files that the index names.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
@@ -37,17 +38,16 @@ LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor",
 class LogicalOrder:
     """A mixin before the router's own class; it gives the router logits in logical order and maps its answer."""
 
-    _physical_of_logical: Tensor  # [E]
+    reshard_place: ExpertPlace
     _fused: Fused | None
 
     def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> Any:
         def with_gathers(hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-            logical_logits = logits.index_select(1, self._physical_of_logical)
+            logical_logits = logits.index_select(1, self.reshard_place.place_E)
             weights, ids = super(LogicalOrder, self)._compute_routing(  # type: ignore[misc]
                 hidden, logical_logits, *args, **kwargs
             )
-            physical = self._physical_of_logical[ids.clamp(min=0).long()].to(ids.dtype)
-            return weights, physical.where(ids >= 0, ids)  # a negative id marks padding
+            return weights, self.reshard_place(ids)
 
         if self._fused is None:
             return with_gathers(hidden_states, router_logits)
@@ -64,7 +64,7 @@ class LogicalOrder:
     def e_score_correction_bias(self) -> Tensor | None:
         """The correction bias in logical order; like all router tensors, it is loaded in physical order."""
         bias = self.__dict__["e_score_correction_bias"]
-        return None if bias is None else bias.index_select(0, self._physical_of_logical)
+        return None if bias is None else bias.index_select(0, self.reshard_place.place_E)
 
     @property
     def routing_method_type(self) -> Any:
@@ -138,8 +138,9 @@ def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any],
 
     Raises UnsupportedError for a router that cannot be kept exact.
     """
-    import torch
     from vllm.config import get_current_vllm_config
+
+    from .placed import ExpertPlace  # imports torch
 
     groups = (arguments.get("num_expert_group"), arguments.get("topk_group"))
     faults = {
@@ -157,12 +158,12 @@ def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any],
                 f"{prefix}: reshard cannot keep this layer's router exact for a resharded model: {fault}; serve the "
                 "original, or use other options"
             )
-    physical_of_logical = invert(placement_of(contract.physical_to_logical, prefix))
+    order = placement_of(contract.physical_to_logical, prefix)
+    place = ExpertPlace(order, get_current_vllm_config().device_config.device)
     resharded_class = type(f"Resharded{type(router).__name__}", (LogicalOrder, type(router)), {})
     resharded: Any = object.__new__(resharded_class)
-    order = torch.tensor(physical_of_logical, device=get_current_vllm_config().device_config.device)
-    fused = fused_in_place_of(router, order, prefix)
-    resharded.__dict__ = {**vars(router), "_physical_of_logical": order, "_fused": fused}
+    fused = fused_in_place_of(router, place.place_E, prefix)
+    resharded.__dict__ = {**vars(router), "reshard_place": place, "_fused": fused}
     return resharded
 
 

@@ -1,13 +1,15 @@
-"""The placement that an original is served with; it travels in vLLM's configuration to every process.
+"""What travels in vLLM's configuration to every process: the placement of an original, or the contract of an output.
 
-It is stored in `VllmConfig.additional_config["reshard"]`. It is a dictionary of JSON values, so that vLLM's compile
-cache includes it in its key. To unpickle it, a process needs reshard, and registers the plugin. So a worker without
-reshard fails with ModuleNotFoundError, and cannot serve linear beside ranks with the placement.
+The placement is stored in `VllmConfig.additional_config["reshard"]`, the contract in `hf_config.expert_placement`. Both
+are dictionaries of JSON values, so that vLLM's compile cache includes them in its key. To unpickle one, a process needs
+reshard, and registers the plugin. So a worker without reshard fails with ModuleNotFoundError, and cannot serve linear
+beside ranks with the placement, or an output as if it were the original.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -22,7 +24,21 @@ ZIGZAG, NODE_ZIGZAG = "zigzag", "node-zigzag"
 _builds_draft: ContextVar[bool] = ContextVar("builds_draft", default=False)
 
 
-class ServedPlacement(dict[str, Any]):
+class Travelling(dict[str, Any]):
+    """JSON values that can be unpickled only where reshard is, and then register the plugin. Copies keep the class."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Travelling:
+        return type(self)(copy.deepcopy(dict(self), memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, (type(self), dict(self))
+
+
+class ServedContract(Travelling):
+    """An output's contract, as config.json has it."""
+
+
+class ServedPlacement(Travelling):
     """A resolved placement; `served_strategy` and `served_file` make it, and its properties describe it."""
 
     @property
@@ -76,15 +92,12 @@ class ServedPlacement(dict[str, Any]):
         found = f"has {num_experts} experts, but the placement {len(order)}" if order else "is not in the placement"
         raise UnsupportedError(f"{self.asked}: layer {layer} {found}; {self['make']}")
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (dict(self),)
 
-
-def _unpickle(values: dict[str, Any]) -> ServedPlacement:
+def _unpickle(kind: type[Travelling], values: dict[str, Any]) -> Travelling:
     from . import register
 
     register()
-    return ServedPlacement(values)
+    return kind(values)
 
 
 def served_strategy(asked: str, nodes: int, num_experts: int, ep_size: int, num_layers: int) -> ServedPlacement:

@@ -104,7 +104,7 @@ def _restoring(wake_up: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(wake_up)
     def wake_up_and_restore(worker: Any, tags: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
         wake_up(worker, tags, *args, **kwargs)
-        if served_placement(worker.vllm_config) is not None and (tags is None or "weights" in tags):
+        if tags is None or "weights" in tags:  # of outputs, too
             from .placed import restore_places  # imports torch
 
             restore_places()

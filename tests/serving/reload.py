@@ -1,11 +1,12 @@
 """Gives a served model new weights, and loses and restores its memory, as vLLM does. Runs in vLLM's environment.
 
 Reads one JSON object from standard input: `model`, `prompts`, `max_tokens` and `llm` as in generate.py; `other`,
-another checkpoint of the same shape; and `output`, an output of reshard. Prints one line of JSON: for each step, the
-tokens that were generated after it, or its error. `lost` has the tokens that were generated without the buffer.
+another checkpoint of the same shape; `output`, an output of reshard; and `steps`, if not all of them are wanted. Prints
+one line of JSON: for each step, the tokens that were generated after it, or its error. `lost` has the tokens that were
+generated without the buffer.
 
 CPUs have no sleep mode. So `sleep` does what a GPU worker does for level 2: it saves the buffers of modules, zeroes all
-memory of the model, restores the buffers, and loads the weights again.
+memory of the model, also what its routers hold outside of modules, restores the buffers, and loads the weights again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     def sleep(worker: Any, restore: bool = True) -> None:
         model = worker.model_runner.get_model()
         saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in (*model.parameters(), *model.buffers(), *held_by_routers(model)):
             tensor.data.zero_()
         for name, buffer in model.named_buffers():
             if restore or "_expert_map" not in name:
@@ -58,6 +59,11 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     def by_slot(worker: Any) -> None:
         worker.reload_weights(weights_iterator=iter([]), is_checkpoint_format=False)
 
+    def held_by_routers(model: Any) -> list[Any]:
+        """Tensors of routers, which are no modules."""
+        routers = [module.router for module in model.modules() if hasattr(module, "router")]
+        return [value for router in routers for value in vars(router).values() if isinstance(value, torch.Tensor)]
+
     lost: list[list[list[int]]] = []
     steps: dict[str, Callable[[Any], Any]] = {
         "at first": lambda worker: None,
@@ -73,7 +79,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     with torch.inference_mode():
-        for name, step in steps.items():
+        for name in request.get("steps", steps):
+            step = steps[name]
             try:
                 llm.collective_rpc(step)
             except Exception as error:

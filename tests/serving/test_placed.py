@@ -158,16 +158,17 @@ def test_compiled_code_answers_the_same_and_is_cached_per_placement(serving: Ser
 # New weights
 
 
-def reloaded(serving: Serving, environment: dict[str, str]) -> dict[str, Any]:
-    """The output of reload.py for `v3`."""
+def reloaded(serving: Serving, environment: dict[str, str], model: Path | None = None, **more: Any) -> dict[str, Any]:
+    """The output of reload.py for `model`, or for `v3`; `more` are other keys of its request."""
     source = v3(serving)
     request = {
-        "model": str(source),
+        "model": str(model or source),
         "other": str(serving.model("deepseek_v3", seed=1)),
         "output": str(serving.resharded(source, 2)),
         "prompts": PROMPTS,
         "max_tokens": 8,
         "llm": {},
+        **more,
     }
     with serving.slot() as slot:
         first = {**serving.environment(first=slot.number), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -196,6 +197,16 @@ def test_new_weights_go_to_their_slots_and_operations_that_know_only_slots_are_r
         assert re.match(
             rf"UnsupportedError: .*refused while the model is served with a placement: .*{fault}", placed[step]
         )
+
+
+def test_an_output_keeps_its_placement_when_memory_is_lost_and_weights_are_loaded_again(serving: Serving) -> None:
+    """Outside modules it was zeros after sleep level 2, and every token went to expert 0."""
+    steps = ["at first", "reload", "sleep", "sleep without the buffer"]
+    stock = reloaded(serving, {"VLLM_PLUGINS": SHIM_ONLY}, steps=steps)
+    output = reloaded(serving, {}, serving.placed(v3(serving), 2), steps=steps)
+    for step in steps:
+        assert output[step] == stock[step], step
+    assert output["lost"] != stock["lost"], "the control: without its buffer the placement is lost"
 
 
 # Refused

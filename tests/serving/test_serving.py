@@ -201,11 +201,14 @@ def test_pipeline_stages_with_different_placements_per_layer_equal_the_original(
     assert_equal(answer, serving.generate(source, plugins=SHIM_ONLY))
 
 
-def test_round_robin_on_top_of_an_output_answers_right_and_the_log_says_to_leave_it_out(serving: Serving) -> None:
-    source = v3(serving)
-    answer = serving.generate(serving.resharded(source, 2), ranks=2, placement="round_robin")
-    assert_close(answer, round_robin(serving, source))
-    assert "round_robin undoes the placement" in answer.log
+@pytest.mark.parametrize("model", [v3, kimi], ids=["V3", "Kimi-K2"])
+def test_round_robin_on_top_of_an_output_is_refused_with_one_line_before_anything_is_loaded(
+    model: Model, serving: Serving
+) -> None:
+    refusal = serving.generate(serving.resharded(model(serving), 2), ranks=2, placement="round_robin")
+    assert refusal.status != 0
+    assert re.search(r"UnsupportedError: .*round_robin would place them once more.*leave that option out", refusal.log)
+    assert not refusal.opened, "it began to load"
 
 
 def test_an_output_with_layout_source_equals_the_original_under_round_robin(serving: Serving) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,11 +18,19 @@ import pytest
 import torch
 
 from reshard import CheckpointError, OutputError, UnsupportedError
-from reshard.placement.contract import Contract, contract_to_json, lock_config
+from reshard.placement.contract import Contract, contract_from_json, contract_to_json, lock_config
 from reshard.placement.permutations import zigzag
-from reshard.vllm import support
+from reshard.vllm import configs, placed, support, worker
 from reshard.vllm.configs import read_config
-from reshard.vllm.loading import Parallel, _parallel, check_model, choose_files, needed_ranks, placement_warnings
+from reshard.vllm.loading import (
+    Parallel,
+    _parallel,
+    check_model,
+    choose_files,
+    install_file_choice,
+    needed_ranks,
+    placement_warnings,
+)
 from reshard.vllm.patching import replace_once
 from reshard.vllm.routing import current_contract, in_logical_order, placement_of
 
@@ -87,20 +99,15 @@ def test_the_error_for_an_absent_file_names_it_and_says_how_to_get_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "strategy", "eplb", "expected"),
+    ("parallel", "expected"),
     [
-        (Parallel(0, 4, True), "linear", False, []),
-        (Parallel(0, 1, True), "linear", False, ["expert parallelism is off"]),
-        (Parallel(0, 2, True), "linear", False, ["with --ep 2"]),
-        (Parallel(0, 4, False), "round_robin", False, ["undoes the placement"]),
-        (Parallel(0, 4, False), "round_robin", True, []),
-        (Parallel(0, 2, False), "round_robin", False, ["with --ep 2", "undoes the placement"]),
+        (Parallel(0, 4, True), []),
+        (Parallel(0, 1, True), ["expert parallelism is off"]),
+        (Parallel(0, 2, True), ["with --ep 2"]),
     ],
 )
-def test_options_that_make_the_placement_useless_give_a_warning(
-    parallel: Parallel, strategy: str, eplb: bool, expected: list[str]
-) -> None:
-    warnings = placement_warnings(4, parallel, strategy, eplb)
+def test_options_that_make_the_placement_useless_give_a_warning(parallel: Parallel, expected: list[str]) -> None:
+    warnings = placement_warnings(4, parallel)
     assert len(warnings) == len(expected)
     assert all(part in warning for part, warning in zip(expected, warnings, strict=True))
 
@@ -132,6 +139,28 @@ def test_a_locked_config_reads_as_the_original_and_keeps_its_contract(monkeypatc
     locked["expert_placement"] = {**locked["expert_placement"], "version": 2}
     with pytest.raises(CheckpointError, match="version 2"):
         read_config(locked, "here")
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_opened_config_arrives_only_where_reshard_is(copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a worker without reshard it was the original's config, and the worker served it as that."""
+    registered: list[bool] = []
+    monkeypatch.setattr("reshard.vllm.register", lambda: registered.append(True))
+    monkeypatch.setattr("reshard.vllm.configs.require_support", lambda where: None)
+    locked = lock_config({"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}, contract())
+    opened = read_config(locked, "here")
+    if copied:
+        opened = copy.deepcopy(opened)
+    assert not registered
+    pickled = pickle.dumps(opened)
+    arrived = pickle.loads(pickled)
+    assert registered, "the process that it arrives in has the plugin from then on"
+    assert arrived == opened
+    assert contract_from_json(arrived["expert_placement"], "here") == contract()
+    assert json.loads(json.dumps(arrived)) == opened
+    code = "import pickle, sys; sys.modules['reshard'] = None; pickle.loads(bytes.fromhex(sys.argv[1]))"
+    absent = subprocess.run([sys.executable, "-c", code, pickled.hex()], capture_output=True, text=True)
+    assert "ModuleNotFoundError" in absent.stderr
 
 
 @pytest.mark.parametrize(
@@ -174,6 +203,51 @@ def test_each_wrapper_replaces_a_function_once() -> None:
     for wrap in (add_one, add_one, add_ten, add_one, add_ten):
         replace_once(module, "double", wrap)
     assert module.double(3) == 17
+
+
+def test_a_class_method_is_replaced_too_and_stays_one() -> None:
+    class Config:
+        @classmethod
+        def name(cls) -> str:
+            return cls.__name__
+
+    class Other(Config): ...
+
+    def loud(old: Callable[[type], str]) -> Callable[[type], str]:
+        return lambda cls: old(cls).upper()
+
+    for _ in range(2):
+        replace_once(Config, "name", loud)
+    assert (Config.name(), Other().name()) == ("CONFIG", "OTHER")
+
+
+def test_the_lock_is_open_where_vllm_reads_a_config_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reshard.vllm.configs.require_support", lambda where: None)
+    locked = lock_config({"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}, contract())
+
+    class PretrainedConfig:
+        @classmethod
+        def get_config_dict(cls, path: str, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+            return locked, kwargs
+
+    class HFConfigParser:
+        def parse(self, fails: bool = False) -> Any:
+            if fails:
+                raise OSError
+            return read()
+
+    def read() -> Any:
+        return PretrainedConfig.get_config_dict("here")[0]["model_type"]
+
+    configs.install(SimpleNamespace(PretrainedConfig=PretrainedConfig))  # type: ignore[arg-type]
+    configs.install_parsers(SimpleNamespace(HFConfigParser=HFConfigParser))  # type: ignore[arg-type]
+    assert read() == "reshard_deepseek_v3"
+    assert HFConfigParser().parse() == "deepseek_v3"
+    with pytest.raises(OSError):
+        HFConfigParser().parse(fails=True)
+    assert read() == "reshard_deepseek_v3"
+    with configs.open_lock(), ThreadPoolExecutor() as other:
+        assert other.submit(read).result() == "reshard_deepseek_v3", "another thread"
 
 
 @pytest.mark.parametrize(
@@ -272,6 +346,61 @@ def test_an_id_that_marks_padding_is_unchanged(vllm_config: SimpleNamespace) -> 
     router = in_logical_order(Padding(), contract(), GROUPED, "layer")
     _, ids = router._compute_routing(None, torch.zeros(1, 8))
     assert ids.tolist() == [[-1, zigzag(8, 2).index(3)]]
+
+
+def test_sleep_saves_where_an_outputs_experts_are_and_waking_up_restores_it(vllm_config: SimpleNamespace) -> None:
+    class Runner(torch.nn.Module):
+        def __init__(self, router: object, routed_experts: object) -> None:
+            super().__init__()
+            self.router, self.routed_experts = router, routed_experts
+
+    class Worker:
+        vllm_config: Any = None
+
+        def wake_up(self, tags: list[str] | None = None) -> None: ...
+
+    placed.install_runner(SimpleNamespace(MoERunner=Runner))  # type: ignore[arg-type]
+    worker.install(SimpleNamespace(Worker=Worker))  # type: ignore[arg-type]
+    router = in_logical_order(Chooser(), contract(), GROUPED, "layer")
+    runner = Runner(router, object())
+    assert [tensor for tensor in vars(router).values() if isinstance(tensor, torch.Tensor)] == []
+    buffers = dict(runner.named_buffers())
+    assert len(buffers) == 1, "a module's: sleep level 2 saves it"
+    assert not runner.state_dict(), "not persistent: a reload leaves it alone"
+
+    def routed() -> list[int]:
+        ids: list[int] = router._compute_routing(None, torch.arange(8.0)[None, list(zigzag(8, 2))])[1][0].tolist()
+        return ids
+
+    right = routed()
+    for buffer in buffers.values():
+        buffer.zero_()
+    assert routed() != right
+    Worker().wake_up(["kv_cache"])
+    assert routed() != right
+    Worker().wake_up(["weights"])
+    assert routed() == right, "a draft's is saved by no vLLM before 0.33"
+
+
+@pytest.mark.parametrize("eplb", [False, True])
+def test_round_robin_on_top_of_an_output_is_refused_when_its_files_are_chosen(
+    eplb: bool, vllm_config: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also of one without groups that came from the Hub, which no config tells from an original."""
+    said = SimpleNamespace(init_logger=lambda name: SimpleNamespace(warning=print, info=print))
+    monkeypatch.setitem(sys.modules, "vllm.logger", said)  # type: ignore[arg-type]
+    vllm_config.parallel_config = SimpleNamespace(
+        enable_expert_parallel=False, enable_eplb=eplb, expert_placement_strategy="round_robin"
+    )
+    vllm_config.model_config.get_num_experts = lambda: 8
+    files = [str(tmp_path / Path(name).name) for name in NAMED]
+    (tmp_path / "index.json").write_text(json.dumps({"weight_map": {name: Path(name).name for name in files}}))
+    module = SimpleNamespace(filter_duplicate_safetensors_files=lambda files, folder, index: files)
+    install_file_choice(module)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"place them once more, and some kernels answer wrongly.*leave that"):
+        module.filter_duplicate_safetensors_files(files, str(tmp_path), "index.json")
+    vllm_config.parallel_config.expert_placement_strategy = "linear"
+    assert sorted(module.filter_duplicate_safetensors_files(files, str(tmp_path), "index.json")) == sorted(files)
 
 
 @pytest.mark.parametrize(
