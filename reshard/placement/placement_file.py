@@ -170,7 +170,7 @@ def _fault(file: PlacementFile) -> str | None:
         if differing := sorted(orders.keys() ^ set(file.layers)):
             return f"physical_to_logical and layers differ: only one of them has {differing[0]!r:.200}"
     for layer, order in orders.items() if isinstance(orders, dict) else [("all layers", orders)]:
-        if set(order) != set(range(file.num_experts)):
+        if len(found := set(order)) != file.num_experts or max(found) != file.num_experts - 1:
             return (
                 f"physical_to_logical: {layer}: expected each of the experts 0 to {file.num_experts - 1}, "
                 f"found {order!r:.80}"

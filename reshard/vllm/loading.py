@@ -19,12 +19,12 @@ from ..errors import OutputError, UnsupportedError
 from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
 from ..placement.permutations import rank_slots
 from .patching import replace_if_there, replace_once
-from .request import refuse_placing_twice
+from .request import MANIFEST, refuse_placing_twice
 from .routing import LogicalOrder
 from .runners import lets_kernel_route, moe_runners
 from .served import ServedPlacement, building, served_placement
 from .support import hook_fault
-from .worker import mark_proved
+from .worker import has_placement, mark_proved
 
 RANK_FILE = re.compile(r"model-ep(\d{2,})-of-(\d{2,})-(\d{5})-of-(\d{5})\.safetensors")
 # With these load formats, ranks divide all files among themselves and exchange tensors: all must name the same files.
@@ -207,6 +207,11 @@ def _contract_in(folder: Path) -> Contract | None:
 def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[str]]:
     @functools.wraps(filter_files)
     def filter_duplicate_safetensors_files(files: list[str], folder: str, index_file: str) -> list[str]:
+        if has_placement() and Path(folder, MANIFEST).is_file():
+            raise UnsupportedError(
+                f"{folder}: an output of reshard, whose experts are renumbered already; a model with a placement takes "
+                "weights in the original's ids only"
+            )
         sizes = {int(match[2]) for file in files if (match := RANK_FILE.fullmatch(Path(file).name))}
         by_rank = len(sizes) == 1
         contract = None if by_rank else _contract_in(Path(folder))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UnsupportedError
 from .patching import replace_if_there
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Filling:
     last_lookup: tuple[int, int] | None = None  # the last expert that was looked up, and its local slot (-1: not here)
     bypassed: str | None = None  # a parameter that was loaded without the lookup
     samples: dict[str, Tensor | None] = field(default_factory=dict)
+    is_loaded: bool = False  # the first load is over
 
     @classmethod
     def of(cls, experts: Any, logical_to_physical: tuple[int, ...]) -> Filling:
@@ -51,7 +53,7 @@ class Filling:
 
     def note(self, parameter: str, part: str, expert: int, whole: bool) -> None:
         """Note that `part` of `expert` was loaded into `parameter`; `whole`: as one tensor of all experts."""
-        if self.last_lookup is None or self.last_lookup[0] != expert or whole:
+        if not self.looked_up(expert, whole) or self.last_lookup is None:
             self.bypassed = parameter
         elif (slot := self.last_lookup[1]) >= 0:
             self.filled.setdefault(parameter, {}).setdefault(slot, {})[part] = expert
@@ -81,8 +83,12 @@ class Filling:
         return None
 
     def forget(self) -> None:
-        """Drop the notes once the layer is proved; later loads (reload, weight updates) are not noted."""
-        self.filled, self.samples = {}, {}
+        """Drop the notes once the layer is proved, or is to hold dummy weights: later loads are checked one by one."""
+        self.filled, self.samples, self.is_loaded = {}, {}, True
+
+    def looked_up(self, expert: int, whole: bool) -> bool:
+        """Whether the load that just ended asked for the slot of `expert`, and loaded that expert only."""
+        return not whole and self.last_lookup is not None and self.last_lookup[0] == expert
 
 
 def sample(parameter: Tensor) -> Tensor | None:
@@ -129,10 +135,17 @@ def _noted(load: Callable[..., bool | None]) -> Callable[..., bool | None]:
             return load(experts, param, loaded_weight, weight_name, shard_id, expert_id, return_success)
         filling.last_lookup = None
         loaded = load(experts, param, loaded_weight, weight_name, shard_id, expert_id, True)
-        if loaded and filling.samples:
+        whole = loaded_weight.dim() == 3
+        if loaded and filling.is_loaded and not filling.looked_up(expert_id, whole):
+            raise UnsupportedError(
+                f"{weight_name}: these new weights bypass the placement: they hold all experts in one tensor, or are "
+                "copied without looking up the expert's slot; the experts are now misplaced. Restart the server, and "
+                "send weights expert by expert, or serve without a placement"
+            )
+        if loaded and not filling.is_loaded:
             known = (name for name, own in experts.named_parameters(recurse=False) if own is param)
             name = next(known, weight_name.rpartition(".")[2])
-            filling.note(name, str(shard_id), expert_id, whole=loaded_weight.dim() == 3)
+            filling.note(name, str(shard_id), expert_id, whole=whole)
         return loaded if return_success else None
 
     return weight_loader

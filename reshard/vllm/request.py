@@ -52,6 +52,7 @@ class Model:
     lora: bool
     elastic: bool
     transfer: str | None  # backend of weight updates
+    eplb: bool = False
 
 
 def install(module: ModuleType) -> None:
@@ -175,6 +176,9 @@ def _fault(model: Model) -> str | None:
         f"weight transfer by {model.transfer} writes to slots directly; use one of {', '.join(TRANSFERS)}": (
             model.transfer is not None and model.transfer not in TRANSFERS
         ),
+        "EPLB moves experts, and weight transfer writes them where they were at first; serve without one of them": (
+            model.eplb and model.transfer is not None
+        ),
         f"{model.num_experts} experts are fewer than the {model.ep_size} EP ranks; use fewer ranks": (
             0 < model.num_experts < model.ep_size
         ),
@@ -240,6 +244,7 @@ def _model_of(config: Any) -> Model:
         lora=config.lora_config is not None,
         elastic=bool(getattr(parallel, "enable_elastic_ep", False)),
         transfer=None if transfer is None else str(transfer.backend),
+        eplb=bool(parallel.enable_eplb),
     )
 
 

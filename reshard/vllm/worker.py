@@ -40,6 +40,11 @@ def mark_proved(served: ServedPlacement) -> None:
     _proved.append(served.digest)
 
 
+def has_placement() -> bool:
+    """Whether a model of this process was proved to follow a placement."""
+    return bool(_proved)
+
+
 def _proved_load(load_model: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(load_model)
     def load_and_check(worker: Any, *args: Any, **kwargs: Any) -> None:

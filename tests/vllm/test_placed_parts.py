@@ -14,6 +14,7 @@ import torch
 from reshard.errors import UnsupportedError
 from reshard.placement.permutations import invert, node_zigzag, rank_slots, zigzag
 from reshard.placement.placement_file import PlacementFile, encode_placement_file
+from reshard.vllm import loading, worker
 from reshard.vllm.agreement import compare, publish
 from reshard.vllm.eplb import with_copies
 from reshard.vllm.placed import ExpertPlace
@@ -173,6 +174,20 @@ def test_a_slot_that_got_another_expert_is_reported() -> None:
     assert "slot 1 was filled with expert 6, expected 3" in str(experts.reshard_filling.fault(experts))
 
 
+@pytest.mark.parametrize("first", ["real weights", "dummy weights"])
+def test_new_weights_that_bypass_the_lookup_are_refused(first: str) -> None:
+    """Llama 4 slices its fused tensors itself: new weights of that form went to other experts' slots, silently."""
+    experts = loaded() if first == "real weights" else Experts()
+    experts.reshard_filling.forget()
+    experts.weight_loader(experts.w2_weight, torch.tensor(5.0), "layer.w2_weight", "w2", 5, False)
+    assert experts.w2_weight[:, 0].tolist()[2] == 5.0, "the control: expert by expert they are taken"
+    for whole, lookup in ((torch.ones(1, 1, 1), True), (torch.tensor(1.0), False)):
+        if not lookup:
+            experts._map_global_expert_id_to_local_expert_id = lambda expert: 0  # type: ignore[method-assign]
+        with pytest.raises(UnsupportedError, match="bypass the placement"):
+            experts.weight_loader(experts.w2_weight, whole, "layer.w2_weight", "w2", 5, False)
+
+
 def test_a_parameter_that_was_filled_without_the_lookup_is_reported() -> None:
     experts = loaded()
     experts.w2_bias.data[2].fill_(1.0)
@@ -315,3 +330,17 @@ def test_a_placed_router_returns_physical_ids_and_captures_logical_ones(monkeypa
             placed_router(Router(), served, {"global_num_experts": 8, **arguments}, "layer")
     with pytest.raises(UnsupportedError, match="does not map its ids"):
         placed_router(object(), served, {"global_num_experts": 8}, "layer")
+
+
+def test_a_model_with_a_placement_reads_no_output_whatever_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named by its id in the Hub's cache, an output's weights were once loaded in the original's order."""
+    module = SimpleNamespace(filter_duplicate_safetensors_files=lambda files, folder, index: files)
+    loading.install_file_choice(module)  # type: ignore[arg-type]
+    (tmp_path / "reshard_manifest.json").write_text("{}")
+    monkeypatch.setattr(worker, "_proved", [])
+    assert module.filter_duplicate_safetensors_files(["a"], str(tmp_path), "index") == ["a"], "the control"
+    worker.mark_proved(served_strategy("zigzag", 1, 8, 2, 3))
+    with pytest.raises(UnsupportedError, match="an output of reshard"):
+        module.filter_duplicate_safetensors_files(["a"], str(tmp_path), "index")
