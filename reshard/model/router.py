@@ -29,7 +29,7 @@ class Router:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Chosen:
     """The experts chosen for each token, best first. `tied_T`: true if a chosen expert ties with the next in rank."""
 
     experts_TK: Tensor
@@ -37,7 +37,7 @@ class Choice:
     tied_T: Tensor
 
 
-def route(hidden_TH: Tensor, router: Router, routing: Routing, group_order: Sequence[int] | None = None) -> Choice:
+def route(hidden_TH: Tensor, router: Router, routing: Routing, group_order: Sequence[int] | None = None) -> Chosen:
     """Choose experts for each token.
 
     Parameters:
@@ -61,7 +61,7 @@ def route(hidden_TH: Tensor, router: Router, routing: Routing, group_order: Sequ
 
 def choose(
     logits_TE: Tensor, correction_E: Tensor | None, routing: Routing, group_order: Sequence[int] | None = None
-) -> Choice:
+) -> Chosen:
     """Choose experts from each token's logits; the other parameters and the result are as in `route`."""
     import torch
 
@@ -79,7 +79,7 @@ def choose(
     top_scores = ranked_TE.values[:, : routing.top_k + 1]  # the chosen experts' and the next one's
     tied_T = (top_scores[:, 1:] == top_scores[:, :-1]).any(dim=1)
     experts_TK = order_E[chosen_TK]
-    return Choice(experts_TK, _weights(scores_TE.gather(1, experts_TK), routing), tied_T)
+    return Chosen(experts_TK, _weights(scores_TE.gather(1, experts_TK), routing), tied_T)
 
 
 def read_routers(layer: MoeLayer, files: Mapping[str, Path], wanted: dtype) -> Iterator[Router]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from oracle import read_safetensors, tree
 
 from reshard import CheckpointError, Routing, verify, zigzag
-from reshard.model.router import Choice, Router, route
+from reshard.model.router import Chosen, Router, route
 
 TOKENS, HIDDEN = 32, 8
 
@@ -87,7 +87,7 @@ def test_experts_are_chosen_as_the_plain_statement_says_before_and_after_any_ren
     assert_same_choice(before, after, order)
 
 
-def assert_same_choice(before: Choice, after: Choice, order: list[int]) -> None:
+def assert_same_choice(before: Chosen, after: Chosen, order: list[int]) -> None:
     assert torch.equal(torch.tensor(order)[after.experts_TK], before.experts_TK)
     assert torch.equal(after.weights_TK, before.weights_TK)
 
