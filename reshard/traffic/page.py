@@ -1,8 +1,8 @@
 """An analysis as one HTML page that needs no network, no other file and no library.
 
-`page.html` is the page without its data. `render` inserts the analysis as the JSON that `analyze --json` prints of it,
-and the page's own script draws it. The script inserts every name as text, so a checkpoint's names are never read as HTML. A
-content security policy lets the browser run that one script and load nothing.
+`page.html` is the page without its data. `render` inserts the analysis as the JSON that `analyze --json` prints of
+it, and the page's own script draws it. The script inserts every name as text, so a checkpoint's names are never read
+as HTML. A content security policy lets the browser run that one script and load nothing.
 """
 
 from __future__ import annotations
