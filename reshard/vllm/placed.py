@@ -25,6 +25,7 @@ from ..placement.permutations import invert
 from .fused import Fused, fused_in_place_of
 from .patching import replace_if_there
 from .placed_weights import Filling
+from .runners import RoutesItself
 from .served import ServedPlacement, builds_draft
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def restore_places() -> None:
         place.restore()
 
 
-class Placed:
+class Placed(RoutesItself):
     """A mixin before the router's own class; it maps the router's logical ids to physical ones."""
 
     reshard_place: ExpertPlace
@@ -110,18 +111,6 @@ class Placed:
     def reshard_answers_logical_ids(self) -> None:
         """From now on call `_compute_routing`, which returns logical ids, for every token, and not the kernel."""
         self.reshard_kernel = None
-
-    @property
-    def routing_method_type(self) -> Any:
-        """`Unspecified`: no kernel can do this routing by itself from the logits."""
-        from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
-
-        return RoutingMethodType.Unspecified
-
-    @property
-    def supports_monolithic_kernels(self) -> bool:
-        """Always False: such a kernel would route by itself, and to logical ids."""
-        return False
 
 
 def placed_router(router: Any, served: ServedPlacement, arguments: dict[str, Any], prefix: str) -> Any:

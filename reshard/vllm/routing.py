@@ -23,6 +23,7 @@ from ..placement.layer_names import find_layer
 from ..placement.permutations import Placement
 from .fused import Fused, fused_in_place_of
 from .patching import replace_once
+from .runners import RoutesItself
 from .served import ServedPlacement, current_placement
 from .support import hook_fault
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
 
 
-class LogicalOrder:
+class LogicalOrder(RoutesItself):
     """A mixin before the router's own class; it gives the router logits in logical order and maps its answer."""
 
     reshard_place: ExpertPlace
@@ -65,18 +66,6 @@ class LogicalOrder:
         """The correction bias in logical order; like all router tensors, it is loaded in physical order."""
         bias = self.__dict__["e_score_correction_bias"]
         return None if bias is None else bias.index_select(0, self.reshard_place.place_E)
-
-    @property
-    def routing_method_type(self) -> Any:
-        """`Unspecified`: no kernel can do this routing by itself from the logits."""
-        from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
-
-        return RoutingMethodType.Unspecified
-
-    @property
-    def supports_monolithic_kernels(self) -> bool:
-        """Always False: such a kernel would route by itself."""
-        return False
 
 
 def install(layer: ModuleType) -> None:

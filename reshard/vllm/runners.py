@@ -1,4 +1,4 @@
-"""Finds vLLM's `MoERunner` modules in a model: one per MoE layer, with its router and its experts."""
+"""A model's MoE layers in vLLM: finds their `MoERunner` modules, and keeps their kernels from routing by themselves."""
 
 from __future__ import annotations
 
@@ -17,3 +17,19 @@ def moe_runners(model: Any) -> dict[str, Any]:
 def lets_kernel_route(runner: Any) -> bool:
     """Whether the layer's kernel chooses experts by itself, so that its router is never called."""
     return bool(runner.routed_experts.quant_method.is_monolithic)
+
+
+class RoutesItself:
+    """A mixin before a router's own class: vLLM then picks no kernel that would route from the logits by itself."""
+
+    @property
+    def routing_method_type(self) -> Any:
+        """`Unspecified`: no kernel can do this routing."""
+        from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+
+        return RoutingMethodType.Unspecified
+
+    @property
+    def supports_monolithic_kernels(self) -> bool:
+        """Always False: such a kernel routes by itself, by other groups or to other slots."""
+        return False
