@@ -782,7 +782,7 @@ EXPERT_ATTACKS = [
     Attack("fused experts, one short", model(fused_with_an_expert_short), (LAYER, "7")),
     Attack("the projection before the expert's id", renamed_experts("{1}.{0}.weight"), (SHARD, "_proj.", "<id>")),
     Attack("the expert's id within a word", renamed_experts("expert_{0}.{1}.weight"), (SHARD, "expert_", "<id>")),
-    Attack("the expert's id at the end", renamed_experts("{1}_{0}"), (SHARD, "_proj.", "<id>")),
+    Attack("the expert's id at the end", renamed_experts("{1}_{0}"), (SHARD, "_proj_", "<id>")),
     Attack("gate missing", without(".gate.weight"), (LAYER, "gate")),
     Attack("gate with a row too few", with_tensor(GATE, (7, 16)), (SHARD, GATE, "7")),
     Attack("gate with a row too many", with_tensor(GATE, (9, 16)), (SHARD, GATE, "9")),
