@@ -218,13 +218,15 @@ def restore_command(
 
     Rerun the command to resume, even after a power cut.
     """
-    total = sum(file.size for file in read_manifest(resharded).source.files if file.name not in (INDEX, CONFIG))
+    source = read_manifest(resharded).source
+    total = sum(file.size for file in source.files if file.name not in (INDEX, CONFIG))
     with bar("restore", total, quiet or as_json) as progress:
         outcome = restore(resharded, out, reflink=reflink, restart=restart, workers=workers, progress=progress)
     lines = [
         *resumed_lines(outcome),
         f"restored {outcome.files} files, {bytes_text(outcome.size)}, to {out} in {time_text(outcome.seconds)}",
         *sharing_lines(outcome, resharded),
+        *[f"note: the output never had {name} of the source" for name in source.left_out],
     ]
     print_report(outcome_json(outcome), lines, quiet, as_json)
 

@@ -14,7 +14,7 @@ from ..model.routing import Routing, why_plugin
 from ..placement.permutations import Placement, invert, rank_slots
 from ..placement.strategies import Zigzag
 from ..record.manifest import read_manifest, unpack
-from .original import Original, check_ep_size, is_output, read_original
+from .original import Original, check_ep_size, is_output, read_original, refuse_unfinished
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ def inspect(directory: str | Path, ep_size: int | None = None) -> Inspection:
     OutputError if `ep_size` does not fit or `directory` is an output.
     """
     root = find_source(directory)
+    refuse_unfinished(root)
     return _of_output(root, ep_size) if is_output(root) else _of_original(read_original(directory), ep_size)
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.directory import Checkpoint, read_checkpoint
+from ..checkpoint.directory import CONFIG, Checkpoint, read_checkpoint
 from ..checkpoint.source import find_source
 from ..errors import CheckpointError, OutputError
 from ..model.layers import MoeModel, read_model
+from ..placement.contract import CONTRACT_KEY
 from ..placement.placement_file import read_placement_file
 from ..placement.strategies import Balanced, FromFile, MoeShape, Placed, Strategy, check_placement
-from ..record.manifest import MANIFEST
+from ..record.manifest import JOURNAL, MANIFEST, UNFINISHED
 from ..traffic.choices import recorded_traffic
 
 
@@ -57,12 +58,25 @@ def read_original(src: str | Path) -> Original:
 
     """
     root = find_source(src)
+    refuse_unfinished(root)
     if is_output(root):
         raise CheckpointError(
-            f"{root / MANIFEST}: already resharded; start from the original, or `reshard restore` it first"
+            f"{root / MANIFEST}: already resharded: an output of reshard, not an original; give the original, which "
+            "`reshard restore` rebuilds"
         )
     checkpoint = read_checkpoint(root)
+    locked = "a model type of reshard" if str(checkpoint.config.get("model_type")).startswith("reshard_") else None
+    if mark := CONTRACT_KEY if CONTRACT_KEY in checkpoint.config else locked:
+        raise CheckpointError(
+            f"{root / CONFIG}: has {mark}: already resharded, though {MANIFEST} is missing; give the original"
+        )
     return Original(checkpoint, read_model(checkpoint))
+
+
+def refuse_unfinished(root: Path) -> None:
+    """CheckpointError if a run that writes `root` was interrupted."""
+    if (root / JOURNAL).is_file():
+        raise CheckpointError(f"{root}: {UNFINISHED}")
 
 
 def check_ep_size(ep_size: int, original: Original) -> None:

@@ -11,12 +11,15 @@ from functools import partial
 from pathlib import Path
 
 from .._version import __version__
-from ..checkpoint.directory import CONFIG, INDEX, Checkpoint
+from ..checkpoint.directory import CONFIG, INDEX, Checkpoint, File
+from ..checkpoint.header import read_header
+from ..checkpoint.lfs import MAX_POINTER_SIZE, is_pointer
 from ..checkpoint.source import identify
+from ..checkpoint.weights import MIN_COPY, is_other_format
 from ..errors import CheckpointError, OutputError
 from ..model.config_ids import map_config_files
 from ..model.layers import MoeModel
-from ..placement.contract import CONTRACT_KEY, LOCKED_KEYS, Contract, contract_to_json, lock_config, placement_to_json
+from ..placement.contract import LOCKED_KEYS, Contract, contract_to_json, lock_config, placement_to_json
 from ..placement.permutations import Placement
 from ..placement.strategies import Placed, check_placement
 from ..plan.extents import shareable
@@ -38,6 +41,7 @@ from ..record.manifest import (
 from .original import Original
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT, beside an adapter's weights
 _RANK_FILE_NAME = re.compile(r"model-ep\d+-of-\d+-")
 
 
@@ -79,7 +83,7 @@ def plan_resharding(
     """Decide how `original` is rewritten for the placement `placed` on `ep_size` ranks; `strategy` names its maker.
 
     Raises:
-        CheckpointError: the original has files or keys that only an output has
+        CheckpointError: the original has files that only an output has, or an adapter for its experts
         UnsupportedError: a config file names experts in a way that cannot be mapped
         OutputError: `placed` or `writing` does not fit
 
@@ -88,7 +92,6 @@ def plan_resharding(
     writing = writing or Writing()
     if writing.layout not in LAYOUTS:
         raise OutputError(f"{original.root}: layout is {writing.layout!r:.80}, expected one of {', '.join(LAYOUTS)}")
-    _refuse_output_config(checkpoint)
     check_placement(placement, original.shape)
     contract = None
     if model.routing.group_limited:
@@ -96,6 +99,7 @@ def plan_resharding(
         contract = Contract(strategy, ep_size, model.routing.n_group, model.routing.topk_group, placement, locked)
     weights, sharing = _weights(original, placement, ep_size, writing)
     _refuse_collisions(checkpoint, weights)
+    _refuse_adapters(checkpoint)
     rewritten = _rewritten_configs(checkpoint, model, placement, contract)
     rewritten[INDEX] = plan_index(weights, checkpoint.index_metadata)
     copied = [
@@ -125,13 +129,6 @@ def plan_resharding(
         originals={name: (checkpoint.root / name).read_bytes() for name in rewritten if name in checkpoint.files},
         notes=(*placed.notes, *_notes(checkpoint, model)),
     )
-
-
-def _refuse_output_config(checkpoint: Checkpoint) -> None:
-    """CheckpointError if config.json is an output's, even without a manifest beside it."""
-    locked = "a model type of reshard" if str(checkpoint.config.get("model_type")).startswith("reshard_") else None
-    if mark := CONTRACT_KEY if CONTRACT_KEY in checkpoint.config else locked:
-        raise CheckpointError(f"{checkpoint.root / CONFIG}: has {mark}: already resharded; start from the original")
 
 
 def _weights(
@@ -183,18 +180,42 @@ def _refuse_collisions(checkpoint: Checkpoint, weights: Sequence[OutputFile]) ->
             raise CheckpointError(f"{checkpoint.root / file.name}: the output needs this name; move the file away")
 
 
+def _refuse_adapters(checkpoint: Checkpoint) -> None:
+    """CheckpointError if a sub-folder has an adapter for experts: it names them by the original's ids."""
+    for file in checkpoint.other_files:
+        folder, _, _ = file.name.rpartition("/")
+        if not file.name.endswith(".safetensors") or f"{folder}/{ADAPTER_CONFIG}" not in checkpoint.files:
+            continue
+        path = checkpoint.root / file.name
+        for tensor in read_header(path).tensors:
+            if ".experts." in tensor.name:
+                raise CheckpointError(
+                    f"{path}: tensor {tensor.name}: an adapter for experts by the original's ids, which are other "
+                    "experts in the output; move the adapter away, and use it with the original"
+                )
+
+
 def _notes(checkpoint: Checkpoint, model: MoeModel) -> list[str]:
     notes = []
+    if checkpoint.left_out:
+        notes.append(f"left out, and not brought back by restore: {', '.join(checkpoint.left_out)}")
+    pointers = [file.name for file in checkpoint.other_files if _is_pointer(checkpoint.root, file)]
+    if pointers:
+        notes.append(f"copied unchanged, but only Git LFS pointers: {', '.join(pointers)}; run `git lfs pull`")
     if not any(layer.experts for layer in model.layers):
         notes.append("its experts are fused into one tensor a layer, so every rank reads all of them: no files by rank")
     other_weights = [
         file.name
         for file in checkpoint.other_files
-        if Path(file.name).suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") and file.size > 1 << 20
+        if (file.name.endswith(".safetensors") or is_other_format(file.name)) and file.size > MIN_COPY
     ]
     if other_weights:
         notes.append(f"copied unchanged, not resharded: {', '.join(other_weights)}")
     return notes
+
+
+def _is_pointer(root: Path, file: File) -> bool:
+    return file.size <= MAX_POINTER_SIZE and is_pointer((root / file.name).read_bytes())
 
 
 def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:
@@ -207,6 +228,7 @@ def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:
         revision=identity.revision,
         files=[_source_file(resharding, name) for name in checkpoint.files],
         directories=list(checkpoint.directories),
+        left_out=list(checkpoint.left_out),
     )
     layers = [
         LayerRecord(

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import OutputError
+from ..record.manifest import JOURNAL as JOURNAL
 
-JOURNAL = ".reshard-journal"
 PARTIAL = ".partial"
 SPARE_SPACE = 16 << 20  # bytes that must stay free
 

@@ -23,6 +23,8 @@ from ..placement.permutations import Placement
 
 MANIFEST = "reshard_manifest.json"
 MANIFEST_VERSION = 1
+JOURNAL = ".reshard-journal"  # there as long as the output is not complete
+UNFINISHED = f"an unfinished output of reshard, by its {JOURNAL}; rerun the command that writes it to finish it"
 MAX_CONTRACT_NESTING = MAX_NESTING + 8  # a contract holds values of a config
 
 Layout = Literal["ranks", "source"]
@@ -47,14 +49,17 @@ class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str | None = None
 
 
-class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the checkpoint came from, and all its files and sub-folders."""
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where the checkpoint came from, and all its files and sub-folders. `left_out` names what was in its directory and
+    was not copied: `restore` does not bring it back.
+    """
 
     path: str
     repo_id: str | None
     revision: str | None
     files: list[SourceFile]
     directories: list[str]
+    left_out: list[str] = []
 
 
 class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -137,6 +142,8 @@ def read_manifest(root: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
+        if (root / JOURNAL).is_file():
+            raise IntegrityError(f"{root}: {UNFINISHED}") from error
         raise IntegrityError(f"{path}: no such file; expected an output of `reshard zigzag`") from error
     except OSError as error:
         raise IntegrityError(f"{path}: cannot be read: {error.strerror}") from error
