@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..arguments import refuse_url
 from ..errors import CheckpointError
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -22,6 +23,7 @@ class Identity:
 
 def find_source(src: str | Path) -> Path:
     """The directory of `src`: a path as it is, a repository id's snapshot in the cache. Downloads nothing."""
+    refuse_url(src, CheckpointError)
     if Path(src).exists() or not _REPO_ID.fullmatch(str(src)):
         return Path(src)
     from huggingface_hub import snapshot_download

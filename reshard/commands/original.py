@@ -81,9 +81,10 @@ def refuse_unfinished(root: Path) -> None:
 
 def check_ep_size(ep_size: int, original: Original) -> None:
     """OutputError unless the experts of a layer can be dealt to `ep_size` ranks."""
-    if not 2 <= ep_size <= original.num_experts:
+    if type(ep_size) is not int or not 2 <= ep_size <= original.num_experts:
         raise OutputError(
-            f"{original.root}: --ep must be from 2 to the {original.num_experts} experts of a layer, found {ep_size}"
+            f"{original.root}: --ep must be from 2 to the {original.num_experts} experts of a layer, found "
+            f"{ep_size!r:.80}"
         )
 
 
@@ -96,14 +97,16 @@ def place_experts(original: Original, strategy: Strategy) -> Placed:
         TraceError: its trace cannot be read, or is another model's
 
     """
+    if not isinstance(strategy, Strategy):
+        raise OutputError(f"{original.root}: expected a strategy such as Zigzag(8), found {strategy!r:.80}")
     check_ep_size(strategy.ep_size, original)
     shape = original.shape
     match strategy:
         case Balanced():
-            traffic = recorded_traffic(strategy.trace, original.model, original.root, end=strategy.share)
+            traffic = recorded_traffic(Path(strategy.trace), original.model, original.root, end=strategy.share)
             placed = strategy.place(shape, traffic.ids)
         case FromFile():
-            placed = strategy.place(shape, read_placement_file(strategy.path))
+            placed = strategy.place(shape, read_placement_file(Path(strategy.path)))
         case _:
             placed = strategy.place(shape)
     check_placement(placed.placement, shape)

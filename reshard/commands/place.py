@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.directory import CONFIG, INDEX
-from ..errors import OutputError
 from ..execute.fill import Progress
 from ..execute.reflink import find_sharing
 from ..execute.run import Outcome, run
@@ -46,16 +45,14 @@ def plan_placement(
 
     """
     original = read_original(src)
-    if max_shard_size < 1:
-        raise OutputError(f"{original.root}: --max-shard-size must be at least 1 byte, found {max_shard_size}")
-    placed = place_experts(original, strategy)
     checkpoint = original.checkpoint
     writing = Writing(
         layout,
         max_shard_size,
         find_sharing(original.root, checkpoint.shards, checkpoint.directories, Path(out), reflink),
-        digests or (Digests.COPIED if layout == "source" else Digests.ALL),
+        (Digests.COPIED if layout == "source" else Digests.ALL) if digests is None else digests,
     )
+    placed = place_experts(original, strategy)
     return plan_resharding(original, strategy.name, strategy.ep_size, placed, writing)
 
 

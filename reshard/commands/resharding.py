@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from .._version import __version__
+from ..arguments import check_one_of, check_whole
 from ..checkpoint.directory import CONFIG, INDEX, Checkpoint, File
 from ..checkpoint.header import read_header
 from ..checkpoint.lfs import MAX_POINTER_SIZE, is_pointer
@@ -38,7 +39,7 @@ from ..record.manifest import (
     SourceFile,
     pack,
 )
-from .original import Original
+from .original import Original, check_ep_size
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT, beside an adapter's weights
@@ -47,12 +48,20 @@ _RANK_FILE_NAME = re.compile(r"model-ep\d+-of-\d+-")
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """How an output is written: which files, how large, what is shared with the source, what gets a digest."""
+    """How an output is written: which files, how large, what is shared with the source, what gets a digest.
+
+    OutputError for a value that is none of these.
+    """
 
     layout: Layout = "ranks"
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE  # bytes of tensors in a file; unused with layout "source"
     sharing: Sharing = NOTHING_SHARED
     digests: Digests = Digests.ALL
+
+    def __post_init__(self) -> None:
+        check_one_of(self.layout, LAYOUTS, "--layout")
+        check_whole(self.max_shard_size, "--max-shard-size, in bytes,")
+        check_one_of(self.digests, Digests, "--digests")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +99,7 @@ def plan_resharding(
     """
     checkpoint, model, placement = original.checkpoint, original.model, placed.placement
     writing = writing or Writing()
-    if writing.layout not in LAYOUTS:
-        raise OutputError(f"{original.root}: layout is {writing.layout!r:.80}, expected one of {', '.join(LAYOUTS)}")
+    check_ep_size(ep_size, original)
     check_placement(placement, original.shape)
     contract = None
     if model.routing.group_limited:

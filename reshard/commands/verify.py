@@ -21,7 +21,7 @@ from ..checkpoint.directory import CONFIG, File, read_checkpoint
 from ..checkpoint.header import read_header
 from ..errors import CheckpointError, OutputError
 from ..execute.fill import Progress
-from ..execute.run import default_workers
+from ..execute.run import count_workers
 from ..execute.sources import BLOCK_SIZE, OpenSources, SourceFiles
 from ..model.names import parse_expert_name
 from ..model.routing import routing_section
@@ -87,7 +87,7 @@ def verify(
             progress(read + unread)
 
     routers = None
-    with ThreadPoolExecutor(workers or default_workers(), thread_name_prefix="reshard") as pool:
+    with ThreadPoolExecutor(count_workers(workers), thread_name_prefix="reshard") as pool:
         by_file = pool.map(lambda record: list(_check_file(root, record, report, quick)), records)
         problems = [problem for of_file in by_file for problem in of_file]
         if not problems:  # after damage, an inconsistency would only be a second line for the same fault

@@ -29,6 +29,7 @@ import msgspec
 from blake3 import blake3
 
 from .._version import __version__
+from ..arguments import check_whole
 from ..errors import OutputError
 from ..plan.extents import MIN_SHARED, Holes, needed_size, shareable
 from ..plan.files import OutputFile, Plan
@@ -61,6 +62,14 @@ def default_workers() -> int:
     return min(8, os.cpu_count() or 1)
 
 
+def count_workers(workers: int | None) -> int:
+    """`workers` or the default; OutputError unless it is a number of threads."""
+    if workers is None:
+        return default_workers()
+    check_whole(workers, "the number of workers")
+    return workers
+
+
 def run(
     plan: Plan,
     out: Path,
@@ -84,6 +93,7 @@ def run(
 
     """
     started = time.monotonic()
+    threads = count_workers(workers)
     refuse_out(plan, out)
     needs = _needed_sizes(plan)
     if not (out / JOURNAL).exists():
@@ -96,7 +106,7 @@ def run(
         for directory in plan.directories:
             make_directory(out / directory)
         sources = SourceFiles(plan.source, plan.source_files, plan.headers)
-        written = _copy_files(plan, sources, out, journal, workers or default_workers(), progress)
+        written = _copy_files(plan, sources, out, journal, threads, progress)
         last = list(finish([entry.record for entry in written]))
         for file in last:
             write_file(file, sources, plan.sharing, out, lambda count: None)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from blake3 import blake3
 
+from ..arguments import refuse_url
 from ..checkpoint.directory import MAX_NESTING, File
 from ..errors import IntegrityError
 from ..model.routing import Routing
@@ -138,6 +139,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 def read_manifest(root: Path) -> Manifest:
     """The manifest of the output directory `root`; IntegrityError if there is none or it is damaged."""
+    refuse_url(root, IntegrityError)
     path = root / MANIFEST
     try:
         data = path.read_bytes()
