@@ -23,6 +23,7 @@ from ..plan.sharing import Reflink
 from ..record.manifest import Layout, read_manifest
 from .look import analyze_command, export_command, inspect_command, trace_group
 from .options import (
+    allow_holes_option,
     json_option,
     make_strategy,
     out_option,
@@ -119,6 +120,7 @@ class _WritingOptions:
     max_shard_size: int
     reflink: Reflink
     digests: str | None
+    allow_holes: bool
     workers: int | None
     dry_run: bool
     restart: bool
@@ -135,6 +137,7 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         max_shard_size=options.max_shard_size,
         reflink=options.reflink,
         digests=Digests(options.digests) if options.digests else None,
+        allow_holes=options.allow_holes,
     )
     if options.dry_run:
         refuse_out(resharding.plan, out)
@@ -152,10 +155,13 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--src", help="Also compare every tensor and router with SRC, the checkpoint that OUT was made from.")
 @click.option("--quick", is_flag=True, help="Check only sizes, headers, index and configs.")
+@allow_holes_option
 @workers_option
 @quiet_option
 @json_option
-def verify_command(out: Path, src: str | None, quick: bool, workers: int | None, quiet: bool, as_json: bool) -> None:
+def verify_command(
+    out: Path, src: str | None, quick: bool, allow_holes: bool, workers: int | None, quiet: bool, as_json: bool
+) -> None:
     """Check every file and tensor of OUT against its manifest."""
     if quick and src is not None:
         raise click.UsageError("--quick reads no tensors: leave it out to compare with --src")
@@ -164,7 +170,7 @@ def verify_command(out: Path, src: str | None, quick: bool, workers: int | None,
     if src is not None:
         total += sum(record.size for record in manifest.expected_files if record.tensors)
     with bar("verify", total, quiet or as_json) as progress:
-        verification = verify(out, src, quick=quick, workers=workers, progress=progress)
+        verification = verify(out, src, quick=quick, allow_holes=allow_holes, workers=workers, progress=progress)
     report = {**asdict(verification), "out": str(out), "sound": not verification.problems}
     print_report(report, describe_verification(verification, src, quick), quiet, as_json)
     if verification.problems:

@@ -274,6 +274,7 @@ def describe_inspection(inspection: Inspection) -> list[str]:
         f"    the rest   {bytes_text(rest)}",
     ]
     lines.append(f"  plugin       {inspection.plugin}")
+    lines += [f"  note         {note}" for note in inspection.notes]
     if inspection.ep_size is None:
         return lines
     lines.append(f"  placement    {inspection.strategy} for {inspection.ep_size} EP ranks" + _uniformity(inspection))

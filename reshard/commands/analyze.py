@@ -15,7 +15,7 @@ from ..placement.strategies import Balanced, Strategy
 from ..traffic.analysis import Analysis, Candidate, Together
 from ..traffic.choices import MAX_TOKENS, random_traffic, recorded_traffic
 from ..traffic.effect import coselection, effect, mean_coselection, mean_effect
-from .original import Original, check_ep_size, place_experts, read_original
+from .original import Original, check_ep_size, place_experts, read_original, refuse_holes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +82,7 @@ def analyze(
         raise OutputError(f"{root}: --nodes must divide the {ep_size} EP ranks, found {nodes}")
     placements, unfit = _place_all(strategies, original)
     if trace is None:
+        refuse_holes(original, {tensor.name for layer in model.layers for tensor in (*layer.router, *layer.expert_ids)})
         traffic = _random(original, tokens or RANDOM_TOKENS, seed, progress)
     else:
         fitted = [strategy for strategy in strategies if isinstance(strategy, Balanced) and strategy.name in placements]

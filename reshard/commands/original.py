@@ -5,12 +5,14 @@ A path or a repository id comes in, and an `Original` goes out. `checkpoint.sour
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.directory import CONFIG, Checkpoint, read_checkpoint
 from ..checkpoint.source import find_source
 from ..errors import CheckpointError, OutputError
+from ..execute.holes import find_hole
 from ..model.layers import MoeModel, read_model
 from ..placement.contract import CONTRACT_KEY
 from ..placement.placement_file import read_placement_file
@@ -71,6 +73,16 @@ def read_original(src: str | Path) -> Original:
             f"{root / CONFIG}: has {mark}: already resharded, though {MANIFEST} is missing; give the original"
         )
     return Original(checkpoint, read_model(checkpoint))
+
+
+def refuse_holes(original: Original, names: Collection[str] | None = None) -> None:
+    """CheckpointError if a tensor was never written, as far as the file system tells; with `names`, one of these."""
+    if hole := find_hole(original.root, original.checkpoint.shards, names):
+        raise CheckpointError(
+            f"{original.checkpoint.where(hole.tensor)}: {hole.size} of its bytes, from byte {hole.offset} of the file "
+            "on, were never written: a hole, which reads as zeros; download the file again, or if these zeros are the "
+            "model's (some tools and file systems keep zeros as holes), add --allow-holes"
+        )
 
 
 def refuse_unfinished(root: Path) -> None:

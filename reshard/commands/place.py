@@ -13,7 +13,7 @@ from ..placement.strategies import Strategy, Zigzag
 from ..plan.files import Digests, OutputFile, literal_file
 from ..plan.sharing import Reflink
 from ..record.manifest import MANIFEST, FileRecord, Layout, encode_manifest, record_bytes
-from .original import place_experts, read_original
+from .original import place_experts, read_original, refuse_holes
 from .resharding import DEFAULT_MAX_SHARD_SIZE, Resharding, Writing, manifest_of, plan_resharding
 
 
@@ -26,6 +26,7 @@ def plan_placement(
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
     reflink: Reflink = "auto",
     digests: Digests | None = None,
+    allow_holes: bool = False,
 ) -> Resharding:
     """Decide how the checkpoint `src` is rewritten into `out`. Reads no weights, writes nothing.
 
@@ -37,6 +38,7 @@ def plan_placement(
         max_shard_size: the most bytes of tensors in a file; with layout "source" files are as large as the source's
         reflink: "auto" shares disk blocks with the source if the file system can; "always" refuses if it cannot
         digests: which tensors to checksum; None for all, or with layout "source" for those that are copied
+        allow_holes: take parts of tensors that were never written for the model's zeros
 
     Raises:
         CheckpointError: the checkpoint is not sound
@@ -45,6 +47,8 @@ def plan_placement(
 
     """
     original = read_original(src)
+    if not allow_holes:
+        refuse_holes(original)
     checkpoint = original.checkpoint
     writing = Writing(
         layout,
@@ -65,6 +69,7 @@ def place(
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
     reflink: Reflink = "auto",
     digests: Digests | None = None,
+    allow_holes: bool = False,
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
@@ -76,7 +81,14 @@ def place(
     cannot be written.
     """
     resharding = plan_placement(
-        src, strategy, out, layout=layout, max_shard_size=max_shard_size, reflink=reflink, digests=digests
+        src,
+        strategy,
+        out,
+        layout=layout,
+        max_shard_size=max_shard_size,
+        reflink=reflink,
+        digests=digests,
+        allow_holes=allow_holes,
     )
     return write_resharding(resharding, Path(out), restart=restart, workers=workers, progress=progress)
 

@@ -29,7 +29,7 @@ from ..placement.contract import CONTRACT_KEY
 from ..placement.permutations import rank_slots
 from ..record.manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from .compare import RouterComparison, compare_files, compare_routers, compare_tensors
-from .original import read_original
+from .original import read_original, refuse_holes
 
 MAX_SMALL_FILE = 64 << 20  # bytes; `quick` reads no larger file
 
@@ -58,12 +58,14 @@ def verify(
     src: str | Path | None = None,
     *,
     quick: bool = False,
+    allow_holes: bool = False,
     workers: int | None = None,
     progress: Progress = lambda read: None,
 ) -> Verification:
     """Check the output directory `out` against its manifest, and with `src` against the checkpoint it was made from.
 
-    With `quick`, reads no tensors and no large files: only sizes, headers, the index and the configs.
+    With `quick`, reads no tensors and no large files: only sizes, headers, the index and the configs. With
+    `allow_holes`, parts of the tensors of `src` that were never written count as the model's zeros.
 
     A staged directory must hold the files of its ranks. Other ranks' files are checked if they are there. Calls
     `progress` with the bytes read: of the output, then of the source's tensors. Raises IntegrityError if the manifest
@@ -75,6 +77,8 @@ def verify(
     manifest = read_manifest(root)
     records = _records(root, manifest)
     source = None if src is None else read_original(src)
+    if source is not None and not allow_holes:
+        refuse_holes(source)
     if quick and source is not None:
         raise OutputError(f"{root}: a quick check reads no tensors: leave out `quick` to compare with {src}")
     lock = threading.Lock()
