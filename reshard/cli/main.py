@@ -38,6 +38,7 @@ from .options import (
 from .progress import bar
 from .render import (
     bytes_text,
+    describe_checks,
     describe_outcome,
     describe_plan,
     describe_staging,
@@ -121,6 +122,7 @@ class _WritingOptions:
     reflink: Reflink
     digests: str | None
     allow_holes: bool
+    check_source: bool
     workers: int | None
     dry_run: bool
     restart: bool
@@ -138,6 +140,7 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         reflink=options.reflink,
         digests=Digests(options.digests) if options.digests else None,
         allow_holes=options.allow_holes,
+        check_source=options.check_source,
     )
     if options.dry_run:
         refuse_out(resharding.plan, out)
@@ -145,7 +148,9 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         report = {**plan_json(resharding, out), "shareable": shareable, "needed": needed}
         print_report(report, describe_plan(resharding, out, shareable, needed), options.quiet, options.as_json)
         return
-    with bar(strategy.name, resharding.plan.size, options.quiet or options.as_json) as progress:
+    if checks := [] if options.quiet else describe_checks(resharding):
+        click.echo("\n".join(checks), err=True)
+    with bar(strategy.name, resharding.work, options.quiet or options.as_json) as progress:
         outcome = write_resharding(resharding, out, restart=options.restart, workers=options.workers, progress=progress)
     report = {**plan_json(resharding, out), **outcome_json(outcome), "serve": serve_command(out, resharding.ep_size)}
     print_report(report, describe_outcome(resharding, outcome), options.quiet, options.as_json)

@@ -88,6 +88,12 @@ allow_holes_option = click.option(
     is_flag=True,
     help="Take holes in SRC's tensors, which read as zeros, for the model's own zeros.",
 )
+check_source_option = click.option(
+    "--check-source",
+    is_flag=True,
+    help="Compare SRC with the checksums that it was downloaded by (Hugging Face cache, or hf download --local-dir): "
+    "while copying, with --layout source; otherwise in a read of its own, before anything is written.",
+)
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 
 
@@ -147,6 +153,7 @@ def writing_options(command: Callable[..., None]) -> Callable[..., None]:
         reflink_option,
         digests_option,
         allow_holes_option,
+        check_source_option,
         workers_option,
         dry_run_option,
         restart_option,

@@ -56,6 +56,7 @@ def plan_json(resharding: Resharding, out: Path) -> dict[str, Any]:
         "num_experts": resharding.model.routing.num_experts,
         "plugin_required": resharding.contract is not None,
         "notes": resharding.notes,
+        "checksums": {"known": len(resharding.checksums), "read_first": resharding.read_first},
         "size": resharding.plan.size,
         "why_not_shared": resharding.plan.sharing.why_not or None,
         "free": free_space(out),
@@ -123,7 +124,7 @@ def describe_serving(commands: dict[str, list[str]]) -> list[str]:
 
 def describe_plan(resharding: Resharding, out: Path, shareable: int, needed: int) -> list[str]:
     """The lines of `--dry-run`. Sizes are in bytes."""
-    lines = [*_describe_model(resharding), f"would write to {out}:"]
+    lines = [*_describe_model(resharding), *describe_checks(resharding), f"would write to {out}:"]
     groups: dict[str, list[int]] = {}
     for file in resharding.plan.files:
         tensors = sum(part.tensor is not None for part in file.parts)
@@ -158,6 +159,22 @@ def _describe_model(resharding: Resharding) -> list[str]:
         f"plugin {why_plugin(routing)}",
         *(f"note: {note}" for note in resharding.notes),
     ]
+
+
+def describe_checks(resharding: Resharding) -> list[str]:
+    """The lines that say, before a run, how it compares the source with checksums; none if it does not."""
+    checksums, files = resharding.checksums, resharding.checkpoint.files
+    if not checksums:
+        return []
+    copying = bytes_text(sum(files[name].size for name in checksums) - resharding.read_first)
+    lines = [
+        f"compares {len(checksums)} files of the source with their checksums on the Hub: {copying} while copying, and "
+        f"{bytes_text(resharding.read_first)} in a read of their own before anything is written"
+    ]
+    if unknown := sorted(files.keys() - checksums.keys()):
+        names = ", ".join(unknown[:3]) + ", …" * (len(unknown) > 3)
+        lines.append(f"files without a known checksum, which are not compared: {len(unknown)}: {names}")
+    return lines
 
 
 def describe_outcome(resharding: Resharding, outcome: Outcome) -> list[str]:

@@ -27,6 +27,7 @@ def plan_placement(
     reflink: Reflink = "auto",
     digests: Digests | None = None,
     allow_holes: bool = False,
+    check_source: bool = False,
 ) -> Resharding:
     """Decide how the checkpoint `src` is rewritten into `out`. Reads no weights, writes nothing.
 
@@ -39,9 +40,10 @@ def plan_placement(
         reflink: "auto" shares disk blocks with the source if the file system can; "always" refuses if it cannot
         digests: which tensors to checksum; None for all, or with layout "source" for those that are copied
         allow_holes: take parts of tensors that were never written for the model's zeros
+        check_source: compare each file of `src` with the checksum that it was downloaded by, if one is known
 
     Raises:
-        CheckpointError: the checkpoint is not sound
+        CheckpointError: the checkpoint is not sound, or has no checksums to check
         UnsupportedError: renumbering its experts is not known to be exact
         OutputError: `strategy`, `max_shard_size` or `reflink` does not fit
 
@@ -55,6 +57,7 @@ def plan_placement(
         max_shard_size,
         find_sharing(original.root, checkpoint.shards, checkpoint.directories, Path(out), reflink),
         (Digests.COPIED if layout == "source" else Digests.ALL) if digests is None else digests,
+        check_source,
     )
     placed = place_experts(original, strategy)
     return plan_resharding(original, strategy.name, strategy.ep_size, placed, writing)
@@ -70,6 +73,7 @@ def place(
     reflink: Reflink = "auto",
     digests: Digests | None = None,
     allow_holes: bool = False,
+    check_source: bool = False,
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
@@ -89,6 +93,7 @@ def place(
         reflink=reflink,
         digests=digests,
         allow_holes=allow_holes,
+        check_source=check_source,
     )
     return write_resharding(resharding, Path(out), restart=restart, workers=workers, progress=progress)
 

@@ -8,15 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from .._version import __version__
 from ..arguments import check_one_of, check_whole
-from ..checkpoint.directory import CONFIG, INDEX, Checkpoint, File
-from ..checkpoint.header import read_header
-from ..checkpoint.lfs import MAX_POINTER_SIZE, is_pointer
+from ..checkpoint.directory import CONFIG, INDEX, Checkpoint
 from ..checkpoint.source import identify
-from ..checkpoint.weights import MIN_COPY, is_other_format
 from ..errors import CheckpointError, OutputError
 from ..model.config_ids import map_config_files
 from ..model.layers import MoeModel
@@ -24,7 +20,7 @@ from ..placement.contract import LOCKED_KEYS, Contract, contract_to_json, lock_c
 from ..placement.permutations import Placement
 from ..placement.strategies import Placed, check_placement
 from ..plan.extents import shareable
-from ..plan.files import Digests, OutputFile, Plan, literal_file, plan_index, whole_file
+from ..plan.files import Digests, OutputFile, Plan, assign_checksums, literal_file, plan_index, whole_file
 from ..plan.layouts import as_source, by_rank, why_not_shared
 from ..plan.sharing import NOTHING_SHARED, Sharing
 from ..record.manifest import (
@@ -39,10 +35,10 @@ from ..record.manifest import (
     SourceFile,
     pack,
 )
+from .notes import known_checksums, notes, refuse_adapters
 from .original import Original, check_ep_size
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
-ADAPTER_CONFIG = "adapter_config.json"  # of PEFT, beside an adapter's weights
 _RANK_FILE_NAME = re.compile(r"model-ep\d+-of-\d+-")
 
 
@@ -57,6 +53,7 @@ class Writing:
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE  # bytes of tensors in a file; unused with layout "source"
     sharing: Sharing = NOTHING_SHARED
     digests: Digests = Digests.ALL
+    check_source: bool = False  # compare the source with the checksums that it was downloaded by
 
     def __post_init__(self) -> None:
         check_one_of(self.layout, LAYOUTS, "--layout")
@@ -69,7 +66,7 @@ class Resharding:
     """All that is decided before the first byte is written.
 
     `index` and `config` are the bytes of the two files that are written last. `originals` has the source's bytes of
-    each small file that is rewritten.
+    each small file that is rewritten. `checksums` are those that source files are compared with, {} if that was not asked for.
     """
 
     checkpoint: Checkpoint
@@ -84,6 +81,17 @@ class Resharding:
     config: bytes
     originals: Mapping[str, bytes]
     notes: tuple[str, ...]
+    checksums: Mapping[str, str]
+
+    @property
+    def read_first(self) -> int:
+        """Bytes of the source files that are compared with their checksums before anything is written."""
+        return sum(self.checkpoint.files[name].size for name in self.plan.checksums)
+
+    @property
+    def work(self) -> int:
+        """Bytes that a run reports as progress."""
+        return self.read_first + self.plan.size
 
 
 def plan_resharding(
@@ -107,7 +115,7 @@ def plan_resharding(
         contract = Contract(strategy, ep_size, model.routing.n_group, model.routing.topk_group, placement, locked)
     weights, sharing = _weights(original, placement, ep_size, writing)
     _refuse_collisions(checkpoint, weights)
-    _refuse_adapters(checkpoint)
+    refuse_adapters(checkpoint)
     rewritten = _rewritten_configs(checkpoint, model, placement, contract)
     rewritten[INDEX] = plan_index(weights, checkpoint.index_metadata)
     copied = [
@@ -115,6 +123,8 @@ def plan_resharding(
         for file in checkpoint.other_files
         if file.name not in (INDEX, CONFIG)
     ]
+    checksums = known_checksums(checkpoint) if writing.check_source else {}
+    files, read_first = assign_checksums((*weights, *copied), checksums)
     return Resharding(
         checkpoint=checkpoint,
         model=model,
@@ -129,13 +139,15 @@ def plan_resharding(
             headers={name: header.raw for name, header in checkpoint.shards.items()},
             sharing=sharing,
             directories=checkpoint.directories,
-            files=(*weights, *copied),
+            files=files,
             last=(MANIFEST, INDEX, CONFIG),
+            checksums=read_first,
         ),
         index=rewritten[INDEX],
         config=rewritten.get(CONFIG) or (checkpoint.root / CONFIG).read_bytes(),
         originals={name: (checkpoint.root / name).read_bytes() for name in rewritten if name in checkpoint.files},
-        notes=(*placed.notes, *_notes(checkpoint, model)),
+        notes=(*placed.notes, *notes(checkpoint, model)),
+        checksums=checksums,
     )
 
 
@@ -186,44 +198,6 @@ def _refuse_collisions(checkpoint: Checkpoint, weights: Sequence[OutputFile]) ->
     for file in weights:
         if file.name in kept:
             raise CheckpointError(f"{checkpoint.root / file.name}: the output needs this name; move the file away")
-
-
-def _refuse_adapters(checkpoint: Checkpoint) -> None:
-    """CheckpointError if a sub-folder has an adapter for experts: it names them by the original's ids."""
-    for file in checkpoint.other_files:
-        folder, _, _ = file.name.rpartition("/")
-        if not file.name.endswith(".safetensors") or f"{folder}/{ADAPTER_CONFIG}" not in checkpoint.files:
-            continue
-        path = checkpoint.root / file.name
-        for tensor in read_header(path).tensors:
-            if ".experts." in tensor.name:
-                raise CheckpointError(
-                    f"{path}: tensor {tensor.name}: an adapter for experts by the original's ids, which are other "
-                    "experts in the output; move the adapter away, and use it with the original"
-                )
-
-
-def _notes(checkpoint: Checkpoint, model: MoeModel) -> list[str]:
-    notes = []
-    if checkpoint.left_out:
-        notes.append(f"left out, and not brought back by restore: {', '.join(checkpoint.left_out)}")
-    pointers = [file.name for file in checkpoint.other_files if _is_pointer(checkpoint.root, file)]
-    if pointers:
-        notes.append(f"copied unchanged, but only Git LFS pointers: {', '.join(pointers)}; run `git lfs pull`")
-    if not any(layer.experts for layer in model.layers):
-        notes.append("its experts are fused into one tensor a layer, so every rank reads all of them: no files by rank")
-    other_weights = [
-        file.name
-        for file in checkpoint.other_files
-        if (file.name.endswith(".safetensors") or is_other_format(file.name)) and file.size > MIN_COPY
-    ]
-    if other_weights:
-        notes.append(f"copied unchanged, not resharded: {', '.join(other_weights)}")
-    return notes
-
-
-def _is_pointer(root: Path, file: File) -> bool:
-    return file.size <= MAX_POINTER_SIZE and is_pointer((root / file.name).read_bytes())
 
 
 def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:

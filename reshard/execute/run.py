@@ -34,6 +34,7 @@ from ..errors import OutputError
 from ..plan.extents import MIN_SHARED, Holes, needed_size, shareable
 from ..plan.files import OutputFile, Plan
 from ..record.manifest import FileRecord
+from .checksums import check_sources
 from .destination import JOURNAL, PARTIAL, SPARE_SPACE, check_out, free_space, make_directory, refuse_inside
 from .fill import Progress, write_file
 from .journal import Journal, Written
@@ -85,7 +86,8 @@ def run(
         finish: takes the records of the plan's files and returns the files to write last, in order; may raise to refuse
         restart: discard what an unfinished run left
         workers: threads; None for `default_workers`
-        progress: called with the bytes of the plan's files that are done, block by block, by one thread at a time
+        progress: called with the bytes that are done, of files that are checked first and then of the plan's, block by
+            block, by one thread at a time
 
     Raises:
         CheckpointError: a source file cannot be read, or changed since the plan was made
@@ -99,6 +101,8 @@ def run(
     if not (out / JOURNAL).exists():
         _check_space(out, needs.values())
     names = [*(file.name for file in plan.files), *plan.last]
+    if plan.checksums:
+        check_sources(SourceFiles(plan.source, plan.source_files, plan.headers), plan.checksums, threads, progress)
     with Journal(out, _fingerprint(plan), names, restart=restart) as journal:
         resumed = [file for file in plan.files if file.name in journal.done]
         progress(sum(file.size for file in resumed))
