@@ -66,7 +66,8 @@ class Resharding:
     """All that is decided before the first byte is written.
 
     `index` and `config` are the bytes of the two files that are written last. `originals` has the source's bytes of
-    each small file that is rewritten. `checksums` are those that source files are compared with, {} if that was not asked for.
+    each small file that is rewritten. `checksums` are those that source files are compared with, {} if the user did not
+    ask for that.
     """
 
     checkpoint: Checkpoint

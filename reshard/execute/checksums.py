@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 
 from ..errors import CheckpointError
 from .sources import BLOCK_SIZE, ZEROS, OpenSources, SourceFiles
@@ -76,14 +76,15 @@ def check_sources(
     stop, lock = threading.Event(), threading.Lock()
 
     def report(count: int) -> None:
+        if stop.is_set():
+            raise CancelledError  # ends a thread, because another file failed or the user interrupted the run
         with lock:
             progress(count)
 
     def check(name: str) -> None:
         with sources.open() as opened:
-            if not stop.is_set():
-                RunningChecksum(opened, name, expected[name], report).finish()
-                opened.check_unchanged()
+            RunningChecksum(opened, name, expected[name], report).finish()
+            opened.check_unchanged()
 
     with ThreadPoolExecutor(workers, thread_name_prefix="reshard") as pool:
         try:
