@@ -96,7 +96,7 @@ def check_ep_size(ep_size: int, original: Original) -> None:
     if type(ep_size) is not int or not 2 <= ep_size <= original.num_experts:
         raise OutputError(
             f"{original.root}: --ep must be from 2 to the {original.num_experts} experts of a layer, found "
-            f"{ep_size!r:.80}"
+            f"{ep_size!r:.80}" + ", which is no int" * (type(ep_size) is not int)
         )
 
 
