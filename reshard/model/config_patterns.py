@@ -26,7 +26,8 @@ _REGEX_TOKEN = re.compile(
     re.DOTALL,
 )
 _INSIDE_GROUP = re.compile(rf"{_CLASS}|\\.|.", re.DOTALL)
-_ANY_OR_ID = re.compile(r"[\0\d]+")
+_ID = f"0123456789{_ANY}"  # what a piece may have in the place of an expert's id
+_NO_ID = str.maketrans(dict.fromkeys("0123456789", _ANY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,22 @@ def readings(text: str) -> list[Reading]:
     return [*found, Reading(compiled.match, pieces), Reading(compiled.search, ("", *pieces))]
 
 
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """A layer's names in the source, and each one's name after renumbering; `closed` if these are the same set."""
+
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+    closed: bool
+
+
 class ExpertNames:
     """The names of every expert, of its modules and of its tensors, in the source and after renumbering."""
 
     def __init__(self, layers: Sequence[MoeLayer], logical_to_physical: Mapping[str, Sequence[int]]) -> None:
         self._layers = {f"{layer.name}.experts.": layer for layer in layers if layer.experts}
         self._tables = logical_to_physical
-        self._pairs: dict[str, tuple[tuple[str, str], ...]] = {}
+        self._found: dict[str, _Names] = {}
         self.tails = {
             tensor.name[len(head) + len(str(expert)) :]
             for head, layer in self._layers.items()
@@ -77,15 +87,16 @@ class ExpertNames:
         for old, new in zip(old_readings, new_readings, strict=False):
             for head in self._layers:
                 if self._may_match(old, head) or self._may_match(new, head):
-                    for old_name, new_name in self._names(head):
-                        matched = bool(old.matches(old_name))
-                        found = found or matched
-                        same = same and matched == bool(new.matches(new_name))
+                    names = self._names(head)
+                    matched = [*map(bool, map(old.matches, names.old))]
+                    found = found or any(matched)
+                    alike = before == after and names.closed and len(set(matched)) == 1
+                    same = same and (alike or matched == [*map(bool, map(new.matches, names.new))])
         return same, found
 
-    def _names(self, head: str) -> tuple[tuple[str, str], ...]:
-        """(name in the source, name after renumbering) of all that begins with `head`."""
-        if head not in self._pairs:
+    def _names(self, head: str) -> _Names:
+        """All names that begin with `head`."""
+        if head not in self._found:
             layer, names = self._layers[head], {}
             for expert, tensors in enumerate(layer.experts):
                 old, new = f"{head}{expert}", f"{head}{self._tables[layer.name][expert]}"
@@ -94,19 +105,28 @@ class ExpertNames:
                     tail = tensor.name[len(old) :]
                     module = tail.rpartition(".")[0]
                     names[old + tail], names[old + module] = new + tail, new + module
-            self._pairs[head] = tuple(names.items())
-        return self._pairs[head]
+            closed = names.keys() == set(names.values())
+            self._found[head] = _Names(tuple(names.keys()), tuple(names.values()), closed)
+        return self._found[head]
 
     def _may_match(self, reading: Reading, head: str) -> bool:
         """Whether some name that begins with `head` may contain all pieces. Never wrongly False."""
         first, *others = reading.pieces
-        return _fits(first, head, 0) and all(
-            any(_fits(piece, head, start) for start in range(len(head))) or self._in_tail(piece) for piece in others
+        return self._may_lie_at(0, first, head) and all(
+            any(self._may_lie_at(start, piece, head) for start in range(len(head))) or self._may_lie_behind(piece)
+            for piece in others
         )
 
-    def _in_tail(self, piece: str) -> bool:
+    def _may_lie_at(self, start: int, piece: str, head: str) -> bool:
+        """Whether `piece` may begin at `start` of `head`; what does not fit in there begins with an expert's id."""
+        if not _fits(piece, head, start):
+            return False
+        rest = piece[len(head) - start :]
+        return not rest or (rest[0] in _ID and self._may_lie_behind(rest))
+
+    def _may_lie_behind(self, piece: str) -> bool:
         """Whether `piece` may lie behind the head, in an expert's id and what follows it."""
-        return all(any(part in tail for tail in self.tails) for part in _ANY_OR_ID.split(piece))
+        return all(any(part in tail for tail in self.tails) for part in piece.translate(_NO_ID).split(_ANY))
 
 
 def _fits(piece: str, head: str, start: int) -> bool:
