@@ -17,6 +17,10 @@ from ..errors import CheckpointError
 from .sources import BLOCK_SIZE, ZEROS, OpenSources, SourceFiles
 
 
+def _git_blob(size: int) -> hashlib._Hash:
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+
 class RunningChecksum:
     """The checksum of the source file `name`, computed from what `opened` reads of it; must become `expected`."""
 
@@ -28,7 +32,7 @@ class RunningChecksum:
         self._size = opened.size(name)
         self._expected = expected
         self._progress = progress
-        self._digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % self._size)
+        self._digest = hashlib.sha256() if len(expected) == 64 else _git_blob(self._size)
         self._position = 0  # all bytes before it are in the digest
         opened.watch(self)
 

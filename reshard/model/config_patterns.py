@@ -20,6 +20,7 @@ REGEX_PREFIXES = ("re:", "+:", "-:")
 _ANY = "\0"  # in a piece: any one character
 _GLOB_CLASS = re.compile(r"\[!?\]?[^\]]*\]")
 _CLASS = r"\[\^?\]?(?:[^\]\\]|\\.)*\]"
+# What a regular expression consists of; an alternative, an inline flag or the code of a character is none of these.
 _REGEX_TOKEN = re.compile(
     rf"(?P<repeat>\{{(?:\d+|\d*,\d*)\}}|[*?+])|(?P<group>\((?!\?[a-zA-OQ-Z#-]))|(?P<anchor>[$^]|\\[AbBZ])"
     rf"|(?P<any>\.|{_CLASS}|\\[dDsSwW])|(?P<literal>\\[^a-zA-Z0-9]|[^\\()|\[])",
