@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import HERE, PROMPTS, SHIM_ONLY, Result, Serving
+from harness import HERE, PROMPTS, SHIM_ONLY, SPAWNED, Result, Serving
 
 CLOSE = 1e-4  # we measured up to 4e-6; another choice of experts gives 1e-1 and more
 
@@ -161,7 +161,7 @@ def test_transformers_refuses_a_group_limited_output(loader: str, serving: Servi
 @pytest.mark.parametrize("model", [v3, v2], ids=["V3", "V2"])
 def test_on_two_ranks_the_output_equals_the_original_under_round_robin(model: Model, serving: Serving) -> None:
     source = model(serving)
-    answer = serving.generate(serving.resharded(source, 2), ranks=2)
+    answer = serving.generate(serving.resharded(source, 2), ranks=2, environment=SPAWNED)
     assert_equal(answer, round_robin(serving, source))
     assert "Expert placement strategy: linear" in answer.log
 
