@@ -237,4 +237,5 @@ def _check_groups(config: Mapping[str, Any], contract: Contract, where: str) -> 
         if found.get(key) != (expected := LOCKED_GROUPS if locked else value):
             yield f"{where}: {key} is {found.get(key)!r:.80}, expected {expected!r}"
         if restored.get(key) != value:
-            yield f"{where}: {CONTRACT_KEY}.original makes {key} {restored.get(key)!r:.80}, but the contract has {value}"
+            put_back = f"{CONTRACT_KEY}.original makes {key} {restored.get(key)!r:.80}"
+            yield f"{where}: {put_back}, but the contract has {value}"

@@ -41,26 +41,26 @@ def config_of(directory: Path) -> dict[str, Any]:
     return config.get("text_config", config)  # type: ignore[no-any-return]
 
 
-def published_v2(config: dict[str, Any], scores_TE: Tensor) -> Tensor:
+def published_v2(config: dict[str, Any], scores: Tensor) -> Tensor:
     """The experts that `modeling_deepseek.py` of DeepSeek-V2 chooses."""
-    n, n_group, experts = len(scores_TE), config["n_group"], scores_TE.shape[1]
-    group_scores = scores_TE.view(n, n_group, -1).max(dim=-1).values
-    return _within_best_groups(scores_TE, group_scores, experts, config)
+    n, n_group, experts = len(scores), config["n_group"], scores.shape[1]
+    group_scores = scores.view(n, n_group, -1).max(dim=-1).values
+    return _within_best_groups(scores, group_scores, experts, config)
 
 
-def published_v3(config: dict[str, Any], scores_TE: Tensor) -> Tensor:
+def published_v3(config: dict[str, Any], scores: Tensor) -> Tensor:
     """The experts that `modeling_deepseek.py` of V3 to V3.2 and `modeling_bailing_moe_v2.py` of Ling 2.0 choose."""
-    n, n_group, experts = len(scores_TE), config["n_group"], scores_TE.shape[1]
-    group_scores = scores_TE.view(n, n_group, -1).topk(2, dim=-1)[0].sum(dim=-1)
-    return _within_best_groups(scores_TE, group_scores, experts, config)
+    n, n_group, experts = len(scores), config["n_group"], scores.shape[1]
+    group_scores = scores.view(n, n_group, -1).topk(2, dim=-1)[0].sum(dim=-1)
+    return _within_best_groups(scores, group_scores, experts, config)
 
 
-def _within_best_groups(scores_TE: Tensor, group_scores: Tensor, experts: int, config: dict[str, Any]) -> Tensor:
-    n, n_group = len(scores_TE), config["n_group"]
+def _within_best_groups(scores: Tensor, group_scores: Tensor, experts: int, config: dict[str, Any]) -> Tensor:
+    n, n_group = len(scores), config["n_group"]
     group_idx = torch.topk(group_scores, k=config["topk_group"], dim=-1, sorted=False)[1]
     group_mask = torch.zeros_like(group_scores).scatter_(1, group_idx, 1)
     score_mask = group_mask.unsqueeze(-1).expand(n, n_group, experts // n_group).reshape(n, -1)
-    masked = scores_TE.masked_fill(~score_mask.bool(), 0.0)
+    masked = scores.masked_fill(~score_mask.bool(), 0.0)
     return torch.topk(masked, k=config["num_experts_per_tok"], dim=-1)[1]
 
 

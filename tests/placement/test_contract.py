@@ -68,5 +68,5 @@ def test_a_contract_of_version_1_unlocks_what_it_locked() -> None:
 def test_a_contract_of_an_unknown_version_is_refused(version: object) -> None:
     contract = locked(NAMES)["expert_placement"]
     assert contract_from_json(contract, "here")
-    with pytest.raises(CheckpointError, match="here: .*version .*reads versions 1 and 2; upgrade"):
+    with pytest.raises(CheckpointError, match=r"here: .*version .*reads versions 1 and 2; upgrade"):
         contract_from_json({**contract, "version": version}, "here")

@@ -134,7 +134,7 @@ def test_a_locked_config_reads_as_the_original_and_keeps_its_contract(monkeypatc
     assert read == CONFIG
     assert read_config(CONFIG, "here") is CONFIG
     locked["expert_placement"] = {**locked["expert_placement"], "version": 3}
-    with pytest.raises(CheckpointError, match="version 3.* reads versions 1 and 2; upgrade reshard"):
+    with pytest.raises(CheckpointError, match=r"version 3.* reads versions 1 and 2; upgrade reshard"):
         read_config(locked, "here")
 
 
