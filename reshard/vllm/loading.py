@@ -18,13 +18,13 @@ from typing import Any
 from ..errors import OutputError, UnsupportedError
 from ..placement.contract import Contract
 from ..placement.permutations import rank_slots
-from .patching import replace_if_there, replace_once
+from .patching import replace_if_there
 from .request import MANIFEST, refuse_placing_twice
 from .routing import LogicalOrder, contract_in, contract_of
 from .runners import lets_kernel_route, moe_runners
 from .served import Build, ServedPlacement, building, current_build, served_placement
 from .support import hook_fault
-from .worker import has_placement, mark_proved
+from .worker import has_placement, mark_checked, mark_proved
 
 RANK_FILE = re.compile(r"model-ep(\d{2,})-of-(\d{2,})-(\d{5})-of-(\d{5})\.safetensors")
 # With these load formats, ranks divide all files among themselves and exchange tensors: all must name the same files.
@@ -43,14 +43,14 @@ class Parallel:
 
 def install_file_choice(default_loader: ModuleType) -> None:
     """Make vLLM's default loader open only the files that this rank needs."""
-    replace_once(default_loader, "filter_duplicate_safetensors_files", _with_ranks)
+    replace_if_there(default_loader, "filter_duplicate_safetensors_files", _with_ranks)
 
 
 def install_check(base_loader: ModuleType) -> None:
     """Compare placements among ranks before a model is built, and check the model after it is loaded."""
-    replace_once(base_loader, "process_weights_after_loading", _with_check)
+    replace_if_there(base_loader, "process_weights_after_loading", _with_check)
     replace_if_there(base_loader, "initialize_model", _with_agreement)
-    replace_if_there(base_loader.BaseModelLoader, "load_model", _as_build)
+    replace_if_there(getattr(base_loader, "BaseModelLoader", None), "load_model", _as_build)
 
 
 def choose_files(named: list[str], present: list[str], num_experts: int, parallel: Parallel) -> list[str]:
@@ -151,6 +151,8 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
             mark_proved(served)
         elif (contract := contract_of(model_config)) is not None:
             check_model(model, contract, is_draft, pipelined)
+            if not is_draft:
+                mark_checked(str(model_config.model))
         return result
 
     return process_weights_after_loading

@@ -16,8 +16,8 @@ from reshard import UnsupportedError
 from reshard.placement.contract import Contract, contract_to_json, locked_values
 from reshard.placement.permutations import zigzag
 from reshard.vllm import loading, routing
+from reshard.vllm.hooks import ROUTER_ARGUMENTS
 from reshard.vllm.routing import LogicalOrder
-from reshard.vllm.support import ROUTER_ARGUMENTS
 
 CONFIG = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
 # Experts, groups, groups of a token: of the target, and of a draft.

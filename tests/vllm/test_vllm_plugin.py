@@ -20,7 +20,7 @@ import torch
 from reshard import CheckpointError, OutputError, UnsupportedError
 from reshard.placement.contract import Contract, contract_from_json, contract_to_json, lock_config, locked_values
 from reshard.placement.permutations import zigzag
-from reshard.vllm import configs, placed, support, worker
+from reshard.vllm import configs, hooks, placed, support, worker
 from reshard.vllm.configs import read_config
 from reshard.vllm.loading import (
     Parallel,
@@ -168,14 +168,14 @@ def test_an_unsupported_vllm_version_is_refused_and_the_supported_ones_are_named
     version: str, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))  # type: ignore[arg-type]
-    assert (support.version_fault() is None) == fits
+    assert (support.version_fault(hooks.OUTPUT) is None) == fits
     if not fits:
         with pytest.raises(UnsupportedError, match=rf"0\.26 to 0\.33.*{version}"):
             support.require_support("here")
 
 
 def test_a_router_factory_without_an_expected_parameter_is_detected() -> None:
-    arguments = ", ".join(f"{name}=None" for name in support.ROUTER_ARGUMENTS)
+    arguments = ", ".join(f"{name}=None" for name in hooks.ROUTER_ARGUMENTS)
     functions: dict[str, object] = {}
     exec(
         f"def same({arguments}, more=None): ...\ndef other({arguments.replace('topk_group=None, ', '')}): ...",
