@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 import zipfile
 from pathlib import Path
 
+import check_vllm
 import pytest
-from harness import ROOT, Serving
+from harness import Serving
 
 from reshard.vllm.hooks import TRANSFORMERS_HOOKS, VLLM_HOOKS, Hook
-
-sys.path.insert(0, str(ROOT / "tools"))
-import check_vllm
 
 REPLACED = """
 import importlib, json, sys

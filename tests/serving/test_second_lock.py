@@ -40,8 +40,9 @@ def router(kind, config):
     config.__dict__.update(groups)  # past the types that newer Transformers check
     return kind(config)(torch.ones(3, config.hidden_size))
 
+v2_config = transformers.DeepseekV2Config(topk_method="group_limited_greedy", num_experts_per_tok=4)
 for name, kind, config, where in (
-    ("V2", DeepseekV2TopkRouter, transformers.DeepseekV2Config(topk_method="group_limited_greedy"), v2),
+    ("V2", DeepseekV2TopkRouter, v2_config, v2),
     ("V3", DeepseekV3TopkRouter, transformers.DeepseekV3Config(), v3),
     ("V32", DeepseekV32TopkRouter, transformers.DeepseekV32Config(), v3),
 ):
@@ -50,7 +51,7 @@ for name, kind, config, where in (
     attempt(f"Transformers, router of {name}", lambda: router(kind, config))
     for model_type in ("deepseek_v32", "kimi_k2"):
         overrides = {"model_type": model_type, "architectures": [f"Deepseek{name}ForCausalLM"]}
-        attempt(f"vLLM, {name} as {model_type}", lambda: get_config(where, False, hf_overrides=overrides))
+        attempt(f"vLLM, {name} as {model_type}", lambda: get_config(where, False, hf_overrides_kw=overrides))
 
 hidden, logits = torch.ones(3, 8), torch.rand(3, 16)
 grouped = {"top_k": 4, "num_expert_group": n_group, "topk_group": topk_group}
