@@ -79,13 +79,12 @@ def unlock_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """`config` with `values` in the place of its own, object by object."""
-    changed = {
+    inside = {
         key: _with_values(config[key], value)
-        if isinstance(value, dict) and isinstance(config.get(key), dict)
-        else value
         for key, value in values.items()
+        if isinstance(value, dict) and isinstance(config.get(key), dict)
     }
-    return {**config, **changed}
+    return {**config, **values, **inside}
 
 
 def contract_to_json(contract: Contract) -> dict[str, Any]:

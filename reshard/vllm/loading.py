@@ -16,11 +16,11 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import OutputError, UnsupportedError
-from ..placement.contract import Contract
+from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
 from ..placement.permutations import rank_slots
 from .patching import replace_if_there
 from .request import MANIFEST, refuse_placing_twice
-from .routing import LogicalOrder, contract_in, contract_of
+from .routing import LogicalOrder
 from .runners import lets_kernel_route, moe_runners
 from .served import Build, ServedPlacement, building, current_build, served_placement
 from .support import hook_fault
@@ -149,7 +149,7 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
             kernels = check_kernels(model, served, served.ep_size)
             _log().info("kernels that compute the placed experts: %s", ", ".join(sorted(kernels)) or "none here")
             mark_proved(served)
-        elif (contract := contract_of(model_config)) is not None:
+        elif (contract := _contract_on_disk(model_config)) is not None:
             check_model(model, contract, is_draft, pipelined)
             if not is_draft:
                 mark_checked(str(model_config.model))
@@ -200,6 +200,20 @@ def _with_agreement(initialize: Callable[..., Any]) -> Callable[..., Any]:
     return initialize_model
 
 
+def _contract_on_disk(model_config: Any) -> Contract | None:
+    """The model's contract; from config.json if the config object lost it: then its routers did not see it."""
+    value = getattr(model_config.hf_config, CONTRACT_KEY, None)
+    if value is not None:
+        return contract_from_json(value, str(model_config.model))
+    return _contract_in(Path(model_config.model))
+
+
+def _contract_in(folder: Path) -> Contract | None:
+    path = folder / "config.json"
+    value = json.loads(path.read_bytes()).get(CONTRACT_KEY) if path.is_file() else None
+    return contract_from_json(value, str(path)) if value is not None else None
+
+
 def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[str]]:
     @functools.wraps(filter_files)
     def filter_duplicate_safetensors_files(files: list[str], folder: str, index_file: str) -> list[str]:
@@ -210,7 +224,7 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
             )
         sizes = {int(match[2]) for file in files if (match := RANK_FILE.fullmatch(Path(file).name))}
         by_rank = len(sizes) == 1
-        contract = None if by_rank else contract_in(Path(folder))
+        contract = None if by_rank else _contract_in(Path(folder))
         index = Path(folder, index_file)
         if not (by_rank or contract) or not index.is_file():
             return filter_files(files, folder, index_file)

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -111,28 +109,15 @@ def current_contract() -> Contract | None:
     Raises UnsupportedError for a load format that does not read the files of the index.
     """
     build = current_build()
-    contract = None if build.model_config is None else contract_of(build.model_config)
-    if contract is not None and (load_format := str(build.load_config.load_format)) not in LOAD_FORMATS:
+    value = None if build.model_config is None else getattr(build.model_config.hf_config, CONTRACT_KEY, None)
+    if value is None:
+        return None
+    if (load_format := str(build.load_config.load_format)) not in LOAD_FORMATS:
         raise UnsupportedError(
             f"{build.model_config.model}: load format {load_format} does not read the index, and might load weights "
             f"that were not resharded; use one of {', '.join(LOAD_FORMATS)}"
         )
-    return contract
-
-
-def contract_of(model_config: Any) -> Contract | None:
-    """The model's contract; read from config.json if the config object lost it on the way."""
-    value = getattr(model_config.hf_config, CONTRACT_KEY, None)
-    if value is not None:
-        return contract_from_json(value, str(model_config.model))
-    return contract_in(Path(model_config.model))
-
-
-def contract_in(folder: Path) -> Contract | None:
-    """The contract in a directory's config.json; None if it has none."""
-    path = folder / "config.json"
-    value = json.loads(path.read_bytes()).get(CONTRACT_KEY) if path.is_file() else None
-    return contract_from_json(value, str(path)) if value is not None else None
+    return contract_from_json(value, str(build.model_config.model))
 
 
 def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any], prefix: str) -> Any:

@@ -15,9 +15,9 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import UnsupportedError
+from ..placement.contract import CONTRACT_KEY
 from .patching import replace_if_there
 from .request import MANIFEST
-from .routing import contract_of
 from .served import ServedPlacement, served_placement
 from .support import VERSIONS, placing_fault
 
@@ -65,7 +65,7 @@ def _proved_load(load_model: Callable[..., None]) -> Callable[..., None]:
                 f"{served.asked}: vLLM loaded the model without the functions that reshard replaces; placements need "
                 f"vLLM {VERSIONS} and one of its usual load formats"
             )
-        if contract_of(model_config) is not None and len(_checked) == before[1]:
+        if getattr(model_config.hf_config, CONTRACT_KEY, None) is not None and len(_checked) == before[1]:
             raise UnsupportedError(
                 f"{model_config.model}: this model was resharded and has expert groups, but vLLM loaded it without the "
                 f"functions that reshard replaces, and would answer wrongly; serve it with vLLM {VERSIONS} and one of "
