@@ -7,23 +7,24 @@ from typing import Any
 
 import pytest
 from harness import SHIM_ONLY, Result, Serving
-from test_serving import assert_equal, v3
+from test_serving import MTP, assert_equal
 
 # A target and a draft: whether each is an output.
 PAIRS = {"target": (True, False), "draft": (False, True)}
 
 
+def with_mtp(serving: Serving) -> Path:
+    """16 experts in 4 groups, and a draft layer."""
+    return serving.model("deepseek_v3", mtp=True)
+
+
 def draft_of(serving: Serving) -> Path:
-    """The target's weights, routed by other groups: 2 of which a token may use 1."""
-    return serving.edited(v3(serving), "draft", lambda config: {**config, "n_group": 2, "topk_group": 1})
+    """The same weights, routed by other groups: 2 of which a token may use 1."""
+    return serving.edited(with_mtp(serving), "draft", lambda config: {**config, "n_group": 2, "topk_group": 1})
 
 
 def answer(target: Path, draft: Path, serving: Serving, **more: Any) -> Result:
-    speculative = {
-        **{"model": str(draft), "method": "draft_model", "num_speculative_tokens": 2},
-        "attention_backend": "CPU_MLA",
-    }
-    return serving.generate(target, speculative_config=speculative, **more)
+    return serving.generate(target, speculative_config={**MTP, "model": str(draft)}, **more)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -31,7 +32,7 @@ def test_a_draft_in_another_directory_answers_and_is_accepted_as_beside_the_orig
     pair: str, serving: Serving
 ) -> None:
     """The draft got its target's contract: a start with other groups was refused, or drafts were worse."""
-    sources = v3(serving), draft_of(serving)
+    sources = with_mtp(serving), draft_of(serving)
     expected = answer(*sources, serving, plugins=SHIM_ONLY)
     models = [
         serving.resharded(model, 2) if is_output else model
