@@ -16,7 +16,14 @@ from ..checkpoint.source import identify
 from ..errors import CheckpointError, OutputError
 from ..model.config_ids import map_config_files
 from ..model.layers import MoeModel
-from ..placement.contract import CONTRACT_KEY, LOCKED_KEYS, Contract, contract_to_json, lock_config, placement_to_json
+from ..placement.contract import (
+    CONTRACT_KEY,
+    Contract,
+    contract_to_json,
+    lock_config,
+    locked_values,
+    placement_to_json,
+)
 from ..placement.permutations import Placement
 from ..placement.strategies import Placed, check_placement
 from ..plan.extents import shareable
@@ -92,8 +99,8 @@ def plan_resharding(
     check_placement(placement, original.shape)
     contract = None
     if model.routing.group_limited:
-        locked = {key: checkpoint.config[key] for key in LOCKED_KEYS if key in checkpoint.config}
-        contract = Contract(strategy, ep_size, model.routing.n_group, model.routing.topk_group, placement, locked)
+        groups = model.routing.n_group, model.routing.topk_group
+        contract = Contract(strategy, ep_size, *groups, placement, locked_values(checkpoint.config))
     weights, sharing = _weights(original, placement, ep_size, writing)
     _refuse_collisions(checkpoint, weights)
     rewritten = _rewritten_configs(checkpoint, model, placement, contract)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from click.testing import CliRunner
+from version_1 import to_version_1
 
 from reshard.cli.main import main
 
@@ -181,6 +182,16 @@ class Serving:
             assert result.exit_code == 0, result.output
 
         return self._made(f"{model.name}-zz{ep}-{layout}", make)
+
+    def version_1(self, model: Path, ep: int) -> Path:
+        """The output of `reshard zigzag` for a model, with a contract of version 1."""
+        output = self.resharded(model, ep)
+
+        def make(directory: Path) -> None:
+            shutil.copytree(output, directory)
+            to_version_1(model, directory)
+
+        return self._made(f"{output.name}-version1", make)
 
     def placed(self, model: Path, ep: int, seed: int = 0) -> Path:
         """The output of `reshard place` for a model, with another random order in each MoE layer."""
