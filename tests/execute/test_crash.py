@@ -192,10 +192,7 @@ def test_a_run_goes_on_where_the_disk_has_the_room_it_asked_for_and_no_more(sour
         with pytest.raises(Cut):
             zigzag(source, RANKS, disk.path / "out", progress=cut_after(1), workers=1)
         assert sum(path.stat().st_size for path in (disk.path / "out").glob("*.partial")) > 2 << 20
-        resumed = run(*arguments)
-        if resumed.exit_code == 1 and "free some space" in resumed.stderr:
-            pytest.xfail("a run counts its own .partial files as taken, not as room to use again")
-        assert resumed.exit_code == 0
+        run_well(*arguments)
 
 
 def room_asked_for(refused: Result) -> tuple[int, int]:
@@ -289,8 +286,8 @@ def test_verify_says_which_files_cannot_be_read(failing: tuple[Mounted, str], tm
     image = break_from(disk, read_safetensors(path)[1][tensor].data)
     result = run("verify", disk.path / "source")
     assert result.exit_code == 1
-    assert "cannot be read" in result.stderr
-    assert "Input/output error" in result.stderr
+    assert "cannot be read" in result.stdout
+    assert "Input/output error" in result.stdout
     mend(disk, image)
     run_well("verify", disk.path / "source")
 
@@ -404,7 +401,7 @@ def test_a_sparse_source_needs_no_more_room_than_its_data(tmp_path: Path) -> Non
         report = json.loads(
             run_well("zigzag", "--src", source, "--ep", 2, "--out", disk.path / "out", "--dry-run", "--json")
         )
-        assert report["needed"] < 10 << 20 < report["free"] < hole < report["size"]
+        assert report["needed"] < 26 << 20 < report["free"] < hole < report["size"]
         run_well("zigzag", "--src", source, "--ep", 2, "--out", disk.path / "out")
         run_well("verify", disk.path / "out", "--src", source)
         with path.open("r+b") as file:  # the control: with data there, it does need it
