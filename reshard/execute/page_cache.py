@@ -23,7 +23,7 @@ def resident(file: int, offset: int, size: int) -> Iterator[tuple[int, int]]:
 
     None if the kernel does not tell: it tells only the file's owner, and who may write to it.
     """
-    if os.fstat(file).st_uid != os.geteuid() and not os.access(f"/proc/self/fd/{file}", os.W_OK):
+    if os.fstat(file).st_uid != os.geteuid() and not os.access(f"/proc/self/fd/{file}", os.W_OK, effective_ids=True):
         return
     for start in range(offset - offset % PAGE, offset + size, _WINDOW):
         pages = _pages(file, start, min(_WINDOW, offset + size - start))

@@ -259,7 +259,8 @@ def test_a_balanced_run_goes_on_with_the_placement_that_it_began_with(source: Pa
     assert "already complete" in run_well(*command, trace)
     run_well(*command, trace, "--restart")
     placements = [
-        json.loads((directory / MANIFEST).read_bytes())["physical_to_logical"] for directory in (tmp_path / "whole", out)
+        json.loads((directory / MANIFEST).read_bytes())["physical_to_logical"]
+        for directory in (tmp_path / "whole", out)
     ]
     assert placements[0] != placements[1], "the control: the new traffic asks for another placement"
 
