@@ -46,7 +46,7 @@ def check_out(out: Path, *, replace: bool = False) -> None:
                 f"{out}: not empty, and holds no unfinished run of reshard; choose another --out or empty it"
             )
     nearest = nearest_directory(out)
-    if not os.access(nearest, os.W_OK | os.X_OK):
+    if not os.access(nearest, os.W_OK | os.X_OK, effective_ids=True):
         raise OutputError(f"{out}: cannot be written: no permission to write to {nearest}; choose another --out")
 
 

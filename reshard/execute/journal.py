@@ -9,11 +9,12 @@ that part; a run that is killed leaves it behind, and then only the user can tel
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import msgspec
 
@@ -22,7 +23,7 @@ from ..record.manifest import FileRecord, is_inside
 from . import syscalls
 from .destination import JOURNAL, LOCK, PARTIAL, sync_directory
 
-NO_LOCKS = "{out}: its file system has no locks, so a file holds the lock: if the run is killed, remove {path}"
+NO_LOCKS = "{out}: its file system has no locks, so the file {path} is the lock; a run that is killed leaves it behind"
 
 
 class Opening(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -57,11 +58,10 @@ def read_journal(out: Path) -> Unfinished:
 
     A complete file counts only if it still has its size.
     """
-    path = out / JOURNAL
-    try:
-        data = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be read: {error.strerror}; choose another --out") from error
+    data = b""
+    if (out / JOURNAL).exists():
+        with _opened(out) as file:
+            data = file.read()
     opening: Opening | None = None
     done: dict[str, Written] = {}
     size = 0
@@ -76,7 +76,7 @@ def read_journal(out: Path) -> Unfinished:
                 done[written.record.name] = written
         except msgspec.DecodeError as error:
             if opening is None:
-                raise OutputError(f"{path}: damaged ({error}); remove {out} and start again") from error
+                raise OutputError(f"{out / JOURNAL}: damaged ({error}); remove {out} and start again") from error
             break  # files that come after it are written again
         size += len(line)
     return Unfinished(opening, {name: found for name, found in done.items() if _is_there(out, found.record)}, size)
@@ -88,12 +88,9 @@ def check_journal(out: Path, fingerprint: str | None) -> Unfinished:
     None stands for any run. OutputError also if a run is writing there now. Changes nothing.
     """
     if (out / JOURNAL).is_file():
-        fd = os.open(out / JOURNAL, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if not _lock(out, fd, shared=True) and (out / LOCK).exists():
+        with _opened(out) as file:
+            if not _lock(out, file.fileno(), shared=True) and (out / LOCK).exists():
                 raise _locked(out)
-        finally:
-            os.close(fd)
     found = read_journal(out)
     if fingerprint is not None:
         _refuse_other(out, found.opening, fingerprint)
@@ -199,6 +196,15 @@ class Journal:
         return OutputError(f"{self._path}: cannot be written: {error.strerror}; rerun the command to resume")
 
 
+@contextmanager
+def _opened(out: Path) -> Iterator[BinaryIO]:
+    try:
+        with (out / JOURNAL).open("rb") as file:
+            yield file
+    except OSError as error:
+        raise OutputError(f"{out / JOURNAL}: cannot be read: {error.strerror}; choose another --out") from error
+
+
 def _lock(out: Path, fd: int, *, shared: bool = False) -> bool:
     """Lock the journal `fd` in `out`; False if the file system has no locks, OutputError if another run has it."""
     try:
@@ -207,6 +213,8 @@ def _lock(out: Path, fd: int, *, shared: bool = False) -> bool:
         raise OutputError(
             f"{out}: another run of reshard is writing there; wait for it, or choose another --out"
         ) from error
+    except OSError as error:
+        raise OutputError(f"{out / JOURNAL}: cannot be locked: {error.strerror}; choose another --out") from error
 
 
 def _make_lock_file(out: Path) -> str:
