@@ -153,7 +153,10 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the journal, because the run is finished."""
-        self._path.unlink()
+        try:
+            self._path.unlink()
+        except OSError as error:
+            raise self._unwritable(error) from error
         sync_directory(self._out)
 
     def _begin(self, opening: Opening, restart: bool, replaced: Iterable[str] | None) -> None:
@@ -193,7 +196,8 @@ class Journal:
             raise
 
     def _unwritable(self, error: OSError) -> OutputError:
-        return OutputError(f"{self._path}: cannot be written: {error.strerror}; rerun the command to resume")
+        where = error.filename or self._path
+        return OutputError(f"{where}: cannot be written: {error.strerror}; rerun the command to resume")
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def find_room(plan: Plan, out: Path, *, restart: bool = False, replaced: Collect
         old = [name for name in names if plan.sharing.block_size is None]
         given_back = sum(allocated(out / name) + allocated(out / f"{name}{PARTIAL}") for name in old)
     else:
-        done = check_journal(out, fingerprint(plan)).done
+        done = check_journal(out, fingerprint(plan)).done if (out / JOURNAL).exists() else {}
         needs = {name: size for name, size in needs.items() if name not in done}
         given_back = sum(min(size, allocated(out / f"{name}{PARTIAL}")) for name, size in needs.items())
     return Room(sum(needs.values()) + SPARE_SPACE, free_space(out) + given_back)

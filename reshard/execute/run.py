@@ -9,9 +9,9 @@
 
 Each byte of an output file is read once and written once. Shared blocks are read only if their digests are wanted, and
 holes stay holes. Each thread needs memory for one buffer, and for one table of expert ids if the model has any. Pages
-leave the page cache once they are used. An interruption leaves complete files that the journal records, at most one
-NAME.partial per thread, and nothing that an engine would load. `fill` writes a single file; this module decides which,
-and when.
+that this run brought into the page cache leave it once they are used. An interruption leaves complete files that the
+journal records, at most one NAME.partial per thread, and nothing that an engine would load. `fill` writes a single
+file; this module decides which, and when.
 """
 
 from __future__ import annotations

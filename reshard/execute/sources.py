@@ -44,12 +44,15 @@ class SourceFiles:
     def mode(self, names: Iterable[str]) -> int:
         """The permission bits that all the files `names` have."""
         mode = 0o777
-        for name in names:
-            mode &= (self.root / name).stat().st_mode
+        for path in (self.root / name for name in names):
+            try:
+                mode &= path.stat().st_mode
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror}; did it change?") from error
         return mode
 
     def cached(self, name: str, segments: Iterable[tuple[bool, int, int]], fd: int) -> Sequence[tuple[int, int]]:
-        """The ranges of the file `name` that were in the page cache when the first thread opened it as `fd`."""
+        """The ranges of the file `name` that were in the page cache when the first thread began to read it, as `fd`."""
         with self._lock:
             if name not in self._cached:
                 data = ((offset, size) for is_hole, offset, size in segments if not is_hole)
@@ -77,9 +80,10 @@ class OpenSources:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Close all files, and drop what the kernel read ahead of us."""
-        for name, fd in self._fds.items():
+        for name in self._cached:
             with suppress(OSError):
                 self._forget(name, 0, self._files[name].size)
+        for fd in self._fds.values():
             os.close(fd)
 
     def fd(self, name: str) -> int:
@@ -97,8 +101,6 @@ class OpenSources:
                 except OSError as error:
                     raise CheckpointError(f"{self.root / name}: cannot be synced: {error.strerror}") from error
             self._check(name)
-            segments = self.segments(name, 0, status.st_size)
-            self._cached[name] = self._sources.cached(name, segments, self._fds[name])
             header = self._headers.get(name, b"")
             found = bytearray(len(header))
             self.read(name, 0, memoryview(found))
@@ -124,6 +126,8 @@ class OpenSources:
     def read(self, name: str, offset: int, into: memoryview, tensor: str | None = None) -> None:
         """Fill `into` with the bytes of the file `name` from `offset` on; `tensor` names their tensor in errors."""
         fd = self.fd(name)
+        if name not in self._cached:
+            self._cached[name] = self._sources.cached(name, self.segments(name, 0, self._files[name].size), fd)
         filled = 0
         try:
             while filled < len(into):
@@ -139,8 +143,9 @@ class OpenSources:
 
     def _forget(self, name: str, offset: int, size: int) -> None:
         """Drop a range from the page cache, but for what was there before."""
-        cached, end = self._cached.get(name, ()), offset + size
-        for start, until in cached[bisect_right(cached, offset, key=lambda pages: pages[1]) :]:
+        cached, end = self._cached[name], offset + size
+        for number in range(bisect_right(cached, offset, key=lambda pages: pages[1]), len(cached)):
+            start, until = cached[number]
             if start >= end:
                 break
             if start > offset:

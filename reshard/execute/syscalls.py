@@ -23,7 +23,7 @@ _UNSUPPORTED = {
     errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EPERM, errno.ETXTBSY, errno.EBADF,
 }  # fmt: skip
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}  # Lustre without flock; NFS without its locks
-_NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}  # CIFS, some FUSE and read-only file systems
+_NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOENT}  # of directories: CIFS, some FUSE; squashfs
 
 
 def share(source: int, offset: int, target: int, at: int, size: int) -> None:
