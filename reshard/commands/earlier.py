@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import OutputError
+from ..errors import IntegrityError, OutputError
 from ..execute.destination import JOURNAL
 from ..execute.journal import read_journal
 from ..execute.run import Outcome
@@ -25,7 +25,10 @@ def finished_output(out: Path) -> Manifest | None:
     """The manifest of the finished output in `out`; None if there is none, or a run there is not finished."""
     if (out / JOURNAL).exists() or not (out / MANIFEST).is_file():
         return None
-    return read_manifest(out)
+    try:
+        return read_manifest(out)
+    except IntegrityError as error:
+        raise OutputError(f"{error}; choose another --out, or remove {out}") from error
 
 
 def refuse_other(out: Path, found: Manifest, expected: Manifest) -> None:

@@ -118,6 +118,7 @@ class Journal:
         self._path = out / JOURNAL
         self.done: dict[str, Written] = {}
         self.notes: tuple[str, ...] = ()
+        self._syncs = True
         self._undo = ExitStack()
         with ExitStack() as undo:
             try:
@@ -153,6 +154,8 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the journal, because the run is finished."""
+        if not self._syncs:
+            os.sync()  # the names of all files must be on disk before the journal goes
         try:
             self._path.unlink()
         except OSError as error:
@@ -177,9 +180,10 @@ class Journal:
         os.ftruncate(self._fd, found.size)
         if earlier is None:
             self._append(msgspec.json.encode(opening))
-            if not sync_directory(self._out):
-                note = f"{self._out}: its file system does not sync directories: after a power cut, resume and verify"
-                self.notes = (*self.notes, note)
+        self._syncs = sync_directory(self._out)
+        if not self._syncs:
+            note = f"{self._out}: its file system does not sync directories: after a power cut, resume and verify"
+            self.notes = (*self.notes, note)
         self.done = found.done
 
     def _append(self, line: bytes) -> None:

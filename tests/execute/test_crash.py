@@ -183,14 +183,17 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_as_much_room_as_it_as
         assert_identical_trees(whole, out)
 
 
-def test_a_run_goes_on_where_the_disk_has_the_room_it_asked_for_and_no_more(source: Path, tmp_path: Path) -> None:
-    arguments = ["zigzag", "--src", source, "--out", tmp_path / "ext4" / "out", "--ep", RANKS, "--quiet"]
-    with mounted("ext4", tmp_path, 320) as disk, (disk.path / "filler").open("wb", buffering=0) as filler:
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_run_goes_on_where_the_disk_has_the_room_it_asked_for_and_no_more(
+    kind: str, source: Path, tmp_path: Path
+) -> None:
+    arguments = ["zigzag", "--src", source, "--out", tmp_path / kind / "out", "--ep", RANKS, "--quiet"]
+    with mounted(kind, tmp_path, 320) as disk, (disk.path / "filler").open("wb", buffering=0) as filler:
         fill(filler, leaving=0)
         needed, free = room_asked_for(run(*arguments))
         filler.truncate(filler.tell() - (needed - free + (1 << 20)))
         with pytest.raises(Cut):
-            zigzag(source, RANKS, disk.path / "out", progress=cut_after(1), workers=1)
+            zigzag(source, RANKS, disk.path / "out", progress=cut_after(2), workers=2)
         assert sum(path.stat().st_size for path in (disk.path / "out").glob("*.partial")) > 2 << 20
         run_well(*arguments)
 

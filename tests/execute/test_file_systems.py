@@ -110,14 +110,16 @@ def test_without_locks_a_second_run_is_refused_and_a_killed_one_leaves_a_lock_th
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_where_directories_are_not_synced_a_run_goes_on_and_says_so_once(
-    number: int, source: Path, whole: Path, tmp_path: Path
+    number: int, source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
+    out, synced = tmp_path / "out", []
+    monkeypatch.setattr(os, "sync", lambda: synced.append((out / JOURNAL).exists()))
     with refusing(os, "fsync", number, is_directory):
         report = json.loads(run_well(*command(source, out), "--json"))
         assert [str(out) in note and "does not sync directories" in note for note in report["file_system_notes"]] == [
             True
         ]
+        assert synced == [True], "all that the run wrote is on disk before its journal goes"
         back = tmp_path / "back"
         assert run_well("restore", out, "--out", back).count("does not sync directories") == 1
     assert_identical_trees(whole, out)
