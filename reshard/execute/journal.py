@@ -125,8 +125,8 @@ class Journal:
                 self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
                 undo.callback(os.close, self._fd)
                 if not _lock(out, self._fd):
-                    self.notes = (_make_lock_file(out),)
-                    undo.callback(_remove, out / LOCK)
+                    undo.enter_context(_lock_file(out))
+                    self.notes = (NO_LOCKS.format(out=out, path=out / LOCK),)
                 if not self._path.exists() or not os.path.samestat(os.fstat(self._fd), self._path.stat()):
                     raise OutputError(f"{out}: another run of reshard has just finished there; choose another --out")
                 self._begin(opening, restart, replaced)
@@ -168,6 +168,7 @@ class Journal:
         if earlier is None and restart and replaced is not None:
             earlier = Opening("", list(replaced))  # a run that is cut short from here on is an unfinished one
             self._append(msgspec.json.encode(earlier))
+            sync_directory(self._out)
         if earlier is None and any(path.name not in (JOURNAL, LOCK) for path in self._out.iterdir()):
             self._path.unlink()  # ours, just created: the other files appeared after `check_out`, before our lock
             raise OutputError(
@@ -225,15 +226,20 @@ def _lock(out: Path, fd: int, *, shared: bool = False) -> bool:
         raise OutputError(f"{out / JOURNAL}: cannot be locked: {error.strerror}; choose another --out") from error
 
 
-def _make_lock_file(out: Path) -> str:
-    """Create the lock file that stands in for a lock; OutputError if there is one. Returns a note about it."""
+@contextmanager
+def _lock_file(out: Path) -> Iterator[None]:
+    """A block in which a file stands in for the lock; OutputError if there is one."""
     path = out / LOCK
     try:
-        with path.open("x") as file:
-            file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file = path.open("x")
     except FileExistsError as error:
         raise _locked(out) from error
-    return NO_LOCKS.format(out=out, path=path)
+    try:
+        with file:
+            file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _locked(out: Path) -> OutputError:
@@ -245,10 +251,6 @@ def _locked(out: Path) -> OutputError:
         f"{out / LOCK}: {holder} has locked this directory, whose file system has no other locks; wait for that run, "
         "or if it is no longer alive, remove this file and rerun the command to resume"
     )
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
 
 
 def _refuse_other(out: Path, earlier: Opening | None, fingerprint: str) -> None:
