@@ -570,8 +570,8 @@ def test_a_manifest_whose_fields_are_gone_or_of_another_type_is_refused(out: Pat
     for key, value in json.loads(whole).items():
         other = "five" if isinstance(value, int) else 5
         edits: list[Callable[[Any], object]] = [
-            lambda m, key=key: m.pop(key),
             lambda m, key=key, other=other: m.update({key: other}),
+            *[lambda m, key=key: m.pop(key)] * (key != "fingerprint"),  # older outputs have none
         ]
         for edit in edits:
             (out / MANIFEST).write_text(whole)

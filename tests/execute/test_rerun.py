@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from checkpoints import Spec, build
 from command_line import run, run_well
+from forgery import forge
 from interruption import Cut, cut_after, is_loadable
 from oracle import assert_identical_trees, read_safetensors
 from scratch import checkpoint
@@ -128,6 +129,14 @@ def test_a_source_written_over_with_other_weights_of_the_same_shapes_finds_nothi
     assert "source has changed since" in refused.stderr
     run_well("zigzag", "--src", mine, "--out", out, *OPTIONS, "--restart")
     run_well("verify", out, "--src", mine)
+
+
+def test_an_output_of_an_older_version_is_not_taken_for_complete(mine: Path, out: Path) -> None:
+    forge(out, lambda manifest: manifest.pop("fingerprint"))
+    run_well("verify", out, "--src", mine)
+    assert run("zigzag", "--src", mine, "--out", out, *OPTIONS).exit_code == 1
+    run_well("zigzag", "--src", mine, "--out", out, *OPTIONS, "--restart")
+    assert "already complete" in run_well("zigzag", "--src", mine, "--out", out, *OPTIONS)
 
 
 def cut_short(path: Path) -> None:
@@ -284,6 +293,8 @@ def test_a_write_to_the_journal_that_falls_short_loses_nothing(
 
     def write_less(fd: int, data: bytes) -> int:
         nonlocal writes
+        if Path(f"/proc/self/fd/{fd}").resolve().name != JOURNAL:
+            return write(fd, data)
         writes += 1
         if writes == 6 and fails and cut:
             return write(fd, bytes(data)[:cut])
@@ -302,7 +313,8 @@ def test_a_write_to_the_journal_that_falls_short_loses_nothing(
     assert writes > 5
     complete = len(list(out.glob("*.safetensors")))
     resumed = zigzag(source, 4, out, max_shard_size=SHARD_SIZE).resumed
-    assert resumed == complete - fails
+    assert complete - 2 * fails <= resumed <= complete, "at most what was written when the disk was full"
+    assert resumed >= 3
     zigzag(source, 4, tmp_path / "whole", max_shard_size=SHARD_SIZE)
     assert_identical_trees(tmp_path / "whole", out)
 
