@@ -27,7 +27,7 @@ from ..placement.contract import (
 from ..placement.permutations import Placement
 from ..placement.strategies import Placed, check_placement
 from ..plan.extents import shareable
-from ..plan.files import Digests, OutputFile, Plan, literal_file, plan_index, whole_file
+from ..plan.files import Digests, OutputFile, Plan, fingerprint, literal_file, plan_index, whole_file
 from ..plan.layouts import as_source, by_rank, why_not_shared
 from ..plan.sharing import NOTHING_SHARED, Sharing
 from ..record.manifest import (
@@ -81,9 +81,11 @@ class Resharding:
 
 
 def plan_resharding(
-    original: Original, strategy: str, ep_size: int, placed: Placed, writing: Writing | None = None
+    original: Original, strategy: str, ep_size: int, placed: Placed, writing: Writing | None = None, request: str = ""
 ) -> Resharding:
     """Decide how `original` is rewritten for the placement `placed` on `ep_size` ranks; `strategy` names its maker.
+
+    `request` has the strategy's options if these may give another placement later.
 
     Raises:
         CheckpointError: the original has files or keys that only an output has
@@ -126,6 +128,8 @@ def plan_resharding(
             directories=checkpoint.directories,
             files=(*weights, *copied),
             last=(MANIFEST, INDEX, CONFIG),
+            request=request,
+            placement=placement if request else None,
         ),
         index=rewritten[INDEX],
         config=rewritten.get(CONFIG) or (checkpoint.root / CONFIG).read_bytes(),
@@ -209,7 +213,7 @@ def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:
     checkpoint, model, routing = resharding.checkpoint, resharding.model, resharding.model.routing
     identity = identify(checkpoint.root)
     source = Source(
-        path=os.fsencode(checkpoint.root.absolute()).decode(errors="replace"),
+        path=path_text(checkpoint.root),
         repo_id=identity.repo_id,
         revision=identity.revision,
         files=[_source_file(resharding, name) for name in checkpoint.files],
@@ -239,8 +243,14 @@ def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:
         moe_layers=layers,
         source=source,
         files=records,
+        fingerprint=fingerprint(resharding.plan),
         digest="",
     )
+
+
+def path_text(path: Path) -> str:
+    """A path as a manifest has it."""
+    return os.fsencode(path.absolute()).decode(errors="replace")
 
 
 def _source_file(resharding: Resharding, name: str) -> SourceFile:
