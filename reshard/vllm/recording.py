@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import json
 import os
 import queue
 import threading
@@ -22,9 +21,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..placement.contract import CONTRACT_KEY, contract_from_json, placement_from_json, placement_to_json
-from ..placement.permutations import Placement
+from ..placement.contract import placement_to_json
 from ..traffic.trace_file import DEFAULT_LIMIT, TRACE_VERSION, Header, TraceWriter
+from .outputs import read_placement
 from .patching import replace_once
 from .routing import placement_of
 from .runners import lets_kernel_route, moe_runners
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VARIABLE, LIMIT_VARIABLE = "RESHARD_TRACE", "RESHARD_TRACE_LIMIT"
-MANIFEST = "reshard_manifest.json"
+COPIED_BY_RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 MAX_WAITING_STEPS = 64  # steps that wait for the disk; further steps are not recorded
 EXIT_TIMEOUT_SECONDS = 5  # how long the process waits for the writer when it ends
 
@@ -42,6 +41,38 @@ def install(gpu_worker: ModuleType) -> None:
     """Make vLLM's worker record, on any device; `gpu_worker` defines Worker."""
     replace_once(gpu_worker.Worker, "load_model", _then_attach)
     replace_once(gpu_worker.Worker, "execute_model", _then_record)
+
+
+def install_notice(vllm_config: ModuleType) -> None:
+    """Say in the log where Ray keeps workers from recording; `vllm_config` defines VllmConfig."""
+    replace_once(vllm_config.VllmConfig, "__post_init__", _then_notice)
+
+
+def _then_notice(post_init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(post_init)
+    def __post_init__(config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - vLLM's own name
+        post_init(config, *args, **kwargs)
+        from vllm import envs
+
+        copies_all = getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", False)
+        if ray_hides_variable(config.parallel_config, bool(copies_all), os.environ):
+            _log().warning(
+                "%s: Ray does not pass this variable on: only workers that have it in their own environment record; "
+                "%s=%s,%s passes it on",
+                *(VARIABLE, COPIED_BY_RAY, VARIABLE, LIMIT_VARIABLE),
+            )
+
+    return __post_init__
+
+
+def ray_hides_variable(parallel: Any, copies_all: bool, environment: Mapping[str, str]) -> bool:
+    """Whether workers run in processes of Ray that do not get VARIABLE.
+
+    vLLM hands DP ranks its own variables only. Its newer executor for Ray hands workers all that it has (`copies_all`).
+    """
+    by_executor = str(parallel.distributed_executor_backend) == "ray" and not copies_all
+    by_ray = getattr(parallel, "data_parallel_backend", None) == "ray" or by_executor
+    return by_ray and VARIABLE not in environment.get(COPIED_BY_RAY, "").split(",")
 
 
 def _then_attach(load_model: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,23 +247,10 @@ def _scribe_in(directory: Path, header: Header, limit: int) -> Scribe:
 
 def _order_of(model_config: Any, routers: Mapping[str, Any]) -> list[int] | dict[str, list[int]] | None:
     """The model's placement in the form of a trace's header, to make its expert ids logical; None for an original."""
-    placement = _placement_in(model_config)
+    placement = read_placement(str(model_config.model), model_config.hf_config)
     if placement is None:
         return None
     return placement_to_json({name.removesuffix(".experts"): placement_of(placement, name) for name in routers})
-
-
-def _placement_in(model_config: Any) -> Placement | None:
-    """An output's placement: from its contract, or from its manifest if it has no contract; None for an original."""
-    where = str(model_config.model)
-    if (contract := getattr(model_config.hf_config, CONTRACT_KEY, None)) is not None:
-        return contract_from_json(contract, where).physical_to_logical
-    path = Path(where, MANIFEST)
-    if not path.is_file():
-        return None
-    manifest = json.loads(path.read_bytes())
-    names = [layer["name"] for layer in manifest["moe_layers"]]
-    return placement_from_json(manifest["physical_to_logical"], names, str(path))
 
 
 def _attempt(outcome: str, act: Callable[[], Any]) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reshard.traffic.recordings import read_recordings
-from reshard.vllm.recording import MAX_WAITING_STEPS, Recorder, Scribe, attach
+from reshard.vllm.recording import MAX_WAITING_STEPS, Recorder, Scribe, attach, install_notice
 
 TOP_K, EXPERTS, MAX_TOKENS = 2, 8, 16
 
@@ -233,3 +233,40 @@ def test_a_slow_disk_loses_steps_and_delays_none(vllm: Vllm) -> None:
     until(lambda: not scribe._waiting.qsize())
     scribe._finish()
     assert disk.rows in (MAX_WAITING_STEPS, MAX_WAITING_STEPS + 1), "one may have been on its way"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "copies_all", "copied", "warned"),
+    [
+        ({"data_parallel_backend": "ray", "distributed_executor_backend": "ray"}, True, "", True),
+        ({"data_parallel_backend": "mp", "distributed_executor_backend": "ray"}, False, "OTHER", True),
+        ({"data_parallel_backend": "mp", "distributed_executor_backend": "ray"}, True, "", False),
+        ({"data_parallel_backend": "ray", "distributed_executor_backend": "mp"}, False, "OTHER,RESHARD_TRACE", False),
+        ({"data_parallel_backend": "mp", "distributed_executor_backend": "mp"}, False, "", False),
+        ({"distributed_executor_backend": None}, False, "", False),
+    ],
+)
+def test_the_log_says_where_ray_keeps_workers_from_recording(
+    parallel: dict[str, Any],
+    copies_all: bool,
+    copied: str,
+    warned: bool,
+    vllm: Vllm,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM hands Ray's processes its own variables only, and nothing was recorded, with no word."""
+
+    class VllmConfig:
+        def __init__(self) -> None:
+            self.__post_init__()
+
+        def __post_init__(self) -> None:
+            self.parallel_config = SimpleNamespace(**parallel)
+
+    envs = SimpleNamespace(VLLM_USE_RAY_V2_EXECUTOR_BACKEND=copies_all)
+    monkeypatch.setattr(sys.modules["vllm"], "envs", envs, raising=False)
+    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", copied)
+    install_notice(SimpleNamespace(VllmConfig=VllmConfig))  # type: ignore[arg-type]
+    VllmConfig()
+    assert [line for line in vllm.log if "Ray does not pass this variable on" in line] == vllm.log
+    assert bool(vllm.log) == warned
