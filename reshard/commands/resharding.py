@@ -38,6 +38,7 @@ from ..record.manifest import (
 from .original import Original
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
+ADAPTER = "adapter_config.json"  # lies beside the weights of a LoRA adapter
 _RANK_FILE_NAME = re.compile(r"model-ep\d+-of-\d+-")
 
 
@@ -187,10 +188,23 @@ def _notes(checkpoint: Checkpoint, model: MoeModel) -> list[str]:
     notes = []
     if not any(layer.experts for layer in model.layers):
         notes.append("its experts are fused into one tensor a layer, so every rank reads all of them: no files by rank")
+    if not model.routing.group_limited:
+        notes.append(
+            "LoRA adapters of experts or routers, and weights that a running server is given, have the original's "
+            "expert ids: an engine without reshard's plugin applies them to other experts, with no error"
+        )
+    adapters = [Path(file.name).parent for file in checkpoint.other_files if Path(file.name).name == ADAPTER]
+    if adapters:
+        notes.append(
+            f"LoRA adapters, copied unchanged: {', '.join(f'{folder}/' for folder in adapters)}; those that change "
+            "experts or routers are for the original only"
+        )
     other_weights = [
         file.name
         for file in checkpoint.other_files
-        if Path(file.name).suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") and file.size > 1 << 20
+        if Path(file.name).suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+        and file.size > 1 << 20
+        and Path(file.name).parent not in adapters
     ]
     if other_weights:
         notes.append(f"copied unchanged, not resharded: {', '.join(other_weights)}")
