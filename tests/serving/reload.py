@@ -1,9 +1,9 @@
 """Gives a served model new weights, and loses and restores its memory, as vLLM does. Runs in vLLM's environment.
 
 Reads one JSON object from standard input: `model`, `prompts`, `max_tokens` and `llm` as in generate.py; `other`,
-another checkpoint of the same shape; `output`, an output of reshard; and `steps`, if not all of them are wanted. Prints
-one line of JSON: for each step, the tokens that were generated after it, or its error. `lost` has the tokens that were
-generated without the buffer.
+another checkpoint of the same shape; `output`, an output of reshard; `alike`, the output of `other` that was placed as
+the model was; and `steps`, if not all of them are wanted. Prints one line of JSON: for each step, the tokens that were
+generated after it, or its error. `lost` has the tokens that were generated without the buffer.
 
 CPUs have no sleep mode. So `sleep` does what a GPU worker does for level 2: it saves the buffers of modules, zeroes all
 memory of the model, also what its routers hold outside of modules, restores the buffers, and loads the weights again.
@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import generate
@@ -23,6 +24,7 @@ import generate
 def run(request: dict[str, Any]) -> dict[str, Any]:
     """Answer a request."""
     import torch
+    from safetensors.torch import load_file
     from vllm import LLM, SamplingParams
 
     llm = LLM(model=request["model"], **{**generate.FIXED, **request["llm"]})
@@ -47,14 +49,18 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
                 buffer.data.copy_(saved[name])
 
     def update(worker: Any) -> None:
-        from vllm.model_executor.model_loader import get_model_loader
-
-        runner = worker.model_runner
-        loader = get_model_loader(runner.vllm_config.load_config)
-        tensors = [(name, tensor.clone()) for name, tensor in loader.get_all_weights(runner.model_config, runner.model)]
-        for parameter in runner.get_model().parameters():
+        tensors = checkpoint(request["model"])
+        for parameter in worker.model_runner.get_model().parameters():
             parameter.data.zero_()
         worker.reload_weights(weights_iterator=iter(tensors))
+
+    def elsewhere(worker: Any) -> None:
+        """Make the worker think that its own files are others, and reload those."""
+        worker.update_config({"model_config": {"model": request["other"]}})
+        try:
+            worker.reload_weights()
+        finally:
+            worker.update_config({"model_config": {"model": request["model"]}})
 
     def by_slot(worker: Any) -> None:
         worker.reload_weights(weights_iterator=iter([]), is_checkpoint_format=False)
@@ -64,6 +70,15 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         routers = [module.router for module in model.modules() if hasattr(module, "router")]
         return [value for router in routers for value in vars(router).values() if isinstance(value, torch.Tensor)]
 
+    def checkpoint(folder: str) -> list[tuple[str, Any]]:
+        """The tensors in a directory, as a trainer would send them."""
+        return [item for path in sorted(Path(folder).glob("*.safetensors")) for item in load_file(path).items()]
+
+    def inner(folder: str) -> list[tuple[str, Any]]:
+        """Those of the module `model`, without its name."""
+        tensors = checkpoint(folder)
+        return [(name.removeprefix("model."), tensor) for name, tensor in tensors if name.startswith("model.")]
+
     lost: list[list[list[int]]] = []
     steps: dict[str, Callable[[Any], Any]] = {
         "at first": lambda worker: None,
@@ -71,6 +86,12 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         "sleep": sleep,
         "update": update,
         "by slot": by_slot,
+        "load_weights": lambda worker: worker.get_model().load_weights(checkpoint(request["other"])),
+        "load_weights of a module": lambda worker: worker.get_model().model.load_weights(inner(request["other"])),
+        "other tensors": lambda worker: worker.reload_weights(weights_iterator=iter(checkpoint(request["other"]))),
+        "elsewhere": elsewhere,
+        "an output, by the runner": lambda worker: worker.model_runner.reload_weights(weights_path=request["output"]),
+        "alike": lambda worker: worker.reload_weights(weights_path=request["alike"]),
         "an output": lambda worker: worker.reload_weights(weights_path=request["output"]),
         "save": lambda worker: worker.save_sharded_state("/nowhere"),
         "another model": lambda worker: worker.reload_weights(weights_path=request["other"]),
