@@ -10,7 +10,8 @@ plugin replaces functions of vLLM as follows:
     updates    so are new weights in the original's numbering, but for the output's own files
     lora       so are adapters of experts and routers
     returned   the experts that vLLM returns have the original's ids
-    recording  if RESHARD_TRACE names a directory: records which experts each token chose, for any MoE model
+    recording  if RESHARD_TRACE names a directory: records which experts each token chose, for any MoE model;
+               `load_log` says now and then how evenly they load the ranks
 
 For an original, if RESHARD_PLACEMENT is set:
 

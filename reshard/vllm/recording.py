@@ -3,7 +3,8 @@
 It works for any MoE model. Unless RESHARD_TRACE is set, nothing of this is installed. If it is set, each layer copies
 its router's answer into a buffer on the device: some KiB, captured by CUDA graphs like any other copy. vLLM's own
 `RoutedExpertsCapturer` knows which rows belong to this rank. After each step, the rows of its tokens are copied to the
-CPU asynchronously, and a thread writes them. Recording never blocks serving: if it fails, it logs that once and stops.
+CPU asynchronously, and a thread writes them; `load_log` counts some of them there. Recording never blocks serving: if
+it fails, it logs that once and stops.
 
 Each DP rank records its tokens, and each PP stage its layers; the first TP rank records for all TP ranks. MTP drafts
 are not recorded. RESHARD_TRACE_LIMIT is the maximum size of a rank's trace in bytes; the oldest part is deleted first.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..placement.contract import placement_to_json
 from ..traffic.trace_file import DEFAULT_LIMIT, TRACE_VERSION, Header, TraceWriter
+from .load_log import LoadLog, load_log
 from .outputs import read_placement
 from .patching import replace_once
 from .routing import placement_of
@@ -161,7 +163,8 @@ class Recorder:
         )
         self._scribe: Scribe | None = None
         if get_tp_group().rank_in_group == 0:
-            self._scribe = _attempt("cannot begin", lambda: _scribe_in(directory, header, limit))
+            log = _attempt("has no load to log", lambda: load_log(config, header.layers, _log().info))
+            self._scribe = _attempt("cannot begin", lambda: _scribe_in(directory, header, limit, log))
         for column, router in enumerate(routers.values()):
             if hasattr(router, "reshard_answers_logical_ids"):
                 router.reshard_answers_logical_ids()
@@ -189,11 +192,12 @@ class Recorder:
 
 
 class Scribe:
-    """Writes rows from the device to a trace, in its own thread."""
+    """Writes rows from the device to a trace, in its own thread, and logs now and then how they load the ranks."""
 
-    def __init__(self, writer: TraceWriter, id_size: int) -> None:
+    def __init__(self, writer: TraceWriter, id_size: int, note: Callable[[memoryview], object] | None = None) -> None:
         self._writer = writer
         self._id_size = id_size
+        self._note = note
         self._waiting: queue.Queue[Callable[[], memoryview] | None] = queue.Queue(MAX_WAITING_STEPS)
         self._dropped = False
         self._thread = threading.Thread(
@@ -230,8 +234,18 @@ class Scribe:
 
     def _write(self) -> None:
         while arrived := self._waiting.get():
-            self._writer.write(arrived())
+            rows = arrived()
+            self._writer.write(rows)
+            if self._note is not None and not _attempt(
+                "goes on, its load is not logged", functools.partial(self._noted, rows)
+            ):
+                self._note = None
         self._writer.close()
+
+    def _noted(self, rows: memoryview) -> bool:
+        if self._note is not None:
+            self._note(rows)
+        return True
 
     def _finish(self) -> None:
         if self._thread.is_alive():
@@ -239,8 +253,9 @@ class Scribe:
             self._thread.join(EXIT_TIMEOUT_SECONDS)
 
 
-def _scribe_in(directory: Path, header: Header, limit: int) -> Scribe:
-    scribe = Scribe(TraceWriter(directory, header, limit), header.id_size)
+def _scribe_in(directory: Path, header: Header, limit: int, log: LoadLog | None) -> Scribe:
+    note = None if log is None else functools.partial(log.note, id_size=header.id_size, top_k=header.top_k)
+    scribe = Scribe(TraceWriter(directory, header, limit), header.id_size, note)
     _log().info("%s: recording the experts that tokens choose in %s", VARIABLE, directory)
     return scribe
 
