@@ -16,7 +16,7 @@ from reshard.placement.permutations import invert, node_zigzag, rank_slots, zigz
 from reshard.placement.placement_file import PlacementFile, encode_placement_file
 from reshard.vllm import agreement, loading, worker
 from reshard.vllm.agreement import compare, publish
-from reshard.vllm.eplb import with_copies
+from reshard.vllm.eplb import place, with_copies
 from reshard.vllm.placed import ExpertPlace
 from reshard.vllm.placed_weights import Filling, install
 from reshard.vllm.request import Model, asked_for, resolve
@@ -295,6 +295,39 @@ def test_copies_follow_a_ranks_own_experts_and_no_rank_holds_an_expert_twice(
         assert len(set(held)) == size, "a rank holds two copies of one expert"
         if redundant <= ranks:
             assert held[: len(own)] == order[own.start : own.stop]
+
+
+def test_a_model_whose_experts_eplb_moved_takes_no_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM loads experts where they were at first: a trainer's weights went to other experts' slots."""
+
+    class Moe(torch.nn.Module):
+        num_redundant_experts, num_logical_experts, expert_weights = 0, 8, ()
+        moe_layers = (SimpleNamespace(layer_name="model.layers.1.mlp.experts"),)
+
+        def load_weights(self, weights: list[str]) -> list[str]:
+            return weights
+
+    def commit(state: Any, new_physical_to_logical_map: torch.Tensor) -> None:
+        state.physical_to_logical_map = new_physical_to_logical_map
+
+    eplb_state = SimpleNamespace(rearrange_expert_weights_inplace=lambda *all: None, _commit_eplb_maps=commit)
+    modules: dict[str, Any] = {
+        "vllm": SimpleNamespace(),
+        "vllm.distributed": SimpleNamespace(),
+        "vllm.distributed.eplb": SimpleNamespace(eplb_state=eplb_state),
+        "vllm.distributed.parallel_state": SimpleNamespace(get_ep_group=lambda: SimpleNamespace(device_group=None)),
+        "vllm.logger": SimpleNamespace(init_logger=lambda name: SimpleNamespace(info=lambda *values: None)),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(worker, "_proved", [])
+    linear = torch.arange(8)[None]
+    state = SimpleNamespace(model=Moe(), physical_to_logical_map=linear, expert_buffer=None, communicator=None)
+    assert state.model.load_weights(["a"]) == ["a"], "the control"
+    place(state, served_strategy("zigzag", 1, 8, 2, 3), is_draft=False)
+    assert state.physical_to_logical_map.tolist() == [list(zigzag(8, 2))]
+    with pytest.raises(UnsupportedError, match=r"new weights are refused .*with EPLB"):
+        state.model.load_weights(["a"])
 
 
 def test_copies_that_do_not_fit_on_different_ranks_are_refused() -> None:
