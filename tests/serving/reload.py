@@ -56,11 +56,17 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
     def elsewhere(worker: Any) -> None:
         """Make the worker think that its own files are others, and reload those."""
-        worker.update_config({"model_config": {"model": request["other"]}})
+        worker.model_config.model = request["other"]
         try:
             worker.reload_weights()
         finally:
-            worker.update_config({"model_config": {"model": request["model"]}})
+            worker.model_config.model = request["model"]
+
+    def by_the_runner(worker: Any) -> None:
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(worker.vllm_config):
+            worker.model_runner.reload_weights(weights_path=request["output"])
 
     def by_slot(worker: Any) -> None:
         worker.reload_weights(weights_iterator=iter([]), is_checkpoint_format=False)
@@ -90,7 +96,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         "load_weights of a module": lambda worker: worker.get_model().model.load_weights(inner(request["other"])),
         "other tensors": lambda worker: worker.reload_weights(weights_iterator=iter(checkpoint(request["other"]))),
         "elsewhere": elsewhere,
-        "an output, by the runner": lambda worker: worker.model_runner.reload_weights(weights_path=request["output"]),
+        "an output, by the runner": by_the_runner,
         "alike": lambda worker: worker.reload_weights(weights_path=request["alike"]),
         "an output": lambda worker: worker.reload_weights(weights_path=request["output"]),
         "save": lambda worker: worker.save_sharded_state("/nowhere"),
