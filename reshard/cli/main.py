@@ -11,12 +11,12 @@ import click
 
 from .. import __version__
 from ..checkpoint.directory import CONFIG, INDEX
-from ..commands.place import plan_placement, write_resharding
+from ..commands.place import plan_placement, room_for, write_resharding
 from ..commands.restore import restore
 from ..commands.stage import plan_stage, write_staging
 from ..commands.verify import verify
 from ..errors import ReshardError
-from ..execute.run import needed_space, refuse_out, shareable_size
+from ..execute.ready import shareable_size
 from ..placement.strategies import STRATEGIES, Linear, Options, Strategy, Zigzag
 from ..plan.files import Digests
 from ..plan.sharing import Reflink
@@ -36,19 +36,16 @@ from .options import (
 )
 from .progress import bar
 from .render import (
-    bytes_text,
     describe_outcome,
     describe_plan,
+    describe_restoring,
     describe_staging,
     describe_verification,
     fail,
     outcome_json,
     plan_json,
     print_report,
-    resumed_lines,
     serve_command,
-    sharing_lines,
-    time_text,
 )
 
 EXIT_INTERRUPTED = 130
@@ -135,12 +132,13 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         max_shard_size=options.max_shard_size,
         reflink=options.reflink,
         digests=Digests(options.digests) if options.digests else None,
+        restart=options.restart,
     )
     if options.dry_run:
-        refuse_out(resharding.plan, out)
-        shareable, needed = shareable_size(resharding.plan), needed_space(resharding.plan)
-        report = {**plan_json(resharding, out), "shareable": shareable, "needed": needed}
-        print_report(report, describe_plan(resharding, out, shareable, needed), options.quiet, options.as_json)
+        room, shareable = room_for(resharding, out, restart=options.restart), shareable_size(resharding.plan)
+        report = {**plan_json(resharding, out), "shareable": shareable, "needed": room.needed, "free": room.free}
+        print_report(report, describe_plan(resharding, out, shareable, room), options.quiet, options.as_json)
+        room.check(out)
         return
     with bar(strategy.name, resharding.plan.size, options.quiet or options.as_json) as progress:
         outcome = write_resharding(resharding, out, restart=options.restart, workers=options.workers, progress=progress)
@@ -166,10 +164,10 @@ def verify_command(out: Path, src: str | None, quick: bool, workers: int | None,
     with bar("verify", total, quiet or as_json) as progress:
         verification = verify(out, src, quick=quick, workers=workers, progress=progress)
     report = {**asdict(verification), "out": str(out), "sound": not verification.problems}
-    print_report(report, describe_verification(verification, src, quick), quiet, as_json)
-    if verification.problems:
-        first, others = verification.problems[0], len(verification.problems) - 1
-        fail(f"{first} (and {others} more problems)" if others else first, 1)
+    silent = quiet and not verification.problems
+    print_report(report, describe_verification(verification, src, quick), silent, as_json)
+    if count := len(verification.problems):
+        fail(f"{out}: {count} problem{'s' * (count > 1)} found; see the standard output", 1)
 
 
 @main.command("stage")
@@ -221,12 +219,7 @@ def restore_command(
     total = sum(file.size for file in read_manifest(resharded).source.files if file.name not in (INDEX, CONFIG))
     with bar("restore", total, quiet or as_json) as progress:
         outcome = restore(resharded, out, reflink=reflink, restart=restart, workers=workers, progress=progress)
-    lines = [
-        *resumed_lines(outcome),
-        f"restored {outcome.files} files, {bytes_text(outcome.size)}, to {out} in {time_text(outcome.seconds)}",
-        *sharing_lines(outcome, resharded),
-    ]
-    print_report(outcome_json(outcome), lines, quiet, as_json)
+    print_report(outcome_json(outcome), describe_restoring(outcome, resharded), quiet, as_json)
 
 
 for _command in (inspect_command, analyze_command, export_command, trace_group):

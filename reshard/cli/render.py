@@ -16,7 +16,8 @@ from ..commands.resharding import Resharding
 from ..commands.stage import Staging
 from ..commands.trace_info import TraceInfo
 from ..commands.verify import Verification
-from ..execute.destination import SPARE_SPACE, free_space
+from ..execute.destination import free_space
+from ..execute.ready import Room
 from ..execute.run import Outcome
 from ..model.routing import why_plugin
 from ..placement.permutations import describe_ranks
@@ -24,6 +25,7 @@ from ..placement.strategies import STRATEGIES, Linear, NodeZigzag, Options, Zigz
 from ..traffic.analysis import Analysis
 
 MAX_LINE = 1600  # characters of an error message
+QUICKLY_CHECKED = "its sizes, headers, index and configs are right, and no tensor was read; --restart writes it anew"
 
 
 def print_report(report: dict[str, Any], lines: list[str], quiet: bool, as_json: bool) -> None:
@@ -36,11 +38,13 @@ def print_report(report: dict[str, Any], lines: list[str], quiet: bool, as_json:
 
 def fail(message: str, status: int) -> NoReturn:
     """Print `message` as one printable line of bounded length, whatever names it quotes, and exit."""
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(message.split()))
-    if len(line) > MAX_LINE:
-        line = f"{line[: MAX_LINE // 2]} […] {line[-MAX_LINE // 2 :]}"
-    click.echo(f"reshard: error: {line}", err=True)
+    click.echo(f"reshard: error: {_one_line(message)}", err=True)
     sys.exit(status)
+
+
+def _one_line(message: str) -> str:
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(message.split()))
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} […] {line[-MAX_LINE // 2 :]}"
 
 
 def plan_json(resharding: Resharding, out: Path) -> dict[str, Any]:
@@ -76,10 +80,12 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
     return {
         "out": str(outcome.out),
         "size": outcome.size,
-        "shared": outcome.shared,
+        "shared": None if outcome.already_complete else outcome.shared,
         "undigested_tensors": outcome.undigested,
         "seconds": round(outcome.seconds, 3),
         "resumed_files": outcome.resumed,
+        "already_complete": outcome.already_complete,
+        "file_system_notes": outcome.notes,
     }
 
 
@@ -121,7 +127,7 @@ def describe_serving(commands: dict[str, list[str]]) -> list[str]:
     return [*lines, *(f"  {name:14}{command}" for name, found in commands.items() for command in found)]
 
 
-def describe_plan(resharding: Resharding, out: Path, shareable: int, needed: int) -> list[str]:
+def describe_plan(resharding: Resharding, out: Path, shareable: int, room: Room) -> list[str]:
     """The lines of `--dry-run`. Sizes are in bytes."""
     lines = [*_describe_model(resharding), f"would write to {out}:"]
     groups: dict[str, list[int]] = {}
@@ -133,13 +139,13 @@ def describe_plan(resharding: Resharding, out: Path, shareable: int, needed: int
             counts[index] += count
     for label, (files, tensors, size) in groups.items():
         lines.append(f"  {label:22} {files:5} files {tensors:7} tensors {bytes_text(size):>10}")
-    size, free = resharding.plan.size, free_space(out) - SPARE_SPACE
+    size = resharding.plan.size
     lines.append(f"  {'total':22} {len(resharding.plan.files):5} files {'':15} {bytes_text(size):>10}")
     sharing = resharding.plan.sharing
     why = f"  ({sharing.why_not})" if sharing.why_not else ""
     lines.append(f"  {'shared disk blocks':22} {'':27} {bytes_text(shareable):>10}{why}")
-    lines.append(f"  {'space needed':22} {'':27} {bytes_text(needed):>10}")
-    lines.append(f"  {'space free':22} {'':27} {bytes_text(free):>10}" + ("" if free >= needed else "  NOT ENOUGH"))
+    lines.append(f"  {'space needed':22} {'':27} {bytes_text(room.needed):>10}")
+    lines.append(f"  {'space free':22} {'':27} {bytes_text(room.free):>10}" + "  NOT ENOUGH" * (not room.enough))
     return lines
 
 
@@ -162,13 +168,11 @@ def _describe_model(resharding: Resharding) -> list[str]:
 
 def describe_outcome(resharding: Resharding, outcome: Outcome) -> list[str]:
     """The lines of `zigzag` and `place`."""
+    root = resharding.checkpoint.root
     return [
-        *resumed_lines(outcome),
         *_describe_model(resharding),
-        f"wrote {outcome.files} files, {bytes_text(outcome.size)}, to {outcome.out} in {time_text(outcome.seconds)}",
-        *sharing_lines(outcome, resharding.checkpoint.root),
-        f"check it:  reshard verify {shlex.quote(str(outcome.out))} --src "
-        f"{shlex.quote(str(resharding.checkpoint.root))}",
+        *_done_lines(outcome, "wrote", root, QUICKLY_CHECKED),
+        f"check it:  reshard verify {shlex.quote(str(outcome.out))} --src {shlex.quote(str(root))}",
         _serve_line(resharding, outcome.out),
     ]
 
@@ -178,12 +182,28 @@ def describe_staging(staging: Staging, outcome: Outcome) -> list[str]:
     ranks = staging.manifest.staged_ranks
     what = "" if ranks is None else f"EP ranks {describe_ranks(ranks)} of {staging.manifest.ep_size}: "
     return [
-        *resumed_lines(outcome),
         *(f"note: {note}" for note in staging.notes),
-        f"staged {what}{outcome.files} files, {bytes_text(outcome.size)}, to {outcome.out} in "
-        f"{time_text(outcome.seconds)}",
-        *sharing_lines(outcome, staging.plan.source),
+        *_done_lines(outcome, f"staged {what}".rstrip(), staging.plan.source, QUICKLY_CHECKED),
         f"check it:  reshard verify {shlex.quote(str(outcome.out))}",
+    ]
+
+
+def describe_restoring(outcome: Outcome, resharded: Path) -> list[str]:
+    """The lines of `restore`."""
+    return _done_lines(outcome, "restored", resharded, "every byte is what restore would write")
+
+
+def _done_lines(outcome: Outcome, done: str, source: Path, checked: str) -> list[str]:
+    """What a run wrote, and what it resumed, shared and noted; or that all was there, and what was `checked`."""
+    what = f"{outcome.files} files, {bytes_text(outcome.size)}"
+    if outcome.already_complete:
+        return [f"already complete: {outcome.out} has all {what}; {checked}; nothing was written"]
+    resumed = f"resumed an interrupted run: {outcome.resumed} files were already complete"
+    return [
+        *[resumed] * bool(outcome.resumed),
+        *(f"note: {note}" for note in outcome.notes),
+        f"{done} {what}, to {outcome.out} in {time_text(outcome.seconds)}",
+        *_sharing_lines(outcome, source),
     ]
 
 
@@ -192,14 +212,7 @@ def _serve_line(resharding: Resharding, out: Path) -> str:
     return f"serve it{where}:  {serve_command(out, resharding.ep_size)}"
 
 
-def resumed_lines(outcome: Outcome) -> list[str]:
-    """A line that says how many files an interrupted run had finished, if there was one."""
-    if not outcome.resumed:
-        return []
-    return [f"resumed an interrupted run: {outcome.resumed} files were already complete"]
-
-
-def sharing_lines(outcome: Outcome, source: Path) -> list[str]:
+def _sharing_lines(outcome: Outcome, source: Path) -> list[str]:
     """How much is shared with the source or why nothing is, and how many tensors have no digest."""
     if outcome.why_not_shared:
         lines = [f"copied: {outcome.why_not_shared}"]
@@ -230,7 +243,7 @@ def describe_verification(verification: Verification, src: str | None, quick: bo
         f"{bytes_text(verification.size)} in {time_text(verification.seconds)}"
     ]
     if verification.problems:
-        return [*lines, *(f"problem: {problem}" for problem in verification.problems[1:])]
+        return [*lines, *(f"problem: {_one_line(problem)}" for problem in verification.problems)]
     if quick:
         lines.append("sizes, headers, index and configs are what was written; no tensor was read")
     elif verification.unread and verification.routers is None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.directory import CONFIG, INDEX
+from ..checkpoint.source import identify
 from ..errors import OutputError
+from ..execute.destination import free_space
 from ..execute.fill import Progress
+from ..execute.ready import Room, find_room
 from ..execute.reflink import find_sharing
 from ..execute.run import Outcome, run
-from ..placement.strategies import Strategy, Zigzag
-from ..plan.files import Digests, OutputFile, literal_file
+from ..placement.strategies import Balanced, Strategy, Zigzag
+from ..plan.files import Digests, OutputFile, fingerprint, literal_file
 from ..plan.sharing import Reflink
-from ..record.manifest import MANIFEST, FileRecord, Layout, encode_manifest, record_bytes
-from .original import place_experts, read_original
-from .resharding import DEFAULT_MAX_SHARD_SIZE, Resharding, Writing, manifest_of, plan_resharding
+from ..record.manifest import MANIFEST, FileRecord, Layout, Manifest, encode_manifest, record_bytes
+from .earlier import already_complete, earlier_placement, finished_output, names_of, refuse_other
+from .original import check_ep_size, place_experts, read_original
+from .resharding import DEFAULT_MAX_SHARD_SIZE, Resharding, Writing, manifest_of, path_text, plan_resharding
 
 
 def plan_placement(
@@ -27,17 +32,20 @@ def plan_placement(
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
     reflink: Reflink = "auto",
     digests: Digests | None = None,
+    restart: bool = False,
 ) -> Resharding:
     """Decide how the checkpoint `src` is rewritten into `out`. Reads no weights, writes nothing.
 
     Parameters:
         src: a checkpoint directory, or the id of a repository in the Hugging Face cache
         strategy: decides where experts go; its ep_size R is 2 to E and need not divide E
-        out: absent, empty, or an unfinished run; this function only checks whether it can share blocks with `src`
+        out: absent, empty, an unfinished run or a finished one. This function checks whether it can share blocks with
+            `src`, and takes from such a run a placement that the same options may not make again
         layout: "ranks" writes files by EP rank; "source" writes a file for each file of the source
         max_shard_size: the most bytes of tensors in a file; with layout "source" files are as large as the source's
         reflink: "auto" shares disk blocks with the source if the file system can; "always" refuses if it cannot
         digests: which tensors to checksum; None for all, or with layout "source" for those that are copied
+        restart: as `write_resharding` will be told; the placement is then made anew
 
     Raises:
         CheckpointError: the checkpoint is not sound
@@ -48,15 +56,21 @@ def plan_placement(
     original = read_original(src)
     if max_shard_size < 1:
         raise OutputError(f"{original.root}: --max-shard-size must be at least 1 byte, found {max_shard_size}")
-    placed = place_experts(original, strategy)
-    checkpoint = original.checkpoint
+    check_ep_size(strategy.ep_size, original)
+    checkpoint, out_path = original.checkpoint, Path(out)
     writing = Writing(
         layout,
         max_shard_size,
-        find_sharing(original.root, checkpoint.shards, checkpoint.directories, Path(out), reflink),
+        find_sharing(original.root, checkpoint.shards, checkpoint.directories, out_path, reflink),
         digests or (Digests.COPIED if layout == "source" else Digests.ALL),
     )
-    return plan_resharding(original, strategy.name, strategy.ep_size, placed, writing)
+    request = strategy.request if isinstance(strategy, Balanced) else ""
+    if request and not restart and (earlier := earlier_placement(out_path, strategy.name, original.shape)):
+        resharding = plan_resharding(original, strategy.name, strategy.ep_size, earlier.placed, writing, request)
+        if fingerprint(resharding.plan) == earlier.fingerprint:
+            return resharding
+    placed = place_experts(original, strategy)
+    return plan_resharding(original, strategy.name, strategy.ep_size, placed, writing, request)
 
 
 def place(
@@ -74,12 +88,19 @@ def place(
 ) -> Outcome:
     """Rewrite the checkpoint `src` into `out` so that linear placement becomes the placement of `strategy`.
 
-    Call it again to resume after an interruption; `restart` starts over. Calls `progress` with the number of bytes just
-    done. The other parameters and errors are those of `plan_placement`; also raises OutputError if `out` is refused or
-    cannot be written.
+    Call it again to resume after an interruption; if all is done, that is checked quickly and said. `restart` starts
+    over, also if all is done. Calls `progress` with the number of bytes just done. The other parameters and errors are
+    those of `plan_placement`; also raises OutputError if `out` is refused or cannot be written.
     """
     resharding = plan_placement(
-        src, strategy, out, layout=layout, max_shard_size=max_shard_size, reflink=reflink, digests=digests
+        src,
+        strategy,
+        out,
+        layout=layout,
+        max_shard_size=max_shard_size,
+        reflink=reflink,
+        digests=digests,
+        restart=restart,
     )
     return write_resharding(resharding, Path(out), restart=restart, workers=workers, progress=progress)
 
@@ -98,10 +119,39 @@ def write_resharding(
     progress: Progress = lambda written: None,
 ) -> Outcome:
     """Carry out `resharding` in `out`: weights and small files, then the manifest, then the index and config.json."""
+    finished = finished_output(out)
+    if finished is not None and not restart:
+        refuse_other(out, finished, manifest_of(resharding, finished.files))
+        return already_complete(out, finished, workers)
 
     def finish(records: list[FileRecord]) -> list[OutputFile]:
         index, config = literal_file(INDEX, resharding.index), literal_file(CONFIG, resharding.config)
         records = [*records, record_bytes(INDEX, resharding.index), record_bytes(CONFIG, resharding.config)]
         return [literal_file(MANIFEST, encode_manifest(manifest_of(resharding, records))), index, config]
 
-    return run(resharding.plan, out, finish, restart=restart, workers=workers, progress=progress)
+    replaced = _replaced(resharding, out, finished)
+    return run(resharding.plan, out, finish, restart=restart, replaced=replaced, workers=workers, progress=progress)
+
+
+def room_for(resharding: Resharding, out: Path, *, restart: bool = False) -> Room:
+    """The disk space that `write_resharding` would need and have. Raises what it would raise, but for want of space."""
+    finished = finished_output(out)
+    if finished is not None and not restart:
+        refuse_other(out, finished, manifest_of(resharding, finished.files))
+        already_complete(out, finished, None)
+        return Room(0, free_space(out))
+    return find_room(resharding.plan, out, restart=restart, replaced=_replaced(resharding, out, finished))
+
+
+def _replaced(resharding: Resharding, out: Path, finished: Manifest | None) -> Sequence[str] | None:
+    """The files of a finished output that a restart replaces; None if there is none.
+
+    OutputError if it was made from another source: that may be gone, and `restore` the only way to it.
+    """
+    if finished is None:
+        return None
+    source = finished.source
+    identity = identify(resharding.checkpoint.root)
+    if source.path != path_text(resharding.checkpoint.root) and (source.repo_id or "") != identity.repo_id:
+        raise OutputError(f"{out}: holds an output made from {source.path}; remove it, or choose another --out")
+    return names_of(finished)

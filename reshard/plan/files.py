@@ -12,7 +12,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from blake3 import blake3
+
+from .._version import __version__
 from ..checkpoint.directory import File
+from ..placement.permutations import Placement
 from .sharing import Sharing
 
 
@@ -96,7 +101,8 @@ class Plan:
     """A whole output. `source_files` and `headers` are the files below `source`, and their headers, at planning time.
 
     `files` may be written in any order. The files named in `last` make the output loadable: they are made from the
-    records of `files` when those are complete.
+    records of `files` when those are complete. If the same options may not give the same plan again, `request` has
+    them, and `placement` is what they gave.
     """
 
     source: Path
@@ -106,11 +112,24 @@ class Plan:
     directories: tuple[str, ...]
     files: tuple[OutputFile, ...]
     last: tuple[str, ...]
+    request: str = ""
+    placement: Placement | None = None
 
     @property
     def size(self) -> int:
         """Bytes of `files`."""
         return sum(file.size for file in self.files)
+
+
+def fingerprint(plan: Plan) -> str:
+    """A digest of everything that decides what is written where: two plans with the same one write the same bytes."""
+    options = [__version__, plan.request] if plan.request else [__version__]
+    digest = blake3(msgspec.json.encode([*options, sorted(plan.source_files.items()), plan.directories]))
+    for name, header in plan.headers.items():
+        digest.update(msgspec.json.encode([name, header]))
+    for file in plan.files:
+        digest.update(msgspec.json.encode(file))
+    return digest.hexdigest()
 
 
 def plan_index(files: Iterable[OutputFile], metadata: Mapping[str, Any]) -> bytes:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedError
-from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json, placement_from_json
+from ..placement.contract import CONTRACT_KEY, GROUP_KEYS, Contract, contract_from_json, placement_from_json
 from ..placement.permutations import Placement
 
 MANIFEST = "reshard_manifest.json"
@@ -63,10 +64,13 @@ def contract_in(folder: Path) -> Contract | None:
     return contract_from_json(value, str(path)) if value is not None else None
 
 
-def refuse_options(config: Any, output: str) -> None:
-    """Raise UnsupportedError if a VllmConfig has an option that cannot go with `output`, the directory or its name."""
+def refuse_options(config: Any, output: str, formats: Sequence[str] | None = None) -> None:
+    """Raise UnsupportedError if a VllmConfig has an option that cannot go with `output`, the directory or its name.
+
+    `formats` are the load formats, if it is known by which the output is loaded: the configuration is for a draft, too.
+    """
     refuse_placing_twice(output, str(config.parallel_config.expert_placement_strategy))
-    for load_format in load_formats(config):
+    for load_format in load_formats(config, is_output) if formats is None else formats:
         if load_format not in LOAD_FORMATS:
             raise UnsupportedError(
                 f"{output}: this is an output of reshard, and load format {load_format} does not ask which files a "
@@ -89,16 +93,15 @@ def refuse_placing_twice(output: str, strategy: str) -> None:
         )
 
 
-def refuse_lost_contract(config: Any, folder: str) -> None:
+def refuse_lost_contract(model_config: Any, folder: str) -> None:
     """UnsupportedError if `folder`, an output's, is loaded into a model with expert groups that has no contract.
 
     That happens if the config is not the output's own, or if a server of an original is given new weights.
     """
-    models = [config.model_config, getattr(getattr(config, "speculative_config", None), "draft_model_config", None)]
-    if any(getattr(getattr(model, "hf_config", None), CONTRACT_KEY, None) is not None for model in models):
+    if getattr(getattr(model_config, "hf_config", None), CONTRACT_KEY, None) is not None:
         return
-    text = getattr(config.model_config, "hf_text_config", None)
-    n_group, topk_group = getattr(text, "n_group", None) or 1, getattr(text, "topk_group", None) or 1
+    text = getattr(model_config, "hf_text_config", None)
+    n_group, topk_group = (getattr(text, key, None) or 1 for key in GROUP_KEYS)
     if contract_in(Path(folder)) is not None or topk_group < n_group:
         raise UnsupportedError(
             f"{folder}: this is an output of reshard, and the model that it is loaded into has no routing contract, so "
@@ -106,8 +109,17 @@ def refuse_lost_contract(config: Any, folder: str) -> None:
         )
 
 
-def load_formats(config: Any) -> list[str]:
-    """The load formats of a VllmConfig's model, and of its draft if that has its own."""
-    draft = getattr(getattr(config, "speculative_config", None), "draft_load_config", None)
-    loads = [config.load_config, *([draft] if draft is not None else [])]
-    return [str(getattr(load.load_format, "value", load.load_format)) for load in loads]
+def load_formats(config: Any, counts: Callable[[Any], bool] = lambda draft: True) -> list[str]:
+    """The load formats of a VllmConfig's model, and of its draft if that has its own; `counts` says whether it does."""
+    speculative = getattr(config, "speculative_config", None)
+    draft, load = getattr(speculative, "draft_model_config", None), getattr(speculative, "draft_load_config", None)
+    if load is None:
+        return [format_of(config.load_config)]
+    if getattr(config.model_config, "runner_type", None) == "draft":
+        return [format_of(load)]
+    return [format_of(one) for one in (config.load_config, *([load] if draft is None or counts(draft) else []))]
+
+
+def format_of(load_config: Any) -> str:
+    """The load format of a LoadConfig."""
+    return str(getattr(load_config.load_format, "value", load_config.load_format))

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import UnsupportedError
 from ..placement.placement_file import PlacementFile, read_placement_file
+from .hooks import PLACEMENT
 from .outputs import is_output, load_formats, refuse_options
 from .patching import replace_if_there
 from .served import KEY, NODE_ZIGZAG, ZIGZAG, ServedPlacement, served_file, served_placement, served_strategy
@@ -79,7 +80,7 @@ def resolve_in(config: Any, environment: Mapping[str, str]) -> None:
         return
     if not (asked := asked_for(environment, more)):
         return
-    if fault := version_fault():
+    if fault := version_fault(PLACEMENT):
         raise UnsupportedError(
             f"{VARIABLE}={asked}: placements need vLLM {VERSIONS}, {fault}; install one of these, or unset {VARIABLE}"
         )

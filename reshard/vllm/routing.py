@@ -22,12 +22,13 @@ from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
 from ..placement.layer_names import find_layer
 from ..placement.permutations import Placement
 from .fused import Fused, fused_in_place_of, set_names, understood
+from .hooks import ROUTER_ARGUMENTS
 from .outputs import LOAD_FORMATS, read_placement
 from .patching import replace_once
 from .returned import returning, returns_experts
 from .runners import RoutesItself
-from .served import ServedPlacement, builds_draft, current_placement
-from .support import ROUTER_ARGUMENTS, hook_fault
+from .served import ServedPlacement, builds_draft, current_build, current_placement
+from .support import hook_fault
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,9 +113,7 @@ def _placed(router: Any, served: ServedPlacement | None, arguments: dict[str, An
 
 def _returning(router: Any, prefix: str) -> Any:
     """Let an output's router return the original's ids, if vLLM returns any; other routers stay as they are."""
-    from vllm.config import get_current_vllm_config
-
-    config = get_current_vllm_config()
+    config = current_build().vllm_config
     if config.model_config is None or not returns_experts(config) or builds_draft():
         return router
     placement = read_placement(str(config.model_config.model), config.model_config.hf_config)
@@ -122,22 +121,20 @@ def _returning(router: Any, prefix: str) -> Any:
 
 
 def current_contract() -> Contract | None:
-    """The contract of the model that vLLM is building, None if it has none.
+    """The contract of the model that vLLM is building, which may be a draft; None if it has none.
 
     Raises UnsupportedError for a load format that does not read the files of the index.
     """
-    from vllm.config import get_current_vllm_config
-
-    config = get_current_vllm_config()
-    value = getattr(config.model_config.hf_config, CONTRACT_KEY, None) if config.model_config is not None else None
+    build = current_build()
+    value = None if build.model_config is None else getattr(build.model_config.hf_config, CONTRACT_KEY, None)
     if value is None:
         return None
-    if (load_format := str(config.load_config.load_format)) not in LOAD_FORMATS:
+    if (load_format := str(build.load_config.load_format)) not in LOAD_FORMATS:
         raise UnsupportedError(
-            f"{config.model_config.model}: load format {load_format} does not read the index, and might load weights "
+            f"{build.model_config.model}: load format {load_format} does not read the index, and might load weights "
             f"that were not resharded; use one of {', '.join(LOAD_FORMATS)}"
         )
-    return contract_from_json(value, str(config.model_config.model))
+    return contract_from_json(value, str(build.model_config.model))
 
 
 def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any], prefix: str) -> Any:

@@ -18,9 +18,10 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import UnsupportedError
+from ..placement.contract import CONTRACT_KEY
 from ..placement.permutations import Placement
 from .lora import require_check
-from .outputs import LOAD_FORMATS, MANIFEST, is_output, load_formats, read_placement, refuse_options
+from .outputs import LOAD_FORMATS, MANIFEST, format_of, is_output, read_placement, refuse_options
 from .patching import replace_if_there
 from .request import VARIABLE, asked_for
 from .served import ServedPlacement, served_placement
@@ -30,6 +31,7 @@ from .updates import own_files
 SAVING = ("save_sharded_state", "save_tensorized_model")
 WITH_EPLB = "with EPLB the expert maps lie in the memory of the weights and would be lost; serve without EPLB"
 _proved: list[str] = []  # digests of the placements that were proved for models of this process
+_checked: list[str] = []  # models of this process whose routers were checked against their contract
 
 
 def install(module: ModuleType) -> None:
@@ -45,6 +47,11 @@ def install(module: ModuleType) -> None:
 def mark_proved(served: ServedPlacement) -> None:
     """Note that a model of this process follows the placement; `loading` and `eplb` call this after their checks."""
     _proved.append(served.digest)
+
+
+def mark_checked(model: str) -> None:
+    """Note that every router of an output was checked, which is no draft; `loading` calls this."""
+    _checked.append(model)
 
 
 def has_placement() -> bool:
@@ -98,24 +105,29 @@ def _refuse_unresolved(config: Any) -> None:
 def _proved_load(load_model: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(load_model)
     def load_and_check(worker: Any, *args: Any, **kwargs: Any) -> None:
-        served = served_placement(worker.vllm_config)
+        config, model_config = worker.vllm_config, worker.vllm_config.model_config
+        served = served_placement(config)
         if served is None:
-            _refuse_unresolved(worker.vllm_config)
-            if is_output(model := worker.vllm_config.model_config):
-                refuse_options(worker.vllm_config, str(model.model))
-                if worker.vllm_config.lora_config is not None:
-                    require_check(str(model.model))
-            load_model(worker, *args, **kwargs)
-            worker.reshard_loaded = Loaded.of(model)
-            return
-        if fault := placing_fault():
+            _refuse_unresolved(config)
+            if is_output(model_config):
+                refuse_options(config, str(model_config.model))
+                if config.lora_config is not None:
+                    require_check(str(model_config.model))
+        elif fault := placing_fault():
             raise UnsupportedError(f"{served.asked}: {fault}; placements need vLLM {VERSIONS}")
-        before = len(_proved)
+        before = len(_proved), len(_checked)
         load_model(worker, *args, **kwargs)
-        if len(_proved) == before:
+        worker.reshard_loaded = Loaded.of(model_config)
+        if served is not None and len(_proved) == before[0]:
             raise UnsupportedError(
                 f"{served.asked}: vLLM loaded the model without the functions that reshard replaces; placements need "
                 f"vLLM {VERSIONS} and one of its usual load formats"
+            )
+        if getattr(model_config.hf_config, CONTRACT_KEY, None) is not None and len(_checked) == before[1]:
+            raise UnsupportedError(
+                f"{model_config.model}: this model was resharded and has expert groups, but vLLM loaded it without the "
+                f"functions that reshard replaces, and would answer wrongly; serve it with vLLM {VERSIONS} and one of "
+                "its usual load formats, or restore the original with `reshard restore`"
             )
 
     return load_and_check
@@ -138,7 +150,7 @@ def _checked_reload(reload: Callable[..., None]) -> Callable[..., None]:
             reload(worker, weights_iterator, weights_path, is_checkpoint_format, **more)
             return
         loaded = getattr(worker, "reshard_loaded", None) or Loaded.of(config.model_config)
-        own = weights_iterator is None and is_checkpoint_format and not set(load_formats(config)) - set(LOAD_FORMATS)
+        own = weights_iterator is None and is_checkpoint_format and format_of(config.load_config) in LOAD_FORMATS
         if fault := loaded.reload_fault(str(weights_path or config.model_config.model), own):
             raise UnsupportedError(fault)
         with own_files():

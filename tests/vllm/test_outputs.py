@@ -85,11 +85,15 @@ def test_an_output_is_known_by_its_contract_its_manifest_or_the_files_that_were_
 def test_only_load_formats_that_ask_which_files_a_rank_needs_load_an_output(load_format: str, whose: str) -> None:
     """runai_streamer lists the directory: in a staged one, experts of other ranks stayed uninitialised."""
     load = SimpleNamespace(load_format=load_format)
-    changes = {whose: load} if whose == "load_config" else {"speculative_config": SimpleNamespace(**{whose: load})}
-    config = vllm_config(model_config("out"), **changes)
+    draft, original = model_config("out", expert_placement={}), model_config("original")
+    config = vllm_config(model_config("out"), speculative_config=SimpleNamespace(draft_model_config=draft))
+    setattr(config if whose == "load_config" else config.speculative_config, whose, load)
     if load_format in ASK_FOR_FILES:
         refuse_options(config, "out")
         return
+    if whose == "draft_load_config":
+        other = SimpleNamespace(draft_model_config=original, draft_load_config=load)
+        refuse_options(vllm_config(model_config("out"), speculative_config=other), "out")
     with pytest.raises(UnsupportedError, match=rf"^out: .*{load_format} does not ask which files.*use one of auto"):
         refuse_options(config, "out")
 
@@ -107,11 +111,11 @@ def test_an_output_with_another_config_than_its_own_is_refused(limited: bool, tm
     output = str(directory(tmp_path / "output", limited=limited))
     groups = {"n_group": 4, "topk_group": 2}
     with pytest.raises(UnsupportedError, match=r"no routing contract.*its own config"):
-        refuse_lost_contract(vllm_config(model_config("other", **groups)), output)
-    refuse_lost_contract(vllm_config(model_config("other", expert_placement={}, **groups)), output)
+        refuse_lost_contract(model_config("other", **groups), output)
+    refuse_lost_contract(model_config("other", expert_placement={}, **groups), output)
     if not limited:
-        refuse_lost_contract(vllm_config(model_config("other", n_group=1, topk_group=1)), output)
-        refuse_lost_contract(vllm_config(model_config("other")), output)
+        refuse_lost_contract(model_config("other", n_group=1, topk_group=1), output)
+        refuse_lost_contract(model_config("other"), output)
 
 
 @pytest.mark.parametrize(
