@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SHIM_ONLY, Serving
+from harness import PROMPTS, SHIM_ONLY, Serving
 from safetensors.torch import save_file
 from test_placed import ZIGZAG, by, configured, random_file, reloaded
-from test_serving import MTP, TWO_STAGES, Model, assert_answered, assert_close, kimi, qwen3, v3
+from test_serving import MTP, TWO_STAGES, Model, assert_close, kimi, qwen3, v3
 
 REFUSED = {
     "update": "but for the output's own files",
@@ -102,24 +102,24 @@ def test_options_that_go_by_the_originals_ids_or_files_are_refused_before_any_pr
         assert bool(refused) == (name not in good), (name, found[name])
 
 
-@pytest.mark.parametrize("model", [v3, kimi], ids=["V3", "Kimi-K2"])
-@pytest.mark.parametrize("each", [False, True], ids=["zigzag", "each layer"])
-def test_an_output_returns_the_experts_that_the_original_does(model: Model, each: bool, serving: Serving) -> None:
+@pytest.mark.parametrize(("model", "first"), [(v3, 1), (kimi, 1), (qwen3, 0)], ids=["V3", "Kimi-K2", "Qwen3-MoE"])
+def test_an_output_returns_the_experts_that_the_original_does(model: Model, first: int, serving: Serving) -> None:
     """It returned slots."""
     source = model(serving)
-    output = serving.placed(source, 2) if each else serving.resharded(source, 2)
-    original = serving.generate(source, plugins=SHIM_ONLY, enable_return_routed_experts=True)
-    answer = serving.generate(output, enable_return_routed_experts=True)
-    assert_answered(answer)
-    assert answer.tokens == original.tokens
-    assert [sorted_choices(one) for one in answer.routed] == [sorted_choices(one) for one in original.routed]
-    slots = serving.generate(output, enable_return_routed_experts=True, environment={"RETURNS_SLOTS": "1"})
-    assert slots.routed != answer.routed, "the control: slots are other numbers"
+    output = serving.placed(source, 2)
+    more: dict[str, Any] = {"steps": ["experts"], "first_moe_layer": first}
+    original = reloaded(serving, {"VLLM_PLUGINS": SHIM_ONLY}, source, **more)
+    answer = reloaded(serving, {}, output, **more)
+    assert answer["experts"] == original["experts"]
+    assert sorted_choices(answer) == sorted_choices(original)
+    assert len(answer["routed"]) == sum(len(prompt) + 8 - 1 for prompt in PROMPTS)
+    slots = reloaded(serving, {"RETURNS_SLOTS": "1"}, output, **more)
+    assert sorted_choices(slots) != sorted_choices(original), "the control: slots are other numbers"
 
 
-def sorted_choices(tokens: list[list[list[int]]]) -> list[list[list[int]]]:
+def sorted_choices(answer: dict[str, Any]) -> list[list[list[int]]]:
     """The experts of each token and layer; routers give them in no particular order."""
-    return [[sorted(chosen) for chosen in layers] for layers in tokens]
+    return [[sorted(chosen) for chosen in layers] for layers in answer["routed"]]
 
 
 def adapter(serving: Serving, name: str, modules: dict[str, tuple[int, int]]) -> Path:
