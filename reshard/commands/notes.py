@@ -25,14 +25,31 @@ def notes(checkpoint: Checkpoint, model: MoeModel) -> list[str]:
         found.append(f"copied unchanged, but only Git LFS pointers: {', '.join(pointers)}; run `git lfs pull`")
     if not any(layer.experts for layer in model.layers):
         found.append("its experts are fused into one tensor a layer, so every rank reads all of them: no files by rank")
+    if not model.routing.group_limited:
+        found.append(
+            "LoRA adapters of experts or routers, and weights that a running server is given, have the original's "
+            "expert ids: an engine without reshard's plugin applies them to other experts, with no error"
+        )
+    adapters = [file.name.rpartition("/")[0] for file in checkpoint.other_files if _is_adapter(file)]
+    if adapters:
+        found.append(
+            f"LoRA adapters, copied unchanged: {', '.join(f'{folder}/' for folder in adapters)}; those that change "
+            "routers are for the original only"
+        )
     other_weights = [
         file.name
         for file in checkpoint.other_files
-        if (file.name.endswith(".safetensors") or is_other_format(file.name)) and file.size > MIN_COPY
+        if (file.name.endswith(".safetensors") or is_other_format(file.name))
+        and file.size > MIN_COPY
+        and file.name.rpartition("/")[0] not in adapters
     ]
     if other_weights:
         found.append(f"copied unchanged, not resharded: {', '.join(other_weights)}")
     return found
+
+
+def _is_adapter(file: File) -> bool:
+    return file.name.rpartition("/")[2] == ADAPTER_CONFIG
 
 
 def _is_pointer(root: Path, file: File) -> bool:

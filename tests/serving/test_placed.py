@@ -187,9 +187,10 @@ def reloaded(serving: Serving, environment: dict[str, str], model: Path | None =
 
 def test_new_weights_go_to_their_slots_and_operations_that_know_only_slots_are_refused(serving: Serving) -> None:
     # vLLM 0.32's CPU kernels do not survive a reload even without reshard; so we expect what stock vLLM answers then
-    stock = reloaded(serving, {})
-    placed = reloaded(serving, by(random_file(serving, v3(serving), 1)))
-    for step in ("at first", "reload", "sleep", "update", "another model", "back", "sleep without the buffer"):
+    same = ["at first", "reload", "sleep", "update", "another model", "back", "sleep without the buffer"]
+    stock = reloaded(serving, {}, steps=same)
+    placed = reloaded(serving, by(random_file(serving, v3(serving), 1)), steps=[*same, "by slot", "an output", "save"])
+    for step in same:
         assert placed[step] == stock[step], step
     assert stock["another model"] != stock["reload"], "the control: other weights, other tokens"
     assert placed["lost"] != stock["lost"], "the control: without its buffer the placement is lost"

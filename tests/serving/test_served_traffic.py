@@ -99,6 +99,19 @@ def test_a_trace_equals_the_recomputed_routing(serving: Serving) -> None:
     assert_equal(answer, serving.generate(source))
 
 
+def test_the_log_says_how_evenly_a_step_loads_the_ranks(serving: Serving) -> None:
+    environment = {"RESHARD_PLACEMENT": "zigzag"}
+    answer, directory = trace(serving, "v3-load", v3(serving), ranks=2, environment=environment)
+    first = recorded(directory)[0]
+    odd = [sum(expert % 2 for expert in chosen) for chosen in first]  # zigzag: rank 1 of 2 has the odd experts
+    busiest = sum(max(count, TOP_K - count) / (TOP_K / 2) for count in odd) / len(odd)
+    assert (
+        f"a step of 1 tokens: the busiest of 2 EP ranks has {busiest:.2f} times the mean of active experts, "
+        f"{busiest:.2f} times the mean of pairs"
+    ) in answer.log
+    assert answer.log.count("the busiest of 2 EP ranks") == 1, "once a minute"
+
+
 def test_the_control_without_groups_the_routing_differs(serving: Serving) -> None:
     source = v3(serving)
     _, directory = trace(serving, "v3", source)

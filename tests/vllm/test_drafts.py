@@ -62,6 +62,9 @@ class Loaded:
         self.router = create(**{**dict.fromkeys(ROUTER_ARGUMENTS), **values})
         self.routed_experts = SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=False))
 
+    def modules(self) -> list[Any]:
+        return []
+
     def named_modules(self) -> list[tuple[str, Any]]:
         return [("model.layers.1.mlp.experts", self)]
 

@@ -111,6 +111,9 @@ def an_output(checked: int, is_output: bool = True) -> Any:
     class Worker:
         vllm_config = SimpleNamespace(
             additional_config={},
+            load_config=SimpleNamespace(load_format="auto"),
+            lora_config=None,
+            parallel_config=SimpleNamespace(expert_placement_strategy="linear"),
             model_config=SimpleNamespace(
                 model="here", hf_config=SimpleNamespace(expert_placement=contract if is_output else None)
             ),

@@ -387,7 +387,10 @@ def test_round_robin_on_top_of_an_output_is_refused_when_its_files_are_chosen(
     said = SimpleNamespace(init_logger=lambda name: SimpleNamespace(warning=print, info=print))
     monkeypatch.setitem(sys.modules, "vllm.logger", said)  # type: ignore[arg-type]
     vllm_config.parallel_config = SimpleNamespace(
-        enable_expert_parallel=False, enable_eplb=eplb, expert_placement_strategy="round_robin"
+        enable_expert_parallel=False,
+        enable_eplb=eplb,
+        eplb_config=SimpleNamespace(num_redundant_experts=0),
+        expert_placement_strategy="round_robin",
     )
     vllm_config.model_config.get_num_experts = lambda: 8
     files = [str(tmp_path / Path(name).name) for name in NAMED]

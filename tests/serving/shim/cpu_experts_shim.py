@@ -8,7 +8,7 @@ Where OPENED_SAFETENSORS_LOG names a file, each process appends to it a line of 
 RECORD_TENSORS notes the tensors that are read, too. Where NODES is a JSON list of directories, rank i reads its weights
 from the i-th, as on a node of its own. VLLM_IS and HOOK_IS_GONE make vLLM look like one that reshard's plugin does not
 fit. FORK_WORKERS saves workers the import of vLLM. ROUTER_FORGETS lets routers of a model that is served placed answer
-as if experts were where they always were.
+as if experts were where they always were, and RETURNS_SLOTS lets those of an output return what they chose as it is.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ def install() -> None:
         from reshard.vllm import placed
 
         placed.ExpertPlace.forward = lambda self, ids: ids
+    if "RETURNS_SLOTS" in os.environ:
+        from reshard.vllm import returned
+
+        returned.Returning._capture = lambda self, capture, ids: capture(ids)
     if version := os.environ.get("VLLM_IS"):
         vllm.__version__ = version
     if "HOOK_IS_GONE" in os.environ:
