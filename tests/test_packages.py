@@ -13,7 +13,7 @@ import reshard
 ROOT = Path(reshard.__file__).parent
 MAX_LINES = 350
 
-# What each package may import, beside itself, `errors` and `_version`. Data flows down this list.
+# What each package may import, beside itself, `errors`, `arguments` and `_version`. Data flows down this list.
 MAY_IMPORT = {
     "placement": set(),
     "checkpoint": set(),
@@ -51,7 +51,7 @@ def imported(source: str, package: str) -> Iterator[str]:
 
 def strangers(source: str, package: str) -> list[str]:
     """What a module of `package` imports and may not."""
-    allowed = {package, "errors", "_version", "__version__", *MAY_IMPORT[package]}
+    allowed = {package, "errors", "arguments", "_version", "__version__", *MAY_IMPORT[package]}
     return [
         name
         for name in imported(source, package)

@@ -17,11 +17,14 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .header import Header, Tensor, read_header
+from .lfs import refuse_pointer
+from .weights import INDEX as INDEX
+from .weights import SINGLE, is_weights, no_index, refuse_second_copy
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 CONFIG = "config.json"
 MAX_NESTING = 100  # levels of JSON; Python's own limit depends on how deep the caller is
+# Copies of what the checkpoint holds anyway: Git's own folder has the weights once more.
+_LEFT_OUT = re.compile(r"(.*/)?\.git|\.cache/huggingface")
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)  # strings match too: their brackets do not count
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a UTF-16 pair: alone, UTF-8 and file names cannot hold it
 
@@ -37,11 +40,15 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The contents of a checkpoint directory. Files are sorted by name, tensors by file and offset."""
+    """The contents of a checkpoint directory. Files are sorted by name, tensors by file and offset.
+
+    `left_out` names what lies in the directory and is no part of the checkpoint: .git and a downloader's records.
+    """
 
     root: Path
     files: dict[str, File]
     directories: tuple[str, ...]
+    left_out: tuple[str, ...]
     shards: dict[str, Header]
     tensors: dict[str, Tensor]
     index_metadata: dict[str, Any]
@@ -65,9 +72,9 @@ def read_checkpoint(root: Path, absent: Container[str] = ()) -> Checkpoint:
     if not root.is_dir():
         fault = "not a directory" if root.exists() else "no such directory"
         raise CheckpointError(f"{root}: {fault}; expected a directory with a Hugging Face checkpoint")
-    files, directories = _walk(root)
+    files, directories, left_out = _walk(root)
     config = read_json_object(root / CONFIG)
-    weights = [name for name in files if _is_weights(name)]
+    weights = [name for name in files if is_weights(name)]
     if INDEX in files:
         weight_map, index_metadata = _read_index(root, weights)
         weight_map = {tensor: name for tensor, name in weight_map.items() if name in files or name not in absent}
@@ -82,15 +89,22 @@ def read_checkpoint(root: Path, absent: Container[str] = ()) -> Checkpoint:
         shards = {SINGLE: read_header(root / SINGLE)}
         tensors = _by_name(root, shards)
     else:
-        found = ", ".join(weights[:3]) + ", …" * (len(weights) > 3) if weights else "no .safetensors file"
-        raise CheckpointError(f"{root}: no {INDEX}, so expected {SINGLE} as the only weights file, found {found}")
-    return Checkpoint(root, files, directories, shards, tensors, index_metadata, config)
+        raise no_index(root, files)
+    refuse_second_copy(root, {name: file.size for name, file in files.items()})
+    return Checkpoint(root, files, directories, left_out, shards, tensors, index_metadata, config)
+
+
+def is_left_out(name: str) -> bool:
+    """Whether the file or directory `name` is no part of a checkpoint, or lies in one that is none."""
+    parts = name.split("/")
+    return any(_LEFT_OUT.fullmatch("/".join(parts[:count])) for count in range(1, len(parts) + 1))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file at `path`; CheckpointError if the file is missing or holds anything else."""
     try:
         data = path.read_bytes()
+        refuse_pointer(data, path)
         refuse_nesting(data, path)
         value = json.loads(data)
         if _SURROGATE.search(data):
@@ -108,21 +122,27 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _walk(root: Path) -> tuple[dict[str, File], tuple[str, ...]]:
+def _walk(root: Path) -> tuple[dict[str, File], tuple[str, ...], tuple[str, ...]]:
+    """The files, the directories, and what is left out, each sorted by name."""
     files: dict[str, File] = {}
     directories: list[str] = []
+    left_out: list[str] = []
     for name, status in _entries(root):
         try:
             name.encode()
         except UnicodeEncodeError as error:
             raise CheckpointError(f"{root}: file name {name!a} is not valid UTF-8; rename it") from error
-        if stat.S_ISDIR(status.st_mode):
+        if is_left_out(name):
+            left_out.append(name)
+        elif stat.S_ISDIR(status.st_mode):
             directories.append(name)
         elif stat.S_ISREG(status.st_mode):
             files[name] = File(name, status.st_size, status.st_mtime_ns)
         else:
             raise CheckpointError(f"{root / name}: neither a file nor a directory; move it out of the checkpoint")
-    return dict(sorted(files.items())), tuple(sorted(directories))
+    if ".cache/huggingface" in left_out and not any(name.startswith(".cache/") for name in (*files, *directories)):
+        directories.remove(".cache")
+    return dict(sorted(files.items())), tuple(sorted(directories)), tuple(sorted(left_out))
 
 
 def _entries(root: Path) -> Iterator[tuple[str, os.stat_result]]:
@@ -137,14 +157,10 @@ def _entries(root: Path) -> Iterator[tuple[str, os.stat_result]]:
             except OSError as error:
                 raise CheckpointError(f"{root / name}: cannot be read ({error.strerror}); a dangling link?") from error
             yield name, status
-            if stat.S_ISDIR(status.st_mode):
+            if stat.S_ISDIR(status.st_mode) and not is_left_out(name):
                 if any(os.path.samestat(status, parent) for parent in parents):
                     raise CheckpointError(f"{root / name}: a link to one of its own parent directories; remove it")
                 pending.append((f"{name}/", (*parents, status)))
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith(".safetensors") and "/" not in name
 
 
 def _read_index(root: Path, weights: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -156,7 +172,7 @@ def _read_index(root: Path, weights: list[str]) -> tuple[dict[str, str], dict[st
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{path}: expected metadata to be an object, found {metadata!r:.80}")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not _is_weights(name):
+        if not isinstance(name, str) or not is_weights(name):
             raise CheckpointError(
                 f"{path}: tensor {tensor}: expected a .safetensors file in this directory, found {name!r:.80}"
             )

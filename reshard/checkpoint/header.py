@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .lfs import MAX_POINTER_SIZE, refuse_pointer
 
 MAX_HEADER_SIZE = 100_000_000
 ALIGNMENT = 8
@@ -83,6 +84,7 @@ def _parse_file(path: Path) -> Header:
             raise CheckpointError(f"{path}: not a safetensors file: {file_size} bytes, too short for a header")
         (length,) = struct.unpack("<Q", prefix)
         if length > MAX_HEADER_SIZE:
+            refuse_pointer(prefix + file.read(MAX_POINTER_SIZE), path)
             raise CheckpointError(
                 f"{path}: not a safetensors file: its first 8 bytes give a header of {length} bytes, the format allows "
                 f"{MAX_HEADER_SIZE}"

@@ -23,6 +23,7 @@ from ..plan.sharing import Reflink
 from ..record.manifest import Layout, read_manifest
 from .look import analyze_command, export_command, inspect_command, trace_group
 from .options import (
+    allow_holes_option,
     json_option,
     make_strategy,
     out_option,
@@ -36,6 +37,7 @@ from .options import (
 )
 from .progress import bar
 from .render import (
+    describe_checks,
     describe_outcome,
     describe_plan,
     describe_restoring,
@@ -116,6 +118,8 @@ class _WritingOptions:
     max_shard_size: int
     reflink: Reflink
     digests: str | None
+    allow_holes: bool
+    check_source: bool
     workers: int | None
     dry_run: bool
     restart: bool
@@ -132,6 +136,8 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         max_shard_size=options.max_shard_size,
         reflink=options.reflink,
         digests=Digests(options.digests) if options.digests else None,
+        allow_holes=options.allow_holes,
+        check_source=options.check_source,
         restart=options.restart,
     )
     if options.dry_run:
@@ -140,7 +146,9 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         print_report(report, describe_plan(resharding, out, shareable, room), options.quiet, options.as_json)
         room.check(out)
         return
-    with bar(strategy.name, resharding.plan.size, options.quiet or options.as_json) as progress:
+    if checks := [] if options.quiet else describe_checks(resharding):
+        click.echo("\n".join(checks), err=True)
+    with bar(strategy.name, resharding.work, options.quiet or options.as_json) as progress:
         outcome = write_resharding(resharding, out, restart=options.restart, workers=options.workers, progress=progress)
     report = {**plan_json(resharding, out), **outcome_json(outcome), "serve": serve_command(out, resharding.ep_size)}
     print_report(report, describe_outcome(resharding, outcome), options.quiet, options.as_json)
@@ -150,10 +158,13 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--src", help="Also compare every tensor and router with SRC, the checkpoint that OUT was made from.")
 @click.option("--quick", is_flag=True, help="Check only sizes, headers, index and configs.")
+@allow_holes_option
 @workers_option
 @quiet_option
 @json_option
-def verify_command(out: Path, src: str | None, quick: bool, workers: int | None, quiet: bool, as_json: bool) -> None:
+def verify_command(
+    out: Path, src: str | None, quick: bool, allow_holes: bool, workers: int | None, quiet: bool, as_json: bool
+) -> None:
     """Check every file and tensor of OUT against its manifest."""
     if quick and src is not None:
         raise click.UsageError("--quick reads no tensors: leave it out to compare with --src")
@@ -162,7 +173,7 @@ def verify_command(out: Path, src: str | None, quick: bool, workers: int | None,
     if src is not None:
         total += sum(record.size for record in manifest.expected_files if record.tensors)
     with bar("verify", total, quiet or as_json) as progress:
-        verification = verify(out, src, quick=quick, workers=workers, progress=progress)
+        verification = verify(out, src, quick=quick, allow_holes=allow_holes, workers=workers, progress=progress)
     report = {**asdict(verification), "out": str(out), "sound": not verification.problems}
     silent = quiet and not verification.problems
     print_report(report, describe_verification(verification, src, quick), silent, as_json)
@@ -216,10 +227,13 @@ def restore_command(
 
     Rerun the command to resume, even after a power cut.
     """
-    total = sum(file.size for file in read_manifest(resharded).source.files if file.name not in (INDEX, CONFIG))
+    source = read_manifest(resharded).source
+    total = sum(file.size for file in source.files if file.name not in (INDEX, CONFIG))
     with bar("restore", total, quiet or as_json) as progress:
         outcome = restore(resharded, out, reflink=reflink, restart=restart, workers=workers, progress=progress)
-    print_report(outcome_json(outcome), describe_restoring(outcome, resharded), quiet, as_json)
+    done = describe_restoring(outcome, resharded)
+    done += [f"note: the output never had {name} of the source" for name in source.left_out]
+    print_report(outcome_json(outcome), done, quiet, as_json)
 
 
 for _command in (inspect_command, analyze_command, export_command, trace_group):

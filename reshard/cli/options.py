@@ -85,6 +85,17 @@ digests_option = click.option(
     help="Which tensors to checksum: all, or only copied ones.  [default: all; copied with --layout source]",
 )
 ep_option = click.option("--ep", required=True, type=int, help="Number of EP ranks to serve on.")
+allow_holes_option = click.option(
+    "--allow-holes",
+    is_flag=True,
+    help="Take holes in SRC's tensors, which read as zeros, for the model's own zeros.",
+)
+check_source_option = click.option(
+    "--check-source",
+    is_flag=True,
+    help="Compare SRC with the checksums that it was downloaded by (Hugging Face cache, or hf download --local-dir): "
+    "while copying, with --layout source; otherwise in a read of its own, before anything is written.",
+)
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Print the plan and write nothing; fail where the run would fail before it writes."
 )
@@ -145,6 +156,8 @@ def writing_options(command: Callable[..., None]) -> Callable[..., None]:
         max_shard_size_option,
         reflink_option,
         digests_option,
+        allow_holes_option,
+        check_source_option,
         workers_option,
         dry_run_option,
         restart_option,

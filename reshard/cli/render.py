@@ -11,10 +11,8 @@ from typing import Any, NoReturn
 import click
 
 from ..commands.export import Export
-from ..commands.inspect import Inspection
 from ..commands.resharding import Resharding
 from ..commands.stage import Staging
-from ..commands.trace_info import TraceInfo
 from ..commands.verify import Verification
 from ..execute.destination import free_space
 from ..execute.ready import Room
@@ -60,6 +58,7 @@ def plan_json(resharding: Resharding, out: Path) -> dict[str, Any]:
         "num_experts": resharding.model.routing.num_experts,
         "plugin_required": resharding.contract is not None,
         "notes": resharding.notes,
+        "checksums": {"known": len(resharding.checksums), "read_first": resharding.read_first},
         "size": resharding.plan.size,
         "why_not_shared": resharding.plan.sharing.why_not or None,
         "free": free_space(out),
@@ -129,7 +128,7 @@ def describe_serving(commands: dict[str, list[str]]) -> list[str]:
 
 def describe_plan(resharding: Resharding, out: Path, shareable: int, room: Room) -> list[str]:
     """The lines of `--dry-run`. Sizes are in bytes."""
-    lines = [*_describe_model(resharding), f"would write to {out}:"]
+    lines = [*_describe_model(resharding), *describe_checks(resharding), f"would write to {out}:"]
     groups: dict[str, list[int]] = {}
     for file in resharding.plan.files:
         tensors = sum(part.tensor is not None for part in file.parts)
@@ -164,6 +163,22 @@ def _describe_model(resharding: Resharding) -> list[str]:
         f"plugin {why_plugin(routing)}",
         *(f"note: {note}" for note in resharding.notes),
     ]
+
+
+def describe_checks(resharding: Resharding) -> list[str]:
+    """The lines that say, before a run, how it compares the source with checksums; none if it does not."""
+    checksums, files = resharding.checksums, resharding.checkpoint.files
+    if not checksums:
+        return []
+    copying = bytes_text(sum(files[name].size for name in checksums) - resharding.read_first)
+    lines = [
+        f"compares {len(checksums)} files of the source with their checksums on the Hub: {copying} while copying, and "
+        f"{bytes_text(resharding.read_first)} in a read of their own before anything is written"
+    ]
+    if unknown := sorted(files.keys() - checksums.keys()):
+        names = ", ".join(unknown[:3]) + ", …" * (len(unknown) > 3)
+        lines.append(f"files without a known checksum, which are not compared: {len(unknown)}: {names}")
+    return lines
 
 
 def describe_outcome(resharding: Resharding, outcome: Outcome) -> list[str]:
@@ -267,46 +282,6 @@ def describe_verification(verification: Verification, src: str | None, quick: bo
     return lines
 
 
-def describe_inspection(inspection: Inspection) -> list[str]:
-    """The lines of `inspect`."""
-    groups = (
-        f", {inspection.n_group} groups, {inspection.topk_group} chosen"
-        if inspection.n_group > 1
-        else ", no expert groups"
-    )
-    layers = inspection.moe_layers
-    rest = inspection.size - inspection.expert_size - inspection.router_size
-    lines = [
-        f"{inspection.path}: {'resharded ' if inspection.resharded else ''}{inspection.family} "
-        f"({inspection.model_type})",
-        f"  MoE layers   {len(layers)}: {layers[0]} … {layers[-1]}",
-        f"  routing      {inspection.num_experts} experts, top {inspection.top_k}, {inspection.scoring}{groups}",
-        f"  tensors      {inspection.tensors} in {inspection.files} files, {bytes_text(inspection.size)}",
-        f"    experts    {bytes_text(inspection.expert_size)}",
-        f"    routers    {bytes_text(inspection.router_size)}",
-        f"    the rest   {bytes_text(rest)}",
-    ]
-    lines.append(f"  plugin       {inspection.plugin}")
-    if inspection.ep_size is None:
-        return lines
-    lines.append(f"  placement    {inspection.strategy} for {inspection.ep_size} EP ranks" + _uniformity(inspection))
-    if inspection.staged_ranks is not None:
-        here = describe_ranks(inspection.staged_ranks)
-        lines.append(f"  staged       EP ranks {here}; the other ranks' files are not here")
-    lines.append("    rank   expert bytes   logical experts, in physical order")
-    for rank in inspection.ranks:
-        experts = " ".join(map(str, rank.experts))
-        lines.append(f"    {rank.rank:4}   {bytes_text(rank.size):>12}   {experts}")
-    if not inspection.resharded:
-        command = serve_command(inspection.path, inspection.ep_size, inspection.strategy)
-        lines.append(f"  serve it so, with nothing rewritten:  {command}")
-    return lines
-
-
-def _uniformity(inspection: Inspection) -> str:
-    return ", the same in every layer" if inspection.uniform else f"; layers differ, this is {inspection.moe_layers[0]}"
-
-
 def bytes_text(size: int) -> str:
     """A number of bytes, such as 83.2 GB."""
     for exponent, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "KB")):
@@ -322,22 +297,3 @@ def time_text(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
-
-
-def describe_trace(info: TraceInfo) -> list[str]:
-    """The lines of `reshard trace info`."""
-    lines = [f"{info.path}: {info.tokens} tokens in {len(info.streams)} recordings"]
-    for stream in info.streams:
-        experts = f" of {stream.num_experts}" if stream.num_experts else ""
-        lines += [
-            f"  {stream.where}",
-            f"    recorded by {stream.by}",
-            f"    {stream.tokens} tokens, {len(stream.busiest)} MoE layers, top {stream.top_k}{experts} experts",
-        ]
-        if stream.busiest:
-            layer, highest = max(stream.busiest.items(), key=lambda item: item[1])
-            median = sorted(stream.busiest.values())[len(stream.busiest) // 2]
-            lines.append(
-                f"    busiest expert over mean: {median:.2f} in the median layer, at most {highest:.2f} ({layer})"
-            )
-    return lines

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..arguments import check_whole
 from ..errors import OutputError
 from ..model.routing import Routing
 from ..placement.permutations import Placement, rank_slots
@@ -14,7 +15,7 @@ from ..placement.strategies import Balanced, Strategy
 from ..traffic.analysis import Analysis, Candidate, Together
 from ..traffic.choices import MAX_TOKENS, random_traffic, recorded_traffic
 from ..traffic.effect import coselection, effect, mean_coselection, mean_effect
-from .original import Original, check_ep_size, place_experts, read_original
+from .original import Original, check_ep_size, place_experts, read_original, refuse_holes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,12 +70,19 @@ def analyze(
     """
     original = read_original(src)
     root, model, routing = original.root, original.model, original.model.routing
-    (ep_size,) = {strategy.ep_size for strategy in strategies}
+    ep_sizes = [strategy.ep_size for strategy in strategies]
+    if len(set(ep_sizes)) != 1:
+        raise OutputError(f"{root}: expected strategies for one number of EP ranks, found {ep_sizes}")
+    ep_size = ep_sizes[0]
     check_ep_size(ep_size, original)
-    if nodes < 1 or ep_size % nodes:
+    for value, what in ((nodes, "nodes"), (tokens, "tokens"), *((size, "batch") for size in batch_sizes)):
+        if value is not None:
+            check_whole(value, f"{root}: --{what}")
+    if ep_size % nodes:
         raise OutputError(f"{root}: --nodes must divide the {ep_size} EP ranks, found {nodes}")
     placements, unfit = _place_all(strategies, original)
     if trace is None:
+        refuse_holes(original, {tensor.name for layer in model.layers for tensor in (*layer.router, *layer.expert_ids)})
         traffic = _random(original, tokens or RANDOM_TOKENS, seed, progress)
     else:
         fitted = [strategy for strategy in strategies if isinstance(strategy, Balanced) and strategy.name in placements]

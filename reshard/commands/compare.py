@@ -15,7 +15,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from ..checkpoint.directory import CONFIG, read_json_object
+from ..checkpoint.directory import CONFIG, is_left_out, read_json_object
 from ..checkpoint.header import Tensor, read_header
 from ..execute.fill import Progress
 from ..execute.sources import BLOCK_SIZE, OpenSources, SourceFiles
@@ -50,7 +50,7 @@ def compare_files(source: Original, manifest: Manifest) -> list[str]:
     Returns the problems found, a sentence each.
     """
     checkpoint = source.checkpoint
-    recorded = {file.name: file for file in manifest.source.files}
+    recorded = {file.name: file for file in manifest.source.files if not is_left_out(file.name)}
     digests = {record.name: record.digest for record in manifest.files}
     problems = [
         f"{checkpoint.root / name}: in the source or in {MANIFEST}, but not in both"

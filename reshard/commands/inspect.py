@@ -9,12 +9,13 @@ from pathlib import Path
 from ..checkpoint.header import Tensor, parse_header
 from ..checkpoint.source import find_source
 from ..errors import OutputError
+from ..execute.holes import find_hole
 from ..model.names import Kind, kind_of, parse_expert_name
 from ..model.routing import Routing, why_plugin
 from ..placement.permutations import Placement, invert, rank_slots
 from ..placement.strategies import Zigzag
 from ..record.manifest import read_manifest, unpack
-from .original import Original, check_ep_size, is_output, read_original
+from .original import Original, check_ep_size, is_output, read_original, refuse_unfinished
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Inspection:
     ep_size: int | None
     staged_ranks: tuple[int, ...] | None
     uniform: bool
+    notes: tuple[str, ...]
     ranks: tuple[RankShare, ...]
 
 
@@ -67,6 +69,7 @@ def inspect(directory: str | Path, ep_size: int | None = None) -> Inspection:
     OutputError if `ep_size` does not fit or `directory` is an output.
     """
     root = find_source(directory)
+    refuse_unfinished(root)
     return _of_output(root, ep_size) if is_output(root) else _of_original(read_original(directory), ep_size)
 
 
@@ -86,6 +89,7 @@ class _Facts:
     ep_size: int | None
     staged_ranks: tuple[int, ...] | None = None
     resharded: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def _of_original(original: Original, ep_size: int | None) -> Inspection:
@@ -104,8 +108,17 @@ def _of_original(original: Original, ep_size: int | None) -> Inspection:
             placement={} if ep_size is None else Zigzag(ep_size).place(original.shape).placement,
             strategy=None if ep_size is None else Zigzag.name,
             ep_size=ep_size,
+            notes=tuple(_notes(original)),
         )
     )
+
+
+def _notes(original: Original) -> Iterator[str]:
+    """What stands in the way of writing an output, or would not be in it."""
+    if hole := find_hole(original.root, original.checkpoint.shards):
+        yield f"{hole.tensor.name} in {hole.tensor.file} was not all written: a hole; download the file again"
+    if original.checkpoint.left_out:
+        yield f"no part of the checkpoint, and not copied: {', '.join(original.checkpoint.left_out)}"
 
 
 def _of_output(root: Path, ep_size: int | None) -> Inspection:
@@ -160,6 +173,7 @@ def _describe(facts: _Facts) -> Inspection:
         strategy=facts.strategy,
         ep_size=facts.ep_size,
         staged_ranks=facts.staged_ranks,
+        notes=facts.notes,
         uniform=len(set(facts.placement.values())) <= 1,
         ranks=() if facts.ep_size is None else tuple(_ranks(facts.tensors, facts.placement, facts.ep_size)),
     )

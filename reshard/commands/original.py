@@ -5,16 +5,19 @@ A path or a repository id comes in, and an `Original` goes out. `checkpoint.sour
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.directory import Checkpoint, read_checkpoint
+from ..checkpoint.directory import CONFIG, Checkpoint, read_checkpoint
 from ..checkpoint.source import find_source
 from ..errors import CheckpointError, OutputError
+from ..execute.holes import find_hole
 from ..model.layers import MoeModel, read_model
+from ..placement.contract import CONTRACT_KEY
 from ..placement.placement_file import read_placement_file
 from ..placement.strategies import Balanced, FromFile, MoeShape, Placed, Strategy, check_placement
-from ..record.manifest import MANIFEST
+from ..record.manifest import JOURNAL, MANIFEST, UNFINISHED
 from ..traffic.choices import recorded_traffic
 
 
@@ -57,20 +60,51 @@ def read_original(src: str | Path) -> Original:
 
     """
     root = find_source(src)
+    refuse_unfinished(root)
     if is_output(root):
         raise CheckpointError(
-            f"{root / MANIFEST}: already resharded; start from the original, or `reshard restore` it first"
+            f"{root / MANIFEST}: already resharded: an output of reshard, not an original; give the original, which "
+            "`reshard restore` rebuilds"
         )
     checkpoint = read_checkpoint(root)
+    locked = "a model type of reshard" if str(checkpoint.config.get("model_type")).startswith("reshard_") else None
+    if mark := CONTRACT_KEY if CONTRACT_KEY in checkpoint.config else locked:
+        raise CheckpointError(
+            f"{root / CONFIG}: has {mark}: already resharded, though {MANIFEST} is missing; give the original"
+        )
     return Original(checkpoint, read_model(checkpoint))
+
+
+def refuse_holes(original: Original, names: Collection[str] | None = None) -> None:
+    """CheckpointError if a tensor was never written, as far as the file system tells; with `names`, one of these."""
+    if hole := find_hole(original.root, original.checkpoint.shards, names):
+        raise CheckpointError(
+            f"{original.checkpoint.where(hole.tensor)}: {hole.size} of its bytes, from byte {hole.offset} of the file "
+            "on, were never written: a hole, which reads as zeros; download the file again, or if these zeros are the "
+            "model's (some tools and file systems keep zeros as holes), add --allow-holes"
+        )
+
+
+def refuse_unfinished(root: Path) -> None:
+    """CheckpointError if a run that writes `root` was interrupted."""
+    if (root / JOURNAL).is_file():
+        raise CheckpointError(f"{root}: {UNFINISHED}")
 
 
 def check_ep_size(ep_size: int, original: Original) -> None:
     """OutputError unless the experts of a layer can be dealt to `ep_size` ranks."""
-    if not 2 <= ep_size <= original.num_experts:
+    if type(ep_size) is not int or not 2 <= ep_size <= original.num_experts:
         raise OutputError(
-            f"{original.root}: --ep must be from 2 to the {original.num_experts} experts of a layer, found {ep_size}"
+            f"{original.root}: --ep must be from 2 to the {original.num_experts} experts of a layer, found "
+            f"{ep_size!r:.80}" + ", which is no int" * (type(ep_size) is not int)
         )
+
+
+def check_strategy(strategy: Strategy, original: Original) -> None:
+    """OutputError unless `strategy` is one, for a number of ranks that experts can be dealt to."""
+    if not isinstance(strategy, Strategy):
+        raise OutputError(f"{original.root}: expected a strategy such as Zigzag(8), found {strategy!r:.80}")
+    check_ep_size(strategy.ep_size, original)
 
 
 def place_experts(original: Original, strategy: Strategy) -> Placed:
@@ -82,14 +116,14 @@ def place_experts(original: Original, strategy: Strategy) -> Placed:
         TraceError: its trace cannot be read, or is another model's
 
     """
-    check_ep_size(strategy.ep_size, original)
+    check_strategy(strategy, original)
     shape = original.shape
     match strategy:
         case Balanced():
-            traffic = recorded_traffic(strategy.trace, original.model, original.root, end=strategy.share)
+            traffic = recorded_traffic(Path(strategy.trace), original.model, original.root, end=strategy.share)
             placed = strategy.place(shape, traffic.ids)
         case FromFile():
-            placed = strategy.place(shape, read_placement_file(strategy.path))
+            placed = strategy.place(shape, read_placement_file(Path(strategy.path)))
         case _:
             placed = strategy.place(shape)
     check_placement(placed.placement, shape)

@@ -9,17 +9,19 @@ from typing import Any
 from ..checkpoint.directory import CONFIG, INDEX
 from ..checkpoint.source import identify
 from ..errors import OutputError
+from ..execute.checksums import check_sources
 from ..execute.destination import free_space
 from ..execute.fill import Progress
 from ..execute.ready import Room, find_room
 from ..execute.reflink import find_sharing
-from ..execute.run import Outcome, run
+from ..execute.run import Outcome, count_workers, run
+from ..execute.sources import SourceFiles
 from ..placement.strategies import Balanced, Strategy, Zigzag
 from ..plan.files import Digests, OutputFile, fingerprint, literal_file
 from ..plan.sharing import Reflink
 from ..record.manifest import MANIFEST, FileRecord, Layout, Manifest, encode_manifest, record_bytes
 from .earlier import already_complete, earlier_placement, finished_output, names_of, refuse_other
-from .original import check_ep_size, place_experts, read_original
+from .original import check_strategy, place_experts, read_original, refuse_holes
 from .resharding import DEFAULT_MAX_SHARD_SIZE, Resharding, Writing, manifest_of, path_text, plan_resharding
 
 
@@ -32,6 +34,8 @@ def plan_placement(
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
     reflink: Reflink = "auto",
     digests: Digests | None = None,
+    allow_holes: bool = False,
+    check_source: bool = False,
     restart: bool = False,
 ) -> Resharding:
     """Decide how the checkpoint `src` is rewritten into `out`. Reads no weights, writes nothing.
@@ -45,24 +49,27 @@ def plan_placement(
         max_shard_size: the most bytes of tensors in a file; with layout "source" files are as large as the source's
         reflink: "auto" shares disk blocks with the source if the file system can; "always" refuses if it cannot
         digests: which tensors to checksum; None for all, or with layout "source" for those that are copied
+        allow_holes: take parts of tensors that were never written for the model's zeros
+        check_source: compare each file of `src` with the checksum that it was downloaded by, if one is known
         restart: as `write_resharding` will be told; the placement is then made anew
 
     Raises:
-        CheckpointError: the checkpoint is not sound
+        CheckpointError: the checkpoint is not sound, or has no checksums to check
         UnsupportedError: renumbering its experts is not known to be exact
         OutputError: `strategy`, `max_shard_size` or `reflink` does not fit
 
     """
     original = read_original(src)
-    if max_shard_size < 1:
-        raise OutputError(f"{original.root}: --max-shard-size must be at least 1 byte, found {max_shard_size}")
-    check_ep_size(strategy.ep_size, original)
+    check_strategy(strategy, original)
+    if not allow_holes:
+        refuse_holes(original)
     checkpoint, out_path = original.checkpoint, Path(out)
     writing = Writing(
         layout,
         max_shard_size,
         find_sharing(original.root, checkpoint.shards, checkpoint.directories, out_path, reflink),
-        digests or (Digests.COPIED if layout == "source" else Digests.ALL),
+        (Digests.COPIED if layout == "source" else Digests.ALL) if digests is None else digests,
+        check_source,
     )
     request = strategy.request if isinstance(strategy, Balanced) else ""
     if request and not restart and (earlier := earlier_placement(out_path, strategy.name, original.shape)):
@@ -82,6 +89,8 @@ def place(
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
     reflink: Reflink = "auto",
     digests: Digests | None = None,
+    allow_holes: bool = False,
+    check_source: bool = False,
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
@@ -100,6 +109,8 @@ def place(
         max_shard_size=max_shard_size,
         reflink=reflink,
         digests=digests,
+        allow_holes=allow_holes,
+        check_source=check_source,
         restart=restart,
     )
     return write_resharding(resharding, Path(out), restart=restart, workers=workers, progress=progress)
@@ -122,6 +133,7 @@ def write_resharding(
     finished = finished_output(out)
     if finished is not None and not restart:
         refuse_other(out, finished, manifest_of(resharding, finished.files))
+        _check_source(resharding, workers, progress)
         return already_complete(out, finished, workers)
 
     def finish(records: list[FileRecord]) -> list[OutputFile]:
@@ -131,6 +143,13 @@ def write_resharding(
 
     replaced = _replaced(resharding, out, finished)
     return run(resharding.plan, out, finish, restart=restart, replaced=replaced, workers=workers, progress=progress)
+
+
+def _check_source(resharding: Resharding, workers: int | None, progress: Progress) -> None:
+    """Read all source files that have checksums, and compare them."""
+    checkpoint = resharding.checkpoint
+    sources = SourceFiles(checkpoint.root, checkpoint.files)
+    check_sources(sources, resharding.checksums, count_workers(workers), progress)
 
 
 def room_for(resharding: Resharding, out: Path, *, restart: bool = False) -> Room:

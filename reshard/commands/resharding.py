@@ -11,16 +11,26 @@ from functools import partial
 from pathlib import Path
 
 from .._version import __version__
+from ..arguments import check_one_of, check_whole
 from ..checkpoint.directory import CONFIG, INDEX, Checkpoint
 from ..checkpoint.source import identify
 from ..errors import CheckpointError, OutputError
 from ..model.config_ids import map_config_files
 from ..model.layers import MoeModel
-from ..placement.contract import CONTRACT_KEY, LOCKED_KEYS, Contract, contract_to_json, lock_config, placement_to_json
+from ..placement.contract import Contract, contract_to_json, lock_config, locked_values, placement_to_json
 from ..placement.permutations import Placement
 from ..placement.strategies import Placed, check_placement
 from ..plan.extents import shareable
-from ..plan.files import Digests, OutputFile, Plan, fingerprint, literal_file, plan_index, whole_file
+from ..plan.files import (
+    Digests,
+    OutputFile,
+    Plan,
+    assign_checksums,
+    fingerprint,
+    literal_file,
+    plan_index,
+    whole_file,
+)
 from ..plan.layouts import as_source, by_rank, why_not_shared
 from ..plan.sharing import NOTHING_SHARED, Sharing
 from ..record.manifest import (
@@ -35,7 +45,8 @@ from ..record.manifest import (
     SourceFile,
     pack,
 )
-from .original import Original
+from .notes import known_checksums, notes, refuse_adapters
+from .original import Original, check_ep_size
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
 _RANK_FILE_NAME = re.compile(r"model-ep\d+-of-\d+-")
@@ -43,12 +54,21 @@ _RANK_FILE_NAME = re.compile(r"model-ep\d+-of-\d+-")
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """How an output is written: which files, how large, what is shared with the source, what gets a digest."""
+    """How an output is written: which files, how large, what is shared with the source, what gets a digest.
+
+    OutputError for a value that is none of these.
+    """
 
     layout: Layout = "ranks"
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE  # bytes of tensors in a file; unused with layout "source"
     sharing: Sharing = NOTHING_SHARED
     digests: Digests = Digests.ALL
+    check_source: bool = False  # compare the source with the checksums that it was downloaded by
+
+    def __post_init__(self) -> None:
+        check_one_of(self.layout, LAYOUTS, "--layout")
+        check_whole(self.max_shard_size, "--max-shard-size, in bytes,")
+        check_one_of(self.digests, Digests, "--digests")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +76,8 @@ class Resharding:
     """All that is decided before the first byte is written.
 
     `index` and `config` are the bytes of the two files that are written last. `originals` has the source's bytes of
-    each small file that is rewritten.
+    each small file that is rewritten. `checksums` are those that source files are compared with, {} if the user did not
+    ask for that.
     """
 
     checkpoint: Checkpoint
@@ -71,6 +92,17 @@ class Resharding:
     config: bytes
     originals: Mapping[str, bytes]
     notes: tuple[str, ...]
+    checksums: Mapping[str, str]
+
+    @property
+    def read_first(self) -> int:
+        """Bytes of the source files that are compared with their checksums before anything is written."""
+        return sum(self.checkpoint.files[name].size for name in self.plan.checksums)
+
+    @property
+    def work(self) -> int:
+        """Bytes that a run reports as progress."""
+        return self.read_first + self.plan.size
 
 
 def plan_resharding(
@@ -81,23 +113,22 @@ def plan_resharding(
     `request` has the strategy's options if these may give another placement later.
 
     Raises:
-        CheckpointError: the original has files or keys that only an output has
+        CheckpointError: the original has files that only an output has, or an adapter for its experts
         UnsupportedError: a config file names experts in a way that cannot be mapped
         OutputError: `placed` or `writing` does not fit
 
     """
     checkpoint, model, placement = original.checkpoint, original.model, placed.placement
     writing = writing or Writing()
-    if writing.layout not in LAYOUTS:
-        raise OutputError(f"{original.root}: layout is {writing.layout!r:.80}, expected one of {', '.join(LAYOUTS)}")
-    _refuse_output_config(checkpoint)
+    check_ep_size(ep_size, original)
     check_placement(placement, original.shape)
     contract = None
     if model.routing.group_limited:
-        locked = {key: checkpoint.config[key] for key in LOCKED_KEYS if key in checkpoint.config}
-        contract = Contract(strategy, ep_size, model.routing.n_group, model.routing.topk_group, placement, locked)
+        groups = model.routing.n_group, model.routing.topk_group
+        contract = Contract(strategy, ep_size, *groups, placement, locked_values(checkpoint.config))
     weights, sharing = _weights(original, placement, ep_size, writing)
     _refuse_collisions(checkpoint, weights)
+    refuse_adapters(checkpoint)
     rewritten = _rewritten_configs(checkpoint, model, placement, contract)
     rewritten[INDEX] = plan_index(weights, checkpoint.index_metadata)
     copied = [
@@ -105,6 +136,8 @@ def plan_resharding(
         for file in checkpoint.other_files
         if file.name not in (INDEX, CONFIG)
     ]
+    checksums = known_checksums(checkpoint) if writing.check_source else {}
+    files, read_first = assign_checksums((*weights, *copied), checksums)
     return Resharding(
         checkpoint=checkpoint,
         model=model,
@@ -119,23 +152,18 @@ def plan_resharding(
             headers={name: header.raw for name, header in checkpoint.shards.items()},
             sharing=sharing,
             directories=checkpoint.directories,
-            files=(*weights, *copied),
+            files=files,
             last=(MANIFEST, INDEX, CONFIG),
+            checksums=read_first,
             request=request,
             placement=placement if request else None,
         ),
         index=rewritten[INDEX],
         config=rewritten.get(CONFIG) or (checkpoint.root / CONFIG).read_bytes(),
         originals={name: (checkpoint.root / name).read_bytes() for name in rewritten if name in checkpoint.files},
-        notes=(*placed.notes, *_notes(checkpoint, model)),
+        notes=(*placed.notes, *notes(checkpoint, model)),
+        checksums=checksums,
     )
-
-
-def _refuse_output_config(checkpoint: Checkpoint) -> None:
-    """CheckpointError if config.json is an output's, even without a manifest beside it."""
-    locked = "a model type of reshard" if str(checkpoint.config.get("model_type")).startswith("reshard_") else None
-    if mark := CONTRACT_KEY if CONTRACT_KEY in checkpoint.config else locked:
-        raise CheckpointError(f"{checkpoint.root / CONFIG}: has {mark}: already resharded; start from the original")
 
 
 def _weights(
@@ -187,20 +215,6 @@ def _refuse_collisions(checkpoint: Checkpoint, weights: Sequence[OutputFile]) ->
             raise CheckpointError(f"{checkpoint.root / file.name}: the output needs this name; move the file away")
 
 
-def _notes(checkpoint: Checkpoint, model: MoeModel) -> list[str]:
-    notes = []
-    if not any(layer.experts for layer in model.layers):
-        notes.append("its experts are fused into one tensor a layer, so every rank reads all of them: no files by rank")
-    other_weights = [
-        file.name
-        for file in checkpoint.other_files
-        if Path(file.name).suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") and file.size > 1 << 20
-    ]
-    if other_weights:
-        notes.append(f"copied unchanged, not resharded: {', '.join(other_weights)}")
-    return notes
-
-
 def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:
     """The manifest of an output with the files `records`. Its digest is still empty."""
     checkpoint, model, routing = resharding.checkpoint, resharding.model, resharding.model.routing
@@ -211,6 +225,7 @@ def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:
         revision=identity.revision,
         files=[_source_file(resharding, name) for name in checkpoint.files],
         directories=list(checkpoint.directories),
+        left_out=list(checkpoint.left_out),
     )
     layers = [
         LayerRecord(

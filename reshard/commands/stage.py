@@ -7,13 +7,14 @@ Only the manifest is rewritten; it says which ranks are here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 from blake3 import blake3
 
+from ..arguments import check_whole
 from ..checkpoint.directory import CONFIG, INDEX
 from ..checkpoint.header import Header, read_header
 from ..errors import IntegrityError, OutputError
@@ -50,7 +51,7 @@ def plan_stage(out: str | Path, ranks: Iterable[int], dest: str | Path, *, refli
     """
     root = Path(out)
     manifest = read_manifest(root)
-    wanted = sorted(set(ranks))
+    wanted = sorted(set(_checked_ranks(root, ranks)))
     _refuse_ranks(root, manifest, wanted)
     records = manifest.files_for(wanted)
     found = find_files(root, records)
@@ -125,6 +126,12 @@ def write_staging(
 
     replaced = None if finished is None else names_of(finished)
     return run(staging.plan, dest, finish, restart=restart, replaced=replaced, workers=workers, progress=progress)
+
+
+def _checked_ranks(root: Path, ranks: Iterable[int]) -> Iterator[int]:
+    for rank in ranks:
+        check_whole(rank, f"{root}: each of the ranks to stage", 0)
+        yield rank
 
 
 def _refuse_ranks(root: Path, manifest: Manifest, ranks: Collection[int]) -> None:

@@ -7,17 +7,19 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..arguments import refuse_url
 from ..errors import OutputError
+from ..record.manifest import JOURNAL as JOURNAL
 from . import syscalls
 
-JOURNAL = ".reshard-journal"
 LOCK = ".reshard-lock"
 PARTIAL = ".partial"
 SPARE_SPACE = 16 << 20  # bytes that must stay free
 
 
 def refuse_inside(out: Path, root: Path, directories: Iterable[str], option: str = "--out") -> None:
-    """OutputError if `out` is or lies in `root` or one of its `directories`, which may be links to elsewhere."""
+    """OutputError if `out` is or lies in `root` or one of its `directories`; these may be links. Refuses URLs too."""
+    refuse_url(out)
     resolved = out.resolve()
     for folder in ("", *directories):
         if resolved.is_relative_to((root / folder).resolve()):

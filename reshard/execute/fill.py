@@ -16,6 +16,7 @@ from ..plan.files import Digests, ExpertIds, Literal, OutputFile, Part, Range, R
 from ..plan.sharing import Sharing
 from ..record.manifest import FileRecord
 from . import syscalls
+from .checksums import RunningChecksum
 from .destination import PARTIAL, sync_directory
 from .id_tables import map_expert_ids
 from .journal import Written
@@ -37,9 +38,12 @@ def write_file(file: OutputFile, sources: SourceFiles, sharing: Sharing, out: Pa
                 opened.is_sparse(name) for name in {extent.file for extent in extents(file.parts)}
             ):
                 syscalls.reserve(target.fileno(), file.size)
+            check = RunningChecksum(opened, file.checksum.file, file.checksum.value) if file.checksum else None
             filler = _Filler(target.fileno(), opened, shared, progress)
             digests = [filler.fill(part) for part in file.parts]
             filler.finish()
+            if check is not None:
+                check.finish()
             opened.check_unchanged()
         partial.rename(path)
         sync_directory(path.parent)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..arguments import refuse_url
 from ..errors import OutputError
 
 
 def refuse_existing(out: Path) -> None:
-    """OutputError if `out` exists, even as a dangling link."""
+    """OutputError if `out` exists, even as a dangling link, or is a URL."""
+    refuse_url(out)
     if out.exists() or out.is_symlink():
         raise OutputError(f"{out}: already exists; remove it, or choose another name")
 

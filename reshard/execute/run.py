@@ -24,8 +24,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..plan.files import OutputFile, Plan, fingerprint
+from ..arguments import check_whole
+from ..plan.files import OutputFile, Plan, checksums_of, fingerprint
 from ..record.manifest import FileRecord
+from .checksums import check_sources
 from .destination import make_directory
 from .fill import Progress, write_file
 from .journal import Journal, Opening, Written
@@ -59,6 +61,14 @@ def default_workers() -> int:
     return min(8, os.cpu_count() or 1)
 
 
+def count_workers(workers: int | None) -> int:
+    """`workers` or the default; OutputError unless it is a number of threads."""
+    if workers is None:
+        return default_workers()
+    check_whole(workers, "the number of workers")
+    return workers
+
+
 def run(
     plan: Plan,
     out: Path,
@@ -75,7 +85,8 @@ def run(
         finish: takes the records of the plan's files and returns the files to write last, in order; may raise to refuse
         restart: discard what an unfinished run left
         workers: threads; None for `default_workers`
-        progress: called with the bytes of the plan's files that are done, block by block, by one thread at a time
+        progress: called with the bytes that are done, of files that are checked first and then of the plan's, block by
+            block, by one thread at a time
 
     Raises:
         CheckpointError: a source file cannot be read, or changed since the plan was made
@@ -83,8 +94,10 @@ def run(
 
     """
     started = time.monotonic()
+    threads = count_workers(workers)
     find_room(plan, out, restart=restart, replaced=replaced).check(out)
     sources = SourceFiles(plan.source, plan.source_files, plan.headers)
+    check_sources(sources, plan.checksums, threads, progress)
     make_directory(out, sources.mode([""]))
     names = [*plan.last, *(file.name for file in plan.files)]
     with Journal(out, Opening(fingerprint(plan), names, plan.placement), restart=restart, replaced=replaced) as journal:
@@ -92,7 +105,8 @@ def run(
         progress(sum(file.size for file in resumed))
         for directory in plan.directories:
             make_directory(out / directory, sources.mode([directory]))
-        written = _copy_files(plan, sources, out, journal, workers or default_workers(), progress)
+        check_sources(sources, checksums_of(resumed), threads, lambda count: None)
+        written = _copy_files(plan, sources, out, journal, threads, progress)
         last = list(finish([entry.record for entry in written]))
         for file in last:
             write_file(file, sources, plan.sharing, out, lambda count: None)

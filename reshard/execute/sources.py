@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from blake3 import blake3
 
@@ -69,6 +70,13 @@ class SourceFiles:
             return not self._readers[name]
 
 
+class Watcher(Protocol):
+    """Sees every block that is read, with its file's name and its offset there."""
+
+    def take(self, name: str, offset: int, block: memoryview) -> None:
+        """See a block; the next one may overwrite it."""
+
+
 class OpenSources:
     """Source files, opened when first needed and closed together. A method that fails raises CheckpointError."""
 
@@ -79,6 +87,7 @@ class OpenSources:
         self._headers = sources.headers
         self._fds: dict[str, int] = {}
         self._sparse: set[str] = set()
+        self._watcher: Watcher | None = None
         self._cached: dict[str, Sequence[tuple[int, int]]] = {}
 
     def __enter__(self) -> OpenSources:
@@ -118,6 +127,14 @@ class OpenSources:
                 raise self._changed(name)
         return self._fds[name]
 
+    def watch(self, watcher: Watcher) -> None:
+        """Show `watcher` every block that is read from now on."""
+        self._watcher = watcher
+
+    def size(self, name: str) -> int:
+        """The size of the file `name`, in bytes."""
+        return self._files[name].size
+
     def is_sparse(self, name: str) -> bool:
         """Whether the file `name` takes less disk than its size, and so may have holes."""
         self.fd(name)
@@ -148,6 +165,8 @@ class OpenSources:
                     )
                 filled += count
             self._forget(name, offset, filled)
+            if self._watcher is not None:
+                self._watcher.take(name, offset, into)
         except OSError as error:
             raise self._unreadable(name, offset + filled, tensor, error) from error
 

@@ -19,6 +19,12 @@ _FICLONERANGE = 0x4020940D
 _FILE_CLONE_RANGE = struct.Struct("=qQQQ")
 _FS_IOC_RESVSP64 = 0x4030582A
 _SPACE_RESV = struct.Struct("=hh4xqqiI16x")
+# linux/fiemap.h: FS_IOC_FIEMAP takes a struct fiemap, which ends in an array of struct fiemap_extent.
+_FS_IOC_FIEMAP = 0xC020660B
+_FIEMAP = struct.Struct("=QQIIII")
+_FIEMAP_EXTENT = struct.Struct("=QQQ16xI12x")
+_FIEMAP_EXTENT_LAST, _FIEMAP_EXTENT_UNWRITTEN = 0x1, 0x800
+_EXTENTS_AT_ONCE = 128
 _UNSUPPORTED = {
     errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EPERM, errno.ETXTBSY, errno.EBADF,
 }  # fmt: skip
@@ -66,6 +72,31 @@ def segments(file: int, offset: int, size: int) -> Iterator[tuple[bool, int, int
         if hole > data:
             yield False, data, hole - data
         offset = hole
+
+
+def reserved(file: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of each part of the first `size` bytes that has disk blocks, but was never written (fallocate).
+
+    Such a part counts as data for `segments` once it was read. Nothing if the file system cannot tell.
+    """
+    start, flags = 0, 0
+    while start < size and not flags & _FIEMAP_EXTENT_LAST:
+        request = bytearray(_FIEMAP.pack(start, size - start, 0, 0, _EXTENTS_AT_ONCE, 0))
+        request += bytes(_EXTENTS_AT_ONCE * _FIEMAP_EXTENT.size)
+        try:
+            fcntl.ioctl(file, _FS_IOC_FIEMAP, request)
+        except OSError as error:
+            if is_unsupported(error):
+                return
+            raise
+        count = _FIEMAP.unpack_from(request)[3]
+        if not count:
+            return
+        for number in range(count):
+            logical, _, length, flags = _FIEMAP_EXTENT.unpack_from(request, _FIEMAP.size + number * _FIEMAP_EXTENT.size)
+            start = logical + length
+            if flags & _FIEMAP_EXTENT_UNWRITTEN:
+                yield logical, min(start, size)
 
 
 def _seek(file: int, offset: int, whence: int, end: int) -> int:

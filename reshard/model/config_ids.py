@@ -3,31 +3,39 @@
 A string that names one expert (`model.layers.3.mlp.experts.5.down_proj`) gets that expert's new id. A pattern (a glob
 or a regular expression) is tested against the names of this checkpoint's experts. After renumbering it must match the
 same experts as before, either unchanged or with its literal ids mapped. If neither does, an error shows the string.
+Numbers under a key that speaks of experts are refused, unless the key is known to count something.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from ..checkpoint.directory import Checkpoint, refuse_nesting
 from ..errors import CheckpointError, UnsupportedError
 from ..placement.permutations import Placement, invert
+from .config_patterns import ExpertNames
 from .layers import MoeModel
-from .names import renumber
 
 # Top-level files of a checkpoint in which engines look up modules by name.
 CONFIG_FILES = re.compile(r"config\.json|.*quant.*\.json", re.IGNORECASE)
-REGEX_PREFIXES = ("re:", "+:", "-:")
 MAX_PATTERN = 1000
 
 _EXPERT_ID = re.compile(r"(?<![A-Za-z0-9_])experts(?:\\?\.|\[\.\])(?P<id>0|[1-9][0-9]{0,8})(?![0-9])")
 _PLAIN = re.compile(r"[\w.\-/]*")
 _MAY_NAME_ONE = re.compile(r"experts\W{0,8}[0-9]")
+# Some engines look for a text anywhere in a name (AWQ in vLLM), and then `experts.1` is also 10 to 19.
+_ENDS_IN_ID = re.compile(r"experts\.([0-9]{1,9})$")
+_BEGINS_BEFORE_ID = re.compile(r"(?:x?p?e?r?t?s?\.)?[0-9]+(?P<tail>\.[A-Za-z_].*)")
+# Keys with these words count experts, or say of what kind and size something is. Other numbers may be expert ids.
+_COUNTS = re.compile(r"(^|_)(n|num|number)_|per_tok", re.IGNORECASE)
+_SIZES = re.compile(r"(size|shape|structure|dim|axis|bits|dtype|version)s?$", re.IGNORECASE)
+_LAYER = re.compile(r"layer|(^|\.)[0-9]+(\.|$)", re.IGNORECASE)
+_ONE_EXPERT = re.compile(r"expert(_?(id|idx|index))?$", re.IGNORECASE)
+_NUMBERS = re.compile(r"[0-9][0-9\s,;:-]*")
 
 
 def map_config_files(checkpoint: Checkpoint, model: MoeModel, placement: Placement) -> dict[str, Any]:
@@ -62,36 +70,57 @@ def map_strings(value: Any, mapper: Callable[[str], str], where: str) -> Any:
         return [map_strings(item, mapper, where) for item in value]
     if isinstance(value, dict):
         for key, item in value.items():
-            if key.rpartition(".")[2] == "experts" and _has_ids(item):
+            if "expert" in key.lower() and not _COUNTS.search(key) and _may_be_ids(item, bool(_ONE_EXPERT.search(key))):
                 raise UnsupportedError(
                     f"{where}: {key!r:.200} contains numbers that may be expert ids, in a form that reshard does not "
-                    "know; write out the full names of the modules"
+                    "know; write out the full names of the modules, or remove what no engine reads"
                 )
         return {mapper(key): map_strings(item, mapper, where) for key, item in value.items()}
     return value
 
 
-def _has_ids(value: Any) -> bool:
-    return isinstance(value, (list, dict)) and any(type(item) is int or str(item).isdigit() for item in value)
+def _may_be_ids(value: Any, single: bool) -> bool:
+    """Whether `value`, or something in it, is a list or a text of numbers; with `single`, also whether it is one."""
+    if isinstance(value, dict):
+        return any(
+            key.isdigit() or (not _SIZES.search(key) and _may_be_ids(item, bool(_LAYER.search(key))))
+            for key, item in value.items()
+        )
+    if isinstance(value, list):
+        return any(_may_be_ids(item, True) for item in value)
+    return (single and type(value) is int) or (isinstance(value, str) and bool(_NUMBERS.fullmatch(value)))
 
 
 class _Mapper:
     """Maps the expert ids in one string of the file `where`."""
 
     def __init__(self, model: MoeModel, placement: Placement, where: str) -> None:
-        self._model = model
+        self._layers = model.layers
+        self._num_experts = model.routing.num_experts
         self._logical_to_physical = {layer: invert(order) for layer, order in placement.items()}
         self._where = where
-        self._names: dict[str, str] | None = None
 
     def __call__(self, text: str) -> str:
         if _PLAIN.fullmatch(text):
-            return self._map_literal_ids(text)
+            mapped = self._map_literal_ids(text)
+            if self._means_more_as_a_part(text) or self._means_more_as_a_part(mapped):
+                raise UnsupportedError(
+                    f"{self._where}: {text!r:.200}: engines differ in which experts this means: some look for it "
+                    "anywhere in a name; write out the full names of the modules, with what follows the expert's id"
+                )
+            return mapped
         if len(text) > MAX_PATTERN:
             if "experts" in text:
                 raise self._unclear(text)
             return text
         return self._map_pattern(text)
+
+    def _means_more_as_a_part(self, text: str) -> bool:
+        """Whether `text`, found anywhere in an expert's name, means other experts than as a name of its own."""
+        if ends := _ENDS_IN_ID.search(text):
+            return 0 < 10 * int(ends[1]) < self._num_experts
+        cut = _BEGINS_BEFORE_ID.fullmatch(text)
+        return cut is not None and any(tail.startswith(cut["tail"]) for tail in self._names.tails)
 
     def _map_literal_ids(self, text: str) -> str:
         def new_id(match: re.Match[str]) -> str:
@@ -116,13 +145,11 @@ class _Mapper:
         return tables.pop()
 
     def _map_pattern(self, text: str) -> str:
-        new_names = self._expert_names()
-        matched = _matches(text, new_names)
-        expected = [{new_names[name] for name in names} for names in matched]
-        if matched and matched == expected and (any(matched) or not _MAY_NAME_ONE.search(text)):
+        unchanged, any_matched = self._names.compare(text, text)
+        if unchanged and (any_matched or not _MAY_NAME_ONE.search(text)):
             return text
         mapped = self._mapped_or_none(text)
-        if mapped is not None and any(matched) and _matches(mapped, new_names) == expected:
+        if mapped is not None and any_matched and self._names.compare(text, mapped)[0]:
             return mapped
         raise self._unclear(text)
 
@@ -132,41 +159,11 @@ class _Mapper:
         except UnsupportedError:
             return None
 
-    def _expert_names(self) -> Mapping[str, str]:
-        """The new name of every expert, of its modules and of its tensors, by the name in the source."""
-        if self._names is None:
-            self._names = {}
-            for layer in self._model.layers:
-                for expert, tensors in enumerate(layer.experts):
-                    new = self._logical_to_physical[layer.name][expert]
-                    self._names[f"{layer.name}.experts.{expert}"] = f"{layer.name}.experts.{new}"
-                    for tensor in tensors:
-                        renamed = renumber(tensor.name, self._logical_to_physical)
-                        self._names[tensor.name] = renamed
-                        self._names[tensor.name.rpartition(".")[0]] = renamed.rpartition(".")[0]
-        return self._names
+    @cached_property
+    def _names(self) -> ExpertNames:
+        return ExpertNames(self._layers, self._logical_to_physical)
 
     def _unclear(self, text: str) -> UnsupportedError:
         return UnsupportedError(
             f"{self._where}: {text!r:.200}: cannot tell which experts this means after renumbering; write out their ids"
         )
-
-
-def _matches(pattern: str, names: Iterable[str]) -> list[set[str]]:
-    """The `names` that `pattern` matches, for each way in which engines may read it."""
-    return [{name for name in names if matches(name)} for matches in matchers(pattern)]
-
-
-def matchers(text: str) -> list[Callable[[str], bool]]:
-    """How engines may read the pattern `text`: as a glob, and as a regular expression if it is a valid one."""
-    pattern = text.partition(":")[2] if text.startswith(REGEX_PREFIXES) else text
-    found: list[Callable[[str], bool]] = []
-    if pattern == text:
-        found.append(lambda name: fnmatch.fnmatchcase(name, text))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # e.g. [[, whose meaning a later Python may change
-            compiled = re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return found
-    return [*found, lambda name: bool(compiled.match(name)), lambda name: bool(compiled.search(name))]

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from ..placement.contract import GROUP_KEYS
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -85,7 +87,6 @@ SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 # Vision and audio models keep their language model's config under one of these keys.
 TEXT_CONFIG_KEYS = ("text_config", "language_config", "llm_config")
-GROUP_KEYS = ("n_group", "topk_group")
 ROUTING_KEYS = (
     *(*NUM_EXPERTS_KEYS, *TOP_K_KEYS, *SCORING_KEYS, *GROUP_KEYS),
     *("topk_method", "norm_topk_prob", "routed_scaling_factor"),

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 from ..checkpoint.directory import CONFIG, Checkpoint
@@ -32,6 +33,7 @@ from .names import EXPERT_ID, natural_key
 from .routing import Routing, read_routing
 
 _NAMES_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _MAY_ROUTE = re.compile(r"expert|router|(^|\.)gate\.(weight|bias)$", re.IGNORECASE)
 
 
@@ -81,20 +83,28 @@ def read_model(checkpoint: Checkpoint) -> MoeModel:
 
 
 def _family(checkpoint: Checkpoint) -> tuple[Family, str]:
-    """The family and the model type. The family is that of the model type, or of the language model's inside."""
+    """The family and the model type. The language model's config inside must name the same family, if it names any."""
     where, config = checkpoint.root / CONFIG, checkpoint.config
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(f"{where}: expected model_type to name the model's family, found {model_type!r:.80}")
-    inner = [config[key].get("model_type") for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict)]
-    names = [model_type, *(str(name).removesuffix("_text") for name in inner)]
-    family = next((BY_MODEL_TYPE[name] for name in names if name in BY_MODEL_TYPE), None)
-    if family is None:
+    family = _known(model_type, where)
+    for key in TEXT_CONFIG_KEYS:
+        inner = config[key].get("model_type") if isinstance(config.get(key), dict) else None
+        if inner is not None and _known(str(inner).removesuffix("_text"), where) is not family:
+            raise UnsupportedError(
+                f"{where}: model type {model_type} is known as {family.name}, but {key} has model type {inner!r:.80}"
+            )
+    return family, model_type
+
+
+def _known(model_type: str, where: Path) -> Family:
+    if model_type not in BY_MODEL_TYPE:
         raise UnsupportedError(
             f"{where}: reshard does not know the router of model type {model_type!r:.80}; it knows "
             f"{', '.join(BY_MODEL_TYPE)}"
         )
-    return family, model_type
+    return BY_MODEL_TYPE[model_type]
 
 
 def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
@@ -108,7 +118,7 @@ def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
                 _unknown(checkpoint, tensor, f"{family.name} keeps its experts in ….{family.block}.experts.…")
             if match := EXPERT_ID.fullmatch(rest):
                 blocks[block].experts[int(match[1])][match[2]] = tensor
-            elif rest[:1].isdigit():
+            elif any(part[:1].isdigit() for part in rest.split(".")):
                 _unknown(checkpoint, tensor, "an expert's tensor is named ….experts.<id>.<anything>")
             else:
                 blocks[block].fused.append(tensor)
@@ -121,6 +131,17 @@ def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
     for tensor in others:
         _check_other(checkpoint, tensor, blocks)
     return dict(blocks)
+
+
+def _refuse_ids_in_names(checkpoint: Checkpoint, fused: Iterable[Tensor], num_experts: int) -> None:
+    """Refuse fused tensors whose names differ in one number, if that counts all experts: each is of one expert."""
+    found: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for tensor in fused:
+        for match in _NUMBER.finditer(tensor.name):
+            numbers = found[tensor.name[: match.start()], tensor.name[match.end() :]]
+            numbers.add(int(match[0]))
+            if len(numbers) >= num_experts and numbers.issuperset(range(num_experts)):
+                _unknown(checkpoint, tensor, "there is one for each expert, and not named ….experts.<id>.<anything>")
 
 
 def _check_other(checkpoint: Checkpoint, tensor: Tensor, blocks: Mapping[str, _Block]) -> None:
@@ -168,6 +189,7 @@ def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -
             rows.append(_check_rows(checkpoint, tensor, num_experts))
         else:
             ids.append(tensor)
+    _refuse_ids_in_names(checkpoint, block.fused, num_experts)
     # a scalar beside fused experts applies to all of them
     fused = [_check_rows(checkpoint, tensor, num_experts) for tensor in block.fused if math.prod(tensor.shape) != 1]
     experts = _check_experts(checkpoint, name, block.experts, num_experts) if block.experts else ()

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from blake3 import blake3
 
+from ..arguments import refuse_url
 from ..errors import CheckpointError
 
 VERSION_KEY = "reshard_placement"
@@ -101,6 +102,7 @@ def encode_placement_file(file: PlacementFile) -> bytes:
 
 def read_placement_file(path: Path) -> PlacementFile:
     """Read the placement file `path`; raise CheckpointError if it holds no placement, or an impossible one."""
+    refuse_url(path, CheckpointError)
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
             raise CheckpointError(f"{path}: {size} bytes; expected a placement file of at most {MAX_BYTES} bytes")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from ..arguments import check_whole
 from ..errors import OutputError
 from .balance import balanced_layers
 from .permutations import Placement, is_permutation, node_zigzag, rank_slots, zigzag
@@ -87,6 +88,7 @@ class NodeZigzag:
 
     def place(self, model: MoeShape) -> Placed:
         """The same permutation in every layer. Raises OutputError if groups or experts do not divide evenly."""
+        check_whole(self.nodes, f"{model.where}: --nodes")
         per_node = self.ep_size // self.nodes
         faults = {
             f"the model has {model.num_experts} experts and no expert groups; use zigzag instead": (
@@ -140,7 +142,8 @@ class Balanced:
         Raises OutputError if nodes do not divide the ranks, or the trace is too short.
 
         """
-        if self.nodes < 1 or self.ep_size % self.nodes:
+        check_whole(self.nodes, f"{model.where}: --nodes")
+        if self.ep_size % self.nodes:
             raise OutputError(
                 f"{model.where}: balanced on {self.nodes} nodes: {self.ep_size} EP ranks cannot be divided evenly "
                 "among them; choose another --nodes or --ep"

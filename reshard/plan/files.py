@@ -6,8 +6,9 @@ A plan is data. It can be printed (`--dry-run`), carried out (`execute`), or com
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,24 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Checksum:
+    """The checksum that the source file `file` was downloaded by: a SHA-256 or a Git blob id, in hexadecimal."""
+
+    file: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file to write, front to back. `rank` is the only EP rank that needs it; None if every rank does."""
+    """A file to write, front to back. `rank` is the only EP rank that needs it; None if every rank does.
+
+    `checksum` is checked while its parts are copied.
+    """
 
     name: str
     parts: tuple[Part, ...]
     rank: int | None = None
+    checksum: Checksum | None = None
 
     @property
     def size(self) -> int:
@@ -101,8 +114,8 @@ class Plan:
     """A whole output. `source_files` and `headers` are the files below `source`, and their headers, at planning time.
 
     `files` may be written in any order. The files named in `last` make the output loadable: they are made from the
-    records of `files` when those are complete. If the same options may not give the same plan again, `request` has
-    them, and `placement` is what they gave.
+    records of `files` when those are complete. `checksums` are those of source files to read and check before that. If
+    the same options may not give the same plan again, `request` has them, and `placement` is what they gave.
     """
 
     source: Path
@@ -112,6 +125,7 @@ class Plan:
     directories: tuple[str, ...]
     files: tuple[OutputFile, ...]
     last: tuple[str, ...]
+    checksums: Mapping[str, str] = field(default_factory=dict)
     request: str = ""
     placement: Placement | None = None
 
@@ -121,6 +135,32 @@ class Plan:
         return sum(file.size for file in self.files)
 
 
+def assign_checksums(
+    files: Iterable[OutputFile], checksums: Mapping[str, str]
+) -> tuple[tuple[OutputFile, ...], dict[str, str]]:
+    """Let source files be checked while they are copied, where one output file has all that is taken from one of them.
+
+    Returns the output files, and the checksums that are left: those files have to be read by themselves.
+    """
+    files = tuple(files)
+    if not checksums:
+        return files, {}
+    taken = [{part.content.file for part in file.parts if not isinstance(part.content, Literal)} for file in files]
+    uses = Counter(name for names in taken for name in names)
+    left = dict(checksums)
+    assigned = []
+    for file, names in zip(files, taken, strict=True):
+        (name, *others) = names or ("",)
+        alone = not others and uses[name] == 1 and name in left
+        assigned.append(replace(file, checksum=Checksum(name, left.pop(name))) if alone else file)
+    return tuple(assigned), left
+
+
+def checksums_of(files: Iterable[OutputFile]) -> dict[str, str]:
+    """The checksums that are checked while `files` are copied, by the source file's name."""
+    return {file.checksum.file: file.checksum.value for file in files if file.checksum}
+
+
 def fingerprint(plan: Plan) -> str:
     """A digest of everything that decides what is written where: two plans with the same one write the same bytes."""
     options = [__version__, plan.request] if plan.request else [__version__]
@@ -128,7 +168,7 @@ def fingerprint(plan: Plan) -> str:
     for name, header in plan.headers.items():
         digest.update(msgspec.json.encode([name, header]))
     for file in plan.files:
-        digest.update(msgspec.json.encode(file))
+        digest.update(msgspec.json.encode({"name": file.name, "parts": file.parts, "rank": file.rank}))
     return digest.hexdigest()
 
 

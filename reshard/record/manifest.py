@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from blake3 import blake3
 
+from ..arguments import refuse_url
 from ..checkpoint.directory import MAX_NESTING, File
 from ..errors import IntegrityError
 from ..model.routing import Routing
@@ -23,6 +24,8 @@ from ..placement.permutations import Placement
 
 MANIFEST = "reshard_manifest.json"
 MANIFEST_VERSION = 1
+JOURNAL = ".reshard-journal"  # there as long as the output is not complete
+UNFINISHED = f"an unfinished output of reshard, by its {JOURNAL}; rerun the command that writes it to finish it"
 MAX_CONTRACT_NESTING = MAX_NESTING + 8  # a contract holds values of a config
 
 Layout = Literal["ranks", "source"]
@@ -47,14 +50,17 @@ class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str | None = None
 
 
-class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the checkpoint came from, and all its files and sub-folders."""
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where the checkpoint came from, and all its files and sub-folders. `left_out` names what was in its directory and
+    was not copied: `restore` does not bring it back.
+    """
 
     path: str
     repo_id: str | None
     revision: str | None
     files: list[SourceFile]
     directories: list[str]
+    left_out: list[str] = []
 
 
 class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -137,10 +143,13 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 def read_manifest(root: Path) -> Manifest:
     """The manifest of the output directory `root`; IntegrityError if there is none or it is damaged."""
+    refuse_url(root, IntegrityError)
     path = root / MANIFEST
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
+        if (root / JOURNAL).is_file():
+            raise IntegrityError(f"{root}: {UNFINISHED}") from error
         raise IntegrityError(f"{path}: no such file; expected an output of `reshard zigzag`") from error
     except OSError as error:
         raise IntegrityError(f"{path}: cannot be read: {error.strerror}") from error

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import refuse_url
 from ..errors import TraceError
 from ..placement.layer_names import layer_key
 from .trace_file import MAX_EXPERTS, MAX_LAYERS, SUFFIX, Stream, read_streams
@@ -47,6 +48,7 @@ class Recording:
 
 def read_recordings(path: Path) -> list[Recording]:
     """All recordings in the directory or file `path`. Raises TraceError if there is none that reshard can read."""
+    refuse_url(path, TraceError)
     if not path.exists():
         raise TraceError(f"{path}: no such file or directory; vLLM records a trace there with RESHARD_TRACE={path}")
     found: list[Recording] = []

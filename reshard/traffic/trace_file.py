@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
+from ..arguments import refuse_url
 from ..errors import TraceError
 from ..placement.contract import placement_from_json
 from ..placement.permutations import Placement
@@ -86,6 +87,7 @@ class TraceWriter:
         start = len(_encode(header))
         self._rows_per_file = max(1, (limit // SEGMENTS - start) // header.row_size)
         self._file_size = start + self._rows_per_file * header.row_size
+        refuse_url(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._file = self._next_file()
         self._rows_left = self._rows_per_file  # that the current file has room for

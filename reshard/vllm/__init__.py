@@ -6,7 +6,12 @@ plugin replaces functions of vLLM as follows:
     configs    config.json of a group-limited output reads as the original's, to vLLM only, and keeps the contract
     routing    with a contract, routers score groups of logical experts and return physical ids
     loading    a rank opens only the shared files and its own; every router is checked before the model serves
-    recording  if RESHARD_TRACE names a directory: records which experts each token chose, for any MoE model
+    outputs    options that bring in the original's expert ids, or skip that choice of files, are refused
+    updates    so are new weights in the original's numbering, but for the output's own files
+    lora       so are adapters of experts and routers
+    returned   the experts that vLLM returns have the original's ids
+    recording  if RESHARD_TRACE names a directory: records which experts each token chose, for any MoE model;
+               `load_log` says now and then how evenly they load the ranks
 
 For an original, if RESHARD_PLACEMENT is set:
 
@@ -16,9 +21,11 @@ For an original, if RESHARD_PLACEMENT is set:
     placed_weights, proof load each expert into its slot, and check that before the model serves
     agreement             checks that all ranks serve the same placement
     weight_filter, eplb   apply the placement where vLLM filters or moves expert weights
-    worker                refuses what a running model cannot do: load, sleep, reload or save in ways that lose it
+    worker                refuses what a running model cannot do: load, sleep, reload or save in ways that lose it;
+                          for outputs, reloads in another numbering
 
-`support` says which vLLM versions and hooks fit, `patching` replaces functions, and `runners` finds MoE layers.
+`hooks` lists what the plugin replaces. `support` says whether the installed vLLM fits, by `sources` if it is newer than
+those that we read. `patching` replaces functions, and `runners` finds MoE layers.
 
 Every other model loads as it does without the plugin. If the plugin does not support the installed vLLM, it says so
 only when a group-limited output is loaded or a placement is requested.
@@ -35,7 +42,7 @@ def register() -> None:
 
     from wrapt import register_post_import_hook
 
-    from . import configs, eplb, loading, placed_weights, recording, request, routing, weight_filter, worker
+    from . import configs, eplb, loading, lora, placed_weights, recording, request, routing, weight_filter, worker
 
     register_post_import_hook(configs.install, "transformers.configuration_utils")
     register_post_import_hook(configs.install_models, "transformers.modeling_utils")
@@ -52,8 +59,10 @@ def register() -> None:
     register_post_import_hook(weight_filter.install_skip, "vllm.model_executor.model_loader.weight_utils")
     register_post_import_hook(eplb.install, "vllm.distributed.eplb.eplb_state")
     register_post_import_hook(worker.install, "vllm.v1.worker.gpu_worker")
+    register_post_import_hook(lora.install, "vllm.lora.worker_manager")
     if os.environ.get(recording.VARIABLE):
         register_post_import_hook(recording.install, "vllm.v1.worker.gpu_worker")
+        register_post_import_hook(recording.install_notice, "vllm.config.vllm")
 
 
 def _install_runner(module: ModuleType) -> None:

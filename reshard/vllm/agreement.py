@@ -10,6 +10,7 @@ import datetime
 import itertools
 import os
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from ..placement.permutations import describe_ranks
 VARIABLE = "RESHARD_AGREEMENT_SECONDS"
 DEFAULT_SECONDS = 300  # ranks usually get here within seconds of each other; one may still be starting
 LINEAR = "linear"
-_load_numbers = itertools.count()
+_loads: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)  # of models and of drafts
 
 
 class Store(Protocol):
@@ -32,41 +33,52 @@ class Store(Protocol):
     def wait(self, keys: list[str], timeout: datetime.timedelta) -> None: ...  # noqa: D102
 
 
-def agree(digest: str | None) -> None:
-    """Raise UnsupportedError unless all ranks serve the placement with this digest.
+def agree(digest: str | None, *, draft: bool = False) -> None:
+    """Raise UnsupportedError unless all ranks that load this model serve the placement with this digest.
 
-    None means linear: such a rank publishes that, and does not wait for the others.
+    None means linear: such a rank publishes that, and does not wait for the others. All ranks load a model; a draft is
+    loaded by one pipeline stage, whose ranks are an EP group.
     """
     import torch
 
-    load_number = next(_load_numbers)  # the same on every rank: all load their models in the same order
+    kind = "draft" if draft else "model"
+    load = f"{kind}/{next(_loads[kind])}"  # the same on every rank: all load their models in the same order
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
     from torch.distributed.distributed_c10d import _get_default_store
 
     store: Any = _get_default_store()
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    publish(store, load_number, rank, digest)
+    publish(store, load, rank, digest)
     if digest is not None:
-        compare(store, load_number, range(size), digest, float(os.environ.get(VARIABLE, DEFAULT_SECONDS)))
+        ranks = _stage() if draft else range(size)
+        compare(store, load, ranks, digest, float(os.environ.get(VARIABLE, DEFAULT_SECONDS)))
 
 
-def publish(store: Store, load_number: int, rank: int, digest: str | None) -> None:
+def _stage() -> Sequence[int]:
+    """The ranks of this pipeline stage."""
+    from vllm.distributed.parallel_state import get_ep_group
+
+    ranks: Sequence[int] = get_ep_group().ranks
+    return ranks
+
+
+def publish(store: Store, load: str, rank: int, digest: str | None) -> None:
     """Write to `store` which placement this rank serves."""
-    store.set(_key(load_number, rank), digest or LINEAR)
+    store.set(_key(load, rank), digest or LINEAR)
 
 
-def compare(store: Store, load_number: int, ranks: Sequence[int], digest: str, seconds: float) -> None:
+def compare(store: Store, load: str, ranks: Sequence[int], digest: str, seconds: float) -> None:
     """Raise UnsupportedError, naming the ranks, if some serve another placement or publish none within `seconds`."""
     deadline = time.monotonic() + seconds
     silent, others = [], {}
     for rank in ranks:
         try:
-            store.wait([_key(load_number, rank)], datetime.timedelta(seconds=max(0.1, deadline - time.monotonic())))
+            store.wait([_key(load, rank)], datetime.timedelta(seconds=max(0.1, deadline - time.monotonic())))
         except RuntimeError:  # torch's DistStoreError: the key is not there
             silent.append(rank)
             continue
-        if (other := store.get(_key(load_number, rank)).decode()) != digest:
+        if (other := store.get(_key(load, rank)).decode()) != digest:
             others[rank] = other
     if silent:
         raise UnsupportedError(
@@ -81,5 +93,5 @@ def compare(store: Store, load_number: int, ranks: Sequence[int], digest: str, s
         )
 
 
-def _key(load_number: int, rank: int) -> str:
-    return f"reshard/placement/{load_number}/{rank}"
+def _key(load: str, rank: int) -> str:
+    return f"reshard/placement/{load}/{rank}"

@@ -16,7 +16,8 @@ from ..errors import UnsupportedError
 from ..placement.permutations import rank_slots
 from .patching import replace_if_there
 from .served import ServedPlacement, current_placement
-from .worker import mark_proved
+from .updates import close
+from .worker import WITH_EPLB, mark_proved
 
 
 def install(module: ModuleType) -> None:
@@ -87,7 +88,7 @@ def _then_place(add_model: Callable[..., None]) -> Callable[..., None]:
 
 
 def place(model_state: Any, served: ServedPlacement, *, is_draft: bool) -> None:
-    """Move the experts of an EplbModelState to their slots, and commit its maps.
+    """Move the experts of an EplbModelState to their slots, commit its maps, and close the model to new weights.
 
     Raises UnsupportedError if a layer is not in the placement, or if EPLB's maps differ from the placement afterwards.
     """
@@ -114,6 +115,7 @@ def place(model_state: Any, served: ServedPlacement, *, is_draft: bool) -> None:
     eplb_state._commit_eplb_maps(model_state, new_physical_to_logical_map=new)
     if model_state.physical_to_logical_map.tolist() != wanted:
         raise UnsupportedError(f"{served.asked}: vLLM's EPLB did not apply the placement; serve without EPLB")
+    close(model, f"{served.asked}: new weights are refused while the model is served with a placement: {WITH_EPLB}")
     mark_proved(served)
     from vllm.logger import init_logger
 

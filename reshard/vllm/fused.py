@@ -10,7 +10,7 @@ token is checked separately too, as PyTorch may compile a separate router for it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
     from .grouped_topk import Choice
 
+# What vLLM 0.26 to 0.33 keep in a GroupedTopKRouter. No kernel replaces a router that has more, such as `skip_padding`.
+KNOWN_ATTRIBUTES = (
+    *("top_k", "global_num_experts", "num_expert_group", "topk_group", "renormalize", "scoring_func"),
+    *("routed_scaling_factor", "e_score_correction_bias", "num_fused_shared_experts"),
+    *("eplb_state", "enable_eplb", "indices_type_getter", "capture_fn", "_routing_replay_out"),
+)
+# Arguments of a call that change nothing: only routers with a hash table read the tokens' ids.
+KNOWN_IN_A_CALL = ("indices_type", "topk_indices_dtype", "input_ids")
 TRIAL_ROWS = 1024
 TRIAL_SINGLE_ROWS = 33  # routed one at a time
 Route = Callable[["Tensor"], tuple["Tensor", "Tensor"]]
@@ -76,6 +84,20 @@ class Fused:
             )
 
 
+def set_names(values: Mapping[str, Any], known: Sequence[str]) -> list[str]:
+    """The names in `values`, other than the `known` ones, that have a value: not None, False or 0."""
+    return [
+        name
+        for name, value in values.items()
+        if name not in known and value is not None and not (isinstance(value, (bool, int, float)) and not value)
+    ]
+
+
+def understood(more: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    """Whether the kernel does what a router does that is called with these further arguments."""
+    return not any(value is not None for value in more) and not set_names(named, KNOWN_IN_A_CALL)
+
+
 def trial_logits(like_TE: Tensor) -> list[Tensor]:
     """Random logits with the dtype and number of experts of `like_TE`, as batches of rows.
 
@@ -115,7 +137,7 @@ def fused_in_place_of(router: Any, physical_of_logical_E: Tensor, layer: str, *,
     import torch
 
     on_cuda = physical_of_logical_E.is_cuda and torch.version.hip is None
-    if not on_cuda or type(router).__name__ != "GroupedTopKRouter" or getattr(router, "skip_padding", False):
+    if not on_cuda or type(router).__name__ != "GroupedTopKRouter" or set_names(vars(router), KNOWN_ATTRIBUTES):
         return None
     from .grouped_topk import Choice, ways_to_sum
 

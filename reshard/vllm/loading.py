@@ -18,17 +18,27 @@ from typing import Any
 from ..errors import OutputError, UnsupportedError
 from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
 from ..placement.permutations import rank_slots
-from .patching import replace_if_there, replace_once
-from .request import MANIFEST, refuse_placing_twice
+from .outputs import MANIFEST, contract_in, format_of, is_output, note_output, refuse_lost_contract, refuse_options
+from .patching import replace_if_there
+from .returned import check_returning, returns_experts
 from .routing import LogicalOrder
 from .runners import lets_kernel_route, moe_runners
-from .served import ServedPlacement, building, served_placement
+from .served import Build, ServedPlacement, building, builds_draft, current_build, served_placement
 from .support import hook_fault
-from .worker import has_placement, mark_proved
+from .updates import close
+from .worker import has_placement, mark_checked, mark_proved
 
 RANK_FILE = re.compile(r"model-ep(\d{2,})-of-(\d{2,})-(\d{5})-of-(\d{5})\.safetensors")
 # With these load formats, ranks divide all files among themselves and exchange tensors: all must name the same files.
 COOPERATIVE_FORMATS = ("fastsafetensors", "instanttensor")
+OUTPUT_UPDATE = (
+    "{}: new weights are refused while this output of reshard is served: its experts are renumbered, and new weights "
+    "would be taken as if they were, too; call reload_weights for the output's own files, or serve the original"
+)
+DUMMY_UPDATE = (
+    "{}: new weights are refused while the model is served with a placement and was started with --load-format dummy: "
+    "nothing has shown that this model's loader puts experts into their slots; start with real weights"
+)
 _ACTIVATION_SCALE = re.compile(r"\.experts\.\d+\..*\binput_\w+$")
 
 
@@ -43,13 +53,14 @@ class Parallel:
 
 def install_file_choice(default_loader: ModuleType) -> None:
     """Make vLLM's default loader open only the files that this rank needs."""
-    replace_once(default_loader, "filter_duplicate_safetensors_files", _with_ranks)
+    replace_if_there(default_loader, "filter_duplicate_safetensors_files", _with_ranks)
 
 
 def install_check(base_loader: ModuleType) -> None:
     """Compare placements among ranks before a model is built, and check the model after it is loaded."""
-    replace_once(base_loader, "process_weights_after_loading", _with_check)
+    replace_if_there(base_loader, "process_weights_after_loading", _with_check)
     replace_if_there(base_loader, "initialize_model", _with_agreement)
+    replace_if_there(getattr(base_loader, "BaseModelLoader", None), "load_model", _as_build)
 
 
 def choose_files(named: list[str], present: list[str], num_experts: int, parallel: Parallel) -> list[str]:
@@ -84,7 +95,7 @@ def needed_ranks(ranks: int, num_experts: int, parallel: Parallel) -> set[int]:
     return {rank for rank, slots in enumerate(made_for) if slots.start < owned.stop and owned.start < slots.stop}
 
 
-def placement_warnings(ranks: int, parallel: Parallel) -> list[str]:
+def placement_warnings(ranks: int, parallel: Parallel, redundant: int = 0) -> list[str]:
     """Warnings for a user whose options make the placement of an output for `ranks` EP ranks useless."""
     if parallel.ep_size == 1:
         return [
@@ -95,6 +106,11 @@ def placement_warnings(ranks: int, parallel: Parallel) -> list[str]:
         return [
             f"resharded for {ranks} EP ranks, served on {parallel.ep_size}: answers are right, but the ranks do not "
             f"own the experts as planned; reshard the original again with --ep {parallel.ep_size}"
+        ]
+    if redundant:
+        return [
+            f"{redundant} redundant experts: answers are right, but each rank has more slots, so experts lie on "
+            "other ranks than planned; serve the original with RESHARD_PLACEMENT, which counts redundant experts"
         ]
     return []
 
@@ -109,12 +125,16 @@ def check_model(model: Any, contract: Contract, is_draft: bool, pipelined: bool)
         if not isinstance(runner.router, LogicalOrder):
             raise _refusal(f"layer {name} does not route by the contract" + (f": {fault}" if fault else ""))
         if lets_kernel_route(runner):
-            raise _refusal(f"layer {name} lets its kernel {type(runner.routed_experts.quant_method).__name__} route")
+            raise _refusal(f"layer {name} lets its kernel {_kernel(runner)} route")
     expected = 1 if is_draft or pipelined else _layers_before(contract, model)
     if len(runners) < expected and not pipelined:
         raise _refusal(
             f"vLLM made routers for only {len(runners)} of its {expected} MoE layers" + (f": {fault}" if fault else "")
         )
+
+
+def _kernel(runner: Any) -> str:
+    return type(getattr(runner.routed_experts, "quant_method", runner)).__name__
 
 
 def _layers_before(contract: Contract, model: Any) -> int:
@@ -134,14 +154,13 @@ def _refusal(fault: str) -> UnsupportedError:
 def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(process)
     def process_weights_after_loading(model: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm.config import get_current_vllm_config
-
-        config = get_current_vllm_config()
+        build = current_build()
+        config = build.vllm_config
         is_draft = getattr(model_config, "runner_type", None) == "draft"
         pipelined = config.parallel_config.pipeline_parallel_size > 1
         served = None if config.parallel_config.enable_eplb else served_placement(config)
         if served is not None:
-            _check_filled(model, served, config, is_draft, pipelined)
+            _check_filled(model, served, build, is_draft, pipelined)
         result = process(model, model_config, *args, **kwargs)
         if served is not None:
             from .proof import check_kernels  # imports torch
@@ -149,17 +168,25 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
             kernels = check_kernels(model, served, served.ep_size)
             _log().info("kernels that compute the placed experts: %s", ", ".join(sorted(kernels)) or "none here")
             mark_proved(served)
+            if _is_dummy(build):
+                close(model, DUMMY_UPDATE.format(served.asked))
         elif (contract := _contract_on_disk(model_config)) is not None:
             check_model(model, contract, is_draft, pipelined)
+            if not is_draft:
+                mark_checked(str(model_config.model))
+        if is_output(model_config):
+            if returns_experts(config) and not is_draft:
+                check_returning(model)
+            close(model, OUTPUT_UPDATE.format(model_config.model))
         return result
 
     return process_weights_after_loading
 
 
-def _check_filled(model: Any, served: ServedPlacement, config: Any, is_draft: bool, pipelined: bool) -> None:
+def _check_filled(model: Any, served: ServedPlacement, build: Build, is_draft: bool, pipelined: bool) -> None:
     from .proof import check_filled  # imports torch
 
-    dummy = str(config.load_config.load_format) == "dummy"
+    dummy = _is_dummy(build)
     placed = check_filled(model, served, is_draft=is_draft, pipelined=pipelined, dummy=dummy)
     _log().info(
         "%s%d MoE layers are placed: %s, digest %s%s",
@@ -171,10 +198,23 @@ def _check_filled(model: Any, served: ServedPlacement, config: Any, is_draft: bo
     )
 
 
+def _is_dummy(build: Build) -> bool:
+    return str(build.load_config.load_format) == "dummy"
+
+
 def _log() -> Any:
     from vllm.logger import init_logger
 
     return init_logger("vllm.plugins.reshard")
+
+
+def _as_build(load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def load_model(loader: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        with building(Build(vllm_config, model_config, loader.load_config)):
+            return load(loader, vllm_config, model_config, *args, **kwargs)
+
+    return load_model
 
 
 def _with_agreement(initialize: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,25 +223,18 @@ def _with_agreement(initialize: Callable[..., Any]) -> Callable[..., Any]:
         from .agreement import agree
 
         served = served_placement(vllm_config)
-        agree(None if served is None else served.digest)
-        with building(draft=getattr(kwargs.get("model_config"), "runner_type", None) == "draft"):
-            return initialize(vllm_config, *args, **kwargs)
+        agree(None if served is None else served.digest, draft=builds_draft())
+        return initialize(vllm_config, *args, **kwargs)
 
     return initialize_model
 
 
 def _contract_on_disk(model_config: Any) -> Contract | None:
-    """The model's contract; read from config.json if the config object lost it on the way."""
+    """The model's contract; from config.json if the config object lost it: then its routers did not see it."""
     value = getattr(model_config.hf_config, CONTRACT_KEY, None)
     if value is not None:
         return contract_from_json(value, str(model_config.model))
-    return _contract_in(Path(model_config.model))
-
-
-def _contract_in(folder: Path) -> Contract | None:
-    path = folder / "config.json"
-    value = json.loads(path.read_bytes()).get(CONTRACT_KEY) if path.is_file() else None
-    return contract_from_json(value, str(path)) if value is not None else None
+    return contract_in(Path(model_config.model))
 
 
 def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[str]]:
@@ -214,29 +247,38 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
             )
         sizes = {int(match[2]) for file in files if (match := RANK_FILE.fullmatch(Path(file).name))}
         by_rank = len(sizes) == 1
-        contract = None if by_rank else _contract_in(Path(folder))
+        contract = contract_in(Path(folder))
+        if not (by_rank or contract or Path(folder, MANIFEST).is_file()):
+            return filter_files(files, folder, index_file)
+        from vllm.logger import init_logger
+
+        build = current_build()
+        parallel_config = build.vllm_config.parallel_config
+        refuse_options(build.vllm_config, folder, [format_of(build.load_config)])
+        refuse_lost_contract(build.model_config, folder)
+        if not Path(str(build.model_config.model)).is_dir():
+            note_output(build.model_config)
         index = Path(folder, index_file)
         if not (by_rank or contract) or not index.is_file():
             return filter_files(files, folder, index_file)
-        from vllm.config import get_current_vllm_config
-        from vllm.logger import init_logger
-
-        config = get_current_vllm_config()
-        refuse_placing_twice(folder, str(config.parallel_config.expert_placement_strategy))
         weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-        parallel = _parallel(config.parallel_config, str(config.load_config.load_format), weight_map)
+        parallel = _parallel(parallel_config, str(build.load_config.load_format), weight_map)
         logger = init_logger("vllm.plugins.reshard")
         made_for = contract.ep_size if contract else sizes.pop()
-        for warning in placement_warnings(made_for, parallel):
+        for warning in placement_warnings(made_for, parallel, _redundant(parallel_config)):
             logger.warning("%s: %s", folder, warning)
         if not by_rank:
             return filter_files(files, folder, index_file)
         named = [str(Path(folder, name)) for name in sorted(set(weight_map.values()))]
-        chosen = choose_files(named, files, config.model_config.get_num_experts(), parallel)
+        chosen = choose_files(named, files, build.model_config.get_num_experts(), parallel)
         logger.info("EP rank %d reads %d of %d files", parallel.ep_rank, len(chosen), len(named))
         return chosen
 
     return filter_duplicate_safetensors_files
+
+
+def _redundant(config: Any) -> int:
+    return int(config.eplb_config.num_redundant_experts) if config.enable_eplb else 0
 
 
 def _parallel(config: Any, load_format: str, weight_map: Iterable[str]) -> Parallel:

@@ -22,7 +22,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..placement.permutations import invert
-from .fused import Fused, fused_in_place_of
+from .fused import Fused, fused_in_place_of, understood
 from .patching import replace_if_there
 from .placed_weights import Filling
 from .runners import RoutesItself
@@ -89,7 +89,7 @@ class Placed(RoutesItself):
     ) -> tuple[Tensor, Tensor]:
         own: Any = super()
         kernel = self.reshard_kernel
-        if kernel is None or self.capture_fn is not None:
+        if kernel is None or self.capture_fn is not None or not understood((), more):
             weights, ids = own._select_experts(hidden_states, router_logits, topk_indices_dtype, **more)
             return weights, ids
 
@@ -154,6 +154,8 @@ def _then_join(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def __init__(runner: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - vLLM's own name
         init(runner, *args, **kwargs)
+        if (original := getattr(runner.router, "reshard_original", None)) is not None:
+            runner.reshard_original = original
         place: ExpertPlace | None = getattr(runner.router, "reshard_place", None)
         if place is None:
             return

@@ -33,7 +33,7 @@ def check_filled(model: Any, served: ServedPlacement, *, is_draft: bool, pipelin
     runners = moe_runners(model)
     placed = {name: runner for name, runner in runners.items() if isinstance(runner.router, Placed)}
     for name, runner in runners.items():
-        if (fault := _misfit(runner, served)) and not is_draft:
+        if fault := _unknown(runner) or (None if is_draft else _misfit(runner, served)):
             raise _refusal(served, f"layer {name}: {fault}")
         filling: Filling | None = runner.routed_experts.__dict__.get("reshard_filling")
         if (name in placed) != (filling is not None):
@@ -91,6 +91,15 @@ def counts_by_rank(kernel: type) -> bool:
         if "ep_rank" in source:
             return True
     return False
+
+
+def _unknown(runner: Any) -> str | None:
+    """Describe why a layer cannot be checked: its model builds it from parts of its own; None if it can."""
+    try:
+        _ = runner.moe_config.moe_parallel_config.ep_size, runner.routed_experts.global_num_experts
+    except AttributeError as error:
+        return f"reshard does not know how it is built ({error})"
+    return None
 
 
 def _misfit(runner: Any, served: ServedPlacement) -> str | None:

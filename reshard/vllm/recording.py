@@ -3,7 +3,8 @@
 It works for any MoE model. Unless RESHARD_TRACE is set, nothing of this is installed. If it is set, each layer copies
 its router's answer into a buffer on the device: some KiB, captured by CUDA graphs like any other copy. vLLM's own
 `RoutedExpertsCapturer` knows which rows belong to this rank. After each step, the rows of its tokens are copied to the
-CPU asynchronously, and a thread writes them. Recording never blocks serving: if it fails, it logs that once and stops.
+CPU asynchronously, and a thread writes them; `load_log` counts some of them there. Recording never blocks serving: if
+it fails, it logs that once and stops.
 
 Each DP rank records its tokens, and each PP stage its layers; the first TP rank records for all TP ranks. MTP drafts
 are not recorded. RESHARD_TRACE_LIMIT is the maximum size of a rank's trace in bytes; the oldest part is deleted first.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import json
 import os
 import queue
 import threading
@@ -22,9 +22,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..placement.contract import CONTRACT_KEY, contract_from_json, placement_from_json, placement_to_json
-from ..placement.permutations import Placement
+from ..placement.contract import placement_to_json
 from ..traffic.trace_file import DEFAULT_LIMIT, TRACE_VERSION, Header, TraceWriter
+from .load_log import LoadLog, load_log
+from .outputs import read_placement
 from .patching import replace_once
 from .routing import placement_of
 from .runners import lets_kernel_route, moe_runners
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VARIABLE, LIMIT_VARIABLE = "RESHARD_TRACE", "RESHARD_TRACE_LIMIT"
-MANIFEST = "reshard_manifest.json"
+COPIED_BY_RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 MAX_WAITING_STEPS = 64  # steps that wait for the disk; further steps are not recorded
 EXIT_TIMEOUT_SECONDS = 5  # how long the process waits for the writer when it ends
 
@@ -42,6 +43,38 @@ def install(gpu_worker: ModuleType) -> None:
     """Make vLLM's worker record, on any device; `gpu_worker` defines Worker."""
     replace_once(gpu_worker.Worker, "load_model", _then_attach)
     replace_once(gpu_worker.Worker, "execute_model", _then_record)
+
+
+def install_notice(vllm_config: ModuleType) -> None:
+    """Say in the log where Ray keeps workers from recording; `vllm_config` defines VllmConfig."""
+    replace_once(vllm_config.VllmConfig, "__post_init__", _then_notice)
+
+
+def _then_notice(post_init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(post_init)
+    def __post_init__(config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - vLLM's own name
+        post_init(config, *args, **kwargs)
+        from vllm import envs
+
+        copies_all = getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", False)
+        if ray_hides_variable(config.parallel_config, bool(copies_all), os.environ):
+            _log().warning(
+                "%s: Ray does not pass this variable on: only workers that have it in their own environment record; "
+                "%s=%s,%s passes it on",
+                *(VARIABLE, COPIED_BY_RAY, VARIABLE, LIMIT_VARIABLE),
+            )
+
+    return __post_init__
+
+
+def ray_hides_variable(parallel: Any, copies_all: bool, environment: Mapping[str, str]) -> bool:
+    """Whether workers run in processes of Ray that do not get VARIABLE.
+
+    vLLM hands DP ranks its own variables only. Its newer executor for Ray hands workers all that it has (`copies_all`).
+    """
+    by_executor = str(parallel.distributed_executor_backend) == "ray" and not copies_all
+    by_ray = getattr(parallel, "data_parallel_backend", None) == "ray" or by_executor
+    return by_ray and VARIABLE not in environment.get(COPIED_BY_RAY, "").split(",")
 
 
 def _then_attach(load_model: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,7 +163,8 @@ class Recorder:
         )
         self._scribe: Scribe | None = None
         if get_tp_group().rank_in_group == 0:
-            self._scribe = _attempt("cannot begin", lambda: _scribe_in(directory, header, limit))
+            log = _attempt("has no load to log", lambda: load_log(config, header.layers, _log().info))
+            self._scribe = _attempt("cannot begin", lambda: _scribe_in(directory, header, limit, log))
         for column, router in enumerate(routers.values()):
             if hasattr(router, "reshard_answers_logical_ids"):
                 router.reshard_answers_logical_ids()
@@ -158,11 +192,12 @@ class Recorder:
 
 
 class Scribe:
-    """Writes rows from the device to a trace, in its own thread."""
+    """Writes rows from the device to a trace, in its own thread, and logs now and then how they load the ranks."""
 
-    def __init__(self, writer: TraceWriter, id_size: int) -> None:
+    def __init__(self, writer: TraceWriter, id_size: int, note: Callable[[memoryview], object] | None = None) -> None:
         self._writer = writer
         self._id_size = id_size
+        self._note = note
         self._waiting: queue.Queue[Callable[[], memoryview] | None] = queue.Queue(MAX_WAITING_STEPS)
         self._dropped = False
         self._thread = threading.Thread(
@@ -199,8 +234,18 @@ class Scribe:
 
     def _write(self) -> None:
         while arrived := self._waiting.get():
-            self._writer.write(arrived())
+            rows = arrived()
+            self._writer.write(rows)
+            if self._note is not None and not _attempt(
+                "goes on, its load is not logged", functools.partial(self._noted, rows)
+            ):
+                self._note = None
         self._writer.close()
+
+    def _noted(self, rows: memoryview) -> bool:
+        if self._note is not None:
+            self._note(rows)
+        return True
 
     def _finish(self) -> None:
         if self._thread.is_alive():
@@ -208,31 +253,19 @@ class Scribe:
             self._thread.join(EXIT_TIMEOUT_SECONDS)
 
 
-def _scribe_in(directory: Path, header: Header, limit: int) -> Scribe:
-    scribe = Scribe(TraceWriter(directory, header, limit), header.id_size)
+def _scribe_in(directory: Path, header: Header, limit: int, log: LoadLog | None) -> Scribe:
+    note = None if log is None else functools.partial(log.note, id_size=header.id_size, top_k=header.top_k)
+    scribe = Scribe(TraceWriter(directory, header, limit), header.id_size, note)
     _log().info("%s: recording the experts that tokens choose in %s", VARIABLE, directory)
     return scribe
 
 
 def _order_of(model_config: Any, routers: Mapping[str, Any]) -> list[int] | dict[str, list[int]] | None:
     """The model's placement in the form of a trace's header, to make its expert ids logical; None for an original."""
-    placement = _placement_in(model_config)
+    placement = read_placement(str(model_config.model), model_config.hf_config)
     if placement is None:
         return None
     return placement_to_json({name.removesuffix(".experts"): placement_of(placement, name) for name in routers})
-
-
-def _placement_in(model_config: Any) -> Placement | None:
-    """An output's placement: from its contract, or from its manifest if it has no contract; None for an original."""
-    where = str(model_config.model)
-    if (contract := getattr(model_config.hf_config, CONTRACT_KEY, None)) is not None:
-        return contract_from_json(contract, where).physical_to_logical
-    path = Path(where, MANIFEST)
-    if not path.is_file():
-        return None
-    manifest = json.loads(path.read_bytes())
-    names = [layer["name"] for layer in manifest["moe_layers"]]
-    return placement_from_json(manifest["physical_to_logical"], names, str(path))
 
 
 def _attempt(outcome: str, act: Callable[[], Any]) -> Any:

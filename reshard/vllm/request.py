@@ -19,14 +19,14 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import UnsupportedError
-from ..placement.contract import CONTRACT_KEY
 from ..placement.placement_file import PlacementFile, read_placement_file
+from .hooks import PLACEMENT
+from .outputs import is_output, load_formats, refuse_options
 from .patching import replace_if_there
 from .served import KEY, NODE_ZIGZAG, ZIGZAG, ServedPlacement, served_file, served_placement, served_strategy
 from .support import VERSIONS, version_fault
 
 VARIABLE = "RESHARD_PLACEMENT"
-MANIFEST = "reshard_manifest.json"
 # Load formats that pass tensors to the model by name, with the original's expert ids.
 LOAD_FORMATS = (
     *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"),
@@ -48,7 +48,7 @@ class Model:
     expert_parallel: bool
     is_output: bool
     strategy: str  # vLLM's own expert placement strategy
-    load_format: str
+    load_format: str  # of the model or of its draft; the one that is not in LOAD_FORMATS, if there is one
     lora: bool
     elastic: bool
     transfer: str | None  # backend of weight updates
@@ -65,28 +65,22 @@ def _then_resolve(post_init: Callable[..., None]) -> Callable[..., None]:
     def __post_init__(config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - vLLM's own name
         post_init(config, *args, **kwargs)
         if (model := config.model_config) is not None:
-            if is_output(str(model.model), model.hf_config):
-                refuse_placing_twice(str(model.model), str(config.parallel_config.expert_placement_strategy))
+            if is_output(model):
+                refuse_options(config, str(model.model))
             resolve_in(config, os.environ)
 
     return __post_init__
 
 
-def refuse_placing_twice(output: str, strategy: str) -> None:
-    """UnsupportedError where vLLM's own strategy would place the experts of an output once more."""
-    if strategy != "linear":
-        raise UnsupportedError(
-            f"{output}: this is an output of reshard, whose experts are placed already; --expert-placement-strategy "
-            f"{strategy} would place them once more, and some kernels answer wrongly then; leave that option out"
-        )
-
-
 def resolve_in(config: Any, environment: Mapping[str, str]) -> None:
     """Put the requested placement, if any, into a VllmConfig; raise UnsupportedError if it cannot be served."""
     more = config.additional_config
-    if served_placement(config) is not None or not (asked := asked_for(environment, more)):
+    if (resolved := served_placement(config)) is not None:
+        _refuse_more(config, resolved)
         return
-    if fault := version_fault():
+    if not (asked := asked_for(environment, more)):
+        return
+    if fault := version_fault(PLACEMENT):
         raise UnsupportedError(
             f"{VARIABLE}={asked}: placements need vLLM {VERSIONS}, {fault}; install one of these, or unset {VARIABLE}"
         )
@@ -103,6 +97,14 @@ def resolve_in(config: Any, environment: Mapping[str, str]) -> None:
     _log().info(
         "serving %s with placement %s on %d EP ranks, digest %s", model.name, asked, model.ep_size, served.digest[:12]
     )
+
+
+def _refuse_more(config: Any, resolved: ServedPlacement) -> None:
+    """Refuse what a resolved placement cannot go with: vLLM copies it to the configuration of a draft or engine."""
+    model = _model_of(config)
+    has_nothing_to_place = model.num_experts == 0 and getattr(config.model_config, "runner_type", None) == "draft"
+    if not has_nothing_to_place and (fault := _fault(model)):
+        raise UnsupportedError(f"{resolved.asked}: {model.name}: {fault}")
 
 
 def asked_for(environment: Mapping[str, str], more: Any) -> str | None:
@@ -222,11 +224,6 @@ def _command(model: Model, strategy: str = ZIGZAG) -> str:
     return f"reshard export {model.name} --to vllm --ep {model.ep_size} --strategy {strategy}{needs} --out FILE"
 
 
-def is_output(model: str, config: Any) -> bool:
-    """Whether reshard wrote the model: its config has a contract, or its directory has a manifest."""
-    return getattr(config, CONTRACT_KEY, None) is not None or Path(model, MANIFEST).is_file()
-
-
 def _model_of(config: Any) -> Model:
     model, parallel = config.model_config, config.parallel_config
     text = model.hf_text_config
@@ -238,9 +235,9 @@ def _model_of(config: Any) -> Model:
         n_group=getattr(text, "n_group", None) or 1,
         ep_size=ep_size_of(parallel),
         expert_parallel=bool(parallel.enable_expert_parallel),
-        is_output=is_output(str(model.model), model.hf_config),
+        is_output=is_output(model),
         strategy=str(parallel.expert_placement_strategy),
-        load_format=str(getattr(config.load_config.load_format, "value", config.load_config.load_format)),
+        load_format=next((name for name in load_formats(config) if name not in LOAD_FORMATS), LOAD_FORMATS[0]),
         lora=config.lora_config is not None,
         elastic=bool(getattr(parallel, "enable_elastic_ep", False)),
         transfer=None if transfer is None else str(transfer.backend),

@@ -21,10 +21,13 @@ from ..errors import UnsupportedError
 from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
 from ..placement.layer_names import find_layer
 from ..placement.permutations import Placement
-from .fused import Fused, fused_in_place_of
+from .fused import Fused, fused_in_place_of, set_names, understood
+from .hooks import ROUTER_ARGUMENTS
+from .outputs import LOAD_FORMATS, read_placement
 from .patching import replace_once
+from .returned import returning, returns_experts
 from .runners import RoutesItself
-from .served import ServedPlacement, current_placement
+from .served import ServedPlacement, builds_draft, current_build, current_placement
 from .support import hook_fault
 
 if TYPE_CHECKING:
@@ -32,8 +35,13 @@ if TYPE_CHECKING:
 
     from .placed import ExpertPlace
 
-# Load formats that read the files that the index names.
-LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
+# Arguments of `create_fused_moe_router` in vLLM 0.26 to 0.33 with which a router stays exact, or is refused for its
+# value. None of the others has a place for each expert in a router with groups; new ones might.
+KNOWN_ARGUMENTS = (
+    *ROUTER_ARGUMENTS,
+    *("renormalize", "scoring_func", "routed_scaling_factor", "shared_expert_weight", "skip_padding"),
+    *("eplb_state", "enable_eplb", "indices_type_getter", "zero_expert_type", "num_logical_experts"),
+)
 
 
 class LogicalOrder(RoutesItself):
@@ -50,7 +58,7 @@ class LogicalOrder(RoutesItself):
             )
             return weights, self.reshard_place(ids)
 
-        if self._fused is None:
+        if self._fused is None or not understood(args[1:], kwargs):
             return with_gathers(hidden_states, router_logits)
 
         def router(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,13 +90,13 @@ def _with_contract(create: Callable[..., Any]) -> Callable[..., Any]:
         router = create(*args, **kwargs)
         contract = current_contract()
         served = current_placement()
-        if contract is None and served is None:
-            return router
         prefix = sys._getframe(1).f_locals.get("prefix", "")
         arguments = signature.bind(*args, **kwargs).arguments
+        if served is not None and contract is None:
+            return _placed(router, served, arguments, prefix)
         if contract is not None:
-            return in_logical_order(router, contract, arguments, prefix)
-        return _placed(router, served, arguments, prefix)
+            router = in_logical_order(router, contract, arguments, prefix)
+        return _returning(router, prefix)
 
     return create_fused_moe_router
 
@@ -103,23 +111,30 @@ def _placed(router: Any, served: ServedPlacement | None, arguments: dict[str, An
     return placed_router(router, served, arguments, prefix)
 
 
+def _returning(router: Any, prefix: str) -> Any:
+    """Let an output's router return the original's ids, if vLLM returns any; other routers stay as they are."""
+    config = current_build().vllm_config
+    if config.model_config is None or not returns_experts(config) or builds_draft():
+        return router
+    placement = read_placement(str(config.model_config.model), config.model_config.hf_config)
+    return router if placement is None else returning(router, placement_of(placement, prefix), prefix)
+
+
 def current_contract() -> Contract | None:
-    """The contract of the model that vLLM is building, None if it has none.
+    """The contract of the model that vLLM is building, which may be a draft; None if it has none.
 
     Raises UnsupportedError for a load format that does not read the files of the index.
     """
-    from vllm.config import get_current_vllm_config
-
-    config = get_current_vllm_config()
-    value = getattr(config.model_config.hf_config, CONTRACT_KEY, None) if config.model_config is not None else None
+    build = current_build()
+    value = None if build.model_config is None else getattr(build.model_config.hf_config, CONTRACT_KEY, None)
     if value is None:
         return None
-    if (load_format := str(config.load_config.load_format)) not in LOAD_FORMATS:
+    if (load_format := str(build.load_config.load_format)) not in LOAD_FORMATS:
         raise UnsupportedError(
-            f"{config.model_config.model}: load format {load_format} does not read the index, and might load weights "
+            f"{build.model_config.model}: load format {load_format} does not read the index, and might load weights "
             f"that were not resharded; use one of {', '.join(LOAD_FORMATS)}"
         )
-    return contract_from_json(value, str(config.model_config.model))
+    return contract_from_json(value, str(build.model_config.model))
 
 
 def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any], prefix: str) -> Any:
@@ -132,12 +147,14 @@ def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any],
     from .placed import ExpertPlace  # imports torch
 
     groups = (arguments.get("num_expert_group"), arguments.get("topk_group"))
+    strange = set_names(arguments, KNOWN_ARGUMENTS)
     faults = {
         "it does not route by groups": not arguments.get("use_grouped_topk"),
         f"its groups are {groups}": groups != (contract.n_group, contract.topk_group),
         "it has a routing function of its own": arguments.get("custom_routing_function") is not None,
         "it has zero experts": arguments.get("zero_expert_type") is not None,
         "it routes to fused shared experts": bool(arguments.get("num_fused_shared_experts")),
+        f"it is given {', '.join(strange)}, which reshard does not know": strange,
         "it is a router without _compute_routing": not hasattr(router, "_compute_routing"),
         "it simulates routing": type(router).__name__ == "RoutingSimulatorRouter",
     }

@@ -15,8 +15,8 @@ def moe_runners(model: Any) -> dict[str, Any]:
 
 
 def lets_kernel_route(runner: Any) -> bool:
-    """Whether the layer's kernel chooses experts by itself, so that its router is never called."""
-    return bool(runner.routed_experts.quant_method.is_monolithic)
+    """Whether the layer's kernel chooses experts by itself, so that its router is never called; True if unknown."""
+    return bool(getattr(getattr(runner.routed_experts, "quant_method", None), "is_monolithic", True))
 
 
 class RoutesItself:

@@ -1,28 +1,37 @@
-"""Makes vLLM's workers refuse what would misplace experts of an original that is served with a placement.
+"""Makes vLLM's workers refuse what would misplace experts: of an original with a placement, and of an output.
 
-Loading must go through the functions that the plugin replaces; otherwise the start fails. New weights that name whole
-tensors with the original's ids go the same way as loading: `reload_weights` from disk, and updates that vLLM passes to
-`load_weights`. We refuse operations that know only slots: they would put experts into wrong slots, or save the model in
-physical order to files that do not record it.
+Loading must go through the functions that the plugin replaces; otherwise the start fails. To an original with a
+placement, new weights that name whole tensors with the original's ids go the same way as loading: `reload_weights` from
+disk, and updates that vLLM passes to `load_weights`. We refuse operations that know only slots: they would put experts
+into wrong slots, or save the model in physical order to files that do not record it. An output takes weights from files
+that are numbered as its own, and no others (see `updates`).
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..errors import UnsupportedError
+from ..placement.contract import CONTRACT_KEY
+from ..placement.permutations import Placement
+from .lora import require_check
+from .outputs import LOAD_FORMATS, MANIFEST, format_of, is_output, read_placement, refuse_options
 from .patching import replace_if_there
-from .request import MANIFEST
+from .request import VARIABLE, asked_for
 from .served import ServedPlacement, served_placement
 from .support import VERSIONS, placing_fault
+from .updates import own_files
 
 SAVING = ("save_sharded_state", "save_tensorized_model")
 WITH_EPLB = "with EPLB the expert maps lie in the memory of the weights and would be lost; serve without EPLB"
 _proved: list[str] = []  # digests of the placements that were proved for models of this process
+_checked: list[str] = []  # models of this process whose routers were checked against their contract
 
 
 def install(module: ModuleType) -> None:
@@ -40,26 +49,85 @@ def mark_proved(served: ServedPlacement) -> None:
     _proved.append(served.digest)
 
 
+def mark_checked(model: str) -> None:
+    """Note that every router of an output was checked, which is no draft; `loading` calls this."""
+    _checked.append(model)
+
+
 def has_placement() -> bool:
     """Whether a model of this process was proved to follow a placement."""
     return bool(_proved)
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a worker loaded: the numbers that the experts of its model have."""
+
+    model: str
+    is_output: bool
+    placement: Placement | None  # None for an original, or if the directory does not say
+
+    @classmethod
+    def of(cls, model_config: Any) -> Loaded:
+        """Read it from a ModelConfig."""
+        model = str(model_config.model)
+        return cls(model, is_output(model_config), read_placement(model, model_config.hf_config))
+
+    def reload_fault(self, weights: str, own: bool) -> str | None:
+        """Describe why weights from `weights` must not be loaded; None if they have the same numbers.
+
+        `own`: whether they are read from files there, as at the start.
+        """
+        if self.is_output and not own:
+            return (
+                f"{self.model}: reload_weights is refused while this output of reshard is served, but for the output's "
+                "own files in its load format: other weights have the original's expert ids; serve the original"
+            )
+        found = read_placement(weights)
+        if found == self.placement and (self.placement is not None or not self.is_output or weights == self.model):
+            return None
+        here, there = ("an output of reshard" if one else "an original" for one in (self.is_output, found))
+        return (
+            f"{weights}: reload_weights is refused: this is {there}, whose experts have other numbers than those of "
+            f"{self.model}, {here}; reload a checkpoint that was resharded alike, or start anew"
+        )
+
+
+def _refuse_unresolved(config: Any) -> None:
+    """UnsupportedError if a placement is requested, but the process that made the configuration did not resolve it."""
+    if asked := asked_for(os.environ, config.additional_config):
+        raise UnsupportedError(
+            f"{VARIABLE}={asked}: the placement was requested, but the process that made vLLM's configuration did not "
+            "resolve it; check that reshard's plugin is installed there and that VLLM_PLUGINS does not exclude it"
+        )
+
+
 def _proved_load(load_model: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(load_model)
     def load_and_check(worker: Any, *args: Any, **kwargs: Any) -> None:
-        served = served_placement(worker.vllm_config)
+        config, model_config = worker.vllm_config, worker.vllm_config.model_config
+        served = served_placement(config)
         if served is None:
-            load_model(worker, *args, **kwargs)
-            return
-        if fault := placing_fault():
+            _refuse_unresolved(config)
+            if is_output(model_config):
+                refuse_options(config, str(model_config.model))
+                if config.lora_config is not None:
+                    require_check(str(model_config.model))
+        elif fault := placing_fault():
             raise UnsupportedError(f"{served.asked}: {fault}; placements need vLLM {VERSIONS}")
-        before = len(_proved)
+        before = len(_proved), len(_checked)
         load_model(worker, *args, **kwargs)
-        if len(_proved) == before:
+        worker.reshard_loaded = Loaded.of(model_config)
+        if served is not None and len(_proved) == before[0]:
             raise UnsupportedError(
                 f"{served.asked}: vLLM loaded the model without the functions that reshard replaces; placements need "
                 f"vLLM {VERSIONS} and one of its usual load formats"
+            )
+        if getattr(model_config.hf_config, CONTRACT_KEY, None) is not None and len(_checked) == before[1]:
+            raise UnsupportedError(
+                f"{model_config.model}: this model was resharded and has expert groups, but vLLM loaded it without the "
+                f"functions that reshard replaces, and would answer wrongly; serve it with vLLM {VERSIONS} and one of "
+                "its usual load formats, or restore the original with `reshard restore`"
             )
 
     return load_and_check
@@ -74,11 +142,19 @@ def _checked_reload(reload: Callable[..., None]) -> Callable[..., None]:
         is_checkpoint_format: bool = True,
         **more: Any,
     ) -> None:
-        if (served := served_placement(worker.vllm_config)) is not None:
-            eplb = worker.vllm_config.parallel_config.enable_eplb
+        config = worker.vllm_config
+        if (served := served_placement(config)) is not None:
+            eplb = config.parallel_config.enable_eplb
             if fault := reload_fault(weights_path, is_checkpoint_format, eplb):
                 raise _refusal(served, "reload_weights", fault)
-        reload(worker, weights_iterator, weights_path, is_checkpoint_format, **more)
+            reload(worker, weights_iterator, weights_path, is_checkpoint_format, **more)
+            return
+        loaded = getattr(worker, "reshard_loaded", None) or Loaded.of(config.model_config)
+        own = weights_iterator is None and is_checkpoint_format and format_of(config.load_config) in LOAD_FORMATS
+        if fault := loaded.reload_fault(str(weights_path or config.model_config.model), own):
+            raise UnsupportedError(fault)
+        with own_files():
+            reload(worker, weights_iterator, weights_path, is_checkpoint_format, **more)
 
     return reload_weights
 
@@ -123,6 +199,11 @@ def _refused(save: Callable[..., None]) -> Callable[..., None]:
         if (served := served_placement(worker.vllm_config)) is not None:
             raise _refusal(
                 served, save.__name__, "it would save experts in the order of their slots; serve without a placement"
+            )
+        if is_output(model := worker.vllm_config.model_config):
+            raise UnsupportedError(
+                f"{model.model}: {save.__name__} is refused while an output of reshard is served: it would save "
+                "experts in the order of their slots, in files that do not say so; serve the original"
             )
         save(worker, *args, **kwargs)
 

@@ -13,8 +13,10 @@ import termios
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import Spec, build
 from command_line import run_well
+from safetensors.torch import save_file
 from scratch import checkpoint
 
 RESHARD = Path(sys.executable).with_name("reshard")
@@ -76,6 +78,24 @@ def test_a_model_without_expert_groups_is_told_once_that_zigzag_will_not_help(
     build(Spec(family, experts=8), tmp_path / "source")
     summary = run_well("zigzag", "--src", tmp_path / "source", "--ep", 2, "--out", tmp_path / "out")
     assert summary.count("not expected to help") == notes
+
+
+@pytest.mark.parametrize(("family", "limited"), [("deepseek_v3", True), ("kimi_k2", False)])
+def test_the_summary_names_adapters_of_any_size_and_says_whose_expert_ids_they_have(
+    family: str, limited: bool, tmp_path: Path
+) -> None:
+    """A small adapter was copied with no word, and an engine without the plugin applies it to other experts."""
+    build(Spec(family), source := tmp_path / "source")
+    for folder in ("adapters/one", "two"):
+        (source / folder).mkdir(parents=True)
+        (source / folder / "adapter_config.json").write_text("{}")
+        lora = torch.zeros(1 << 19 if folder == "two" else 1)
+        name = "base_model.model.layers.0.self_attn.o_proj.lora_A"
+        save_file({name: lora}, source / folder / "adapter_model.safetensors")
+    summary = run_well("zigzag", "--src", source, "--ep", 2, "--out", tmp_path / "out")
+    assert summary.count("LoRA adapters, copied unchanged: adapters/one/, two/; those that change routers") == 1
+    assert "not resharded" not in summary, "once is enough"
+    assert ("an engine without reshard's plugin applies them to other experts" in summary) != limited
 
 
 def test_inspect_shows_each_rank_its_experts_and_whether_the_plugin_is_needed(source: Path, tmp_path: Path) -> None:

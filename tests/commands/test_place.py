@@ -13,8 +13,6 @@ from command_line import run, run_well
 from oracle import EXPERT, FUSED, assert_identical_trees, assert_resharded, linear, read_safetensors
 from scratch import checkpoint
 
-from reshard import OutputError, zigzag
-
 EXPERTS = 8
 
 
@@ -184,20 +182,4 @@ def test_a_map_that_does_not_fit_is_refused_in_one_line_that_names_it(
     assert words in result.output
     assert result.output.count("\n") == 1
     assert "map.json" in result.output or "permutation" in words
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"layout": "rank"}, "layout is 'rank', expected one of ranks, source"),
-        ({"reflink": "maybe"}, "reflink is 'maybe', expected one of auto, always, never"),
-    ],
-)
-def test_a_misspelled_option_in_python_is_refused_before_the_first_byte(
-    options: dict[str, str], words: str, source: Path, tmp_path: Path
-) -> None:
-    """`layout="rank"` once wrote everything by rank, and then nothing could read the manifest."""
-    with pytest.raises(OutputError, match=words):
-        zigzag(source, 4, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

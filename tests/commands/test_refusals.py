@@ -441,9 +441,16 @@ def test_an_already_resharded_source_is_refused(group_limited: bool, src: Path, 
     assert snapshot(work) == before
 
 
-def test_a_resharded_source_that_lost_its_manifest_is_refused_by_its_model_type(out: Path, work: Path) -> None:
+@pytest.mark.parametrize("contract", [True, False])
+def test_a_resharded_source_that_lost_its_manifest_is_refused_by_its_config(
+    contract: bool, out: Path, work: Path
+) -> None:
     (out / MANIFEST).unlink()
-    assert "reshard_deepseek_v3" in error_line(zigzag(out, work / "again"))
+    if not contract:
+        hostile.json_file(hostile.CONFIG, lambda config: config.pop("expert_placement"))(out)
+    line = error_line(zigzag(out, work / "again"))
+    assert "already resharded" in line
+    assert hostile.CONFIG in line
     assert not (work / "again").exists()
 
 

@@ -106,7 +106,7 @@ def test_an_output_in_a_folder_that_the_source_links_to_is_refused(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "names", [("big.bin", "big.bin.partial"), (JOURNAL,), ("config.json.partial/x",), ("model-shared.partial", "y")]
+    "names", [("big.bin", "big.bin.partial"), ("config.json.partial/x",), ("model-shared.partial", "y")]
 )
 def test_names_that_a_run_itself_uses_are_refused_where_they_would_collide(
     names: tuple[str, ...], tmp_path: Path

@@ -12,6 +12,7 @@ import random
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -129,32 +130,36 @@ def test_r1_layers_of_full_size_in_fp8_blocks_are_identical_at_ep_1(how: dict[st
 
 def test_returned_experts_are_logical(gpu: Gpu) -> None:
     source = v3(gpu)
-    returning = {**EAGER, "enable_return_routed_experts": True}
+    returning = {**EAGER, "enable_return_routed_experts": True, "enable_prefix_caching": True}  # 0.33 wants both
     placement = random_placement(gpu, source, 1)
-    answer, expected = together(
-        lambda: gpu.answer(source, returning, environment=placement), lambda: gpu.answer(source, returning)
+    placed, output, expected = together(
+        lambda: gpu.answer(source, returning, environment=placement),
+        lambda: gpu.answer(gpu.resharded(source, 8), returning),
+        lambda: gpu.answer(source, returning),
     )
-    assert_identical(answer, expected)
-    assert answer.routed == expected.routed != [None] * len(PROMPTS)
+    for answer in (placed, output):
+        assert_identical(answer, expected)
+        assert answer.routed == expected.routed != [None] * len(PROMPTS)
 
 
 def test_sleep_level_2_and_a_reload_keep_the_placement(gpu: Gpu) -> None:
     source = v3(gpu)
-    placement = random_placement(gpu, source, 1)
-    request = json.dumps({"model": str(source), "prompts": PROMPTS[:4], "max_tokens": 16, "llm": GRAPHS})
-    found = []
-    for more in (placement, {}):
-        command, environment = [sys.executable, HERE / "sleep.py"], {**gpu.environment, **more}
-        ran = subprocess.run(
-            command, env=environment, input=request, capture_output=True, text=True, timeout=2 * TIMEOUT
-        )
+
+    def steps(model: Path, environment: dict[str, str]) -> dict[str, Any]:
+        request = json.dumps({"model": str(model), "prompts": PROMPTS[:4], "max_tokens": 16, "llm": GRAPHS})
+        command, more = [sys.executable, HERE / "sleep.py"], {**gpu.environment, **environment}
+        ran = subprocess.run(command, env=more, input=request, capture_output=True, text=True, timeout=2 * TIMEOUT)
         assert ran.returncode == 0, ran.stderr[-6000:]
-        found.append(json.loads(ran.stdout.splitlines()[-1]))
-    placed, stock = found
-    assert placed["at first"] == stock["at first"]
+        found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+        return found
+
+    placement, out = random_placement(gpu, source, 1), gpu.resharded(source, 8)
+    with ThreadPoolExecutor(3) as pool:
+        placed, output, stock = pool.map(steps, (source, out, source), (placement, {}, {}))
+    assert placed["at first"] == output["at first"] == stock["at first"]
     for step in ("reload", "sleep 2 and reload"):
         assert stock[step] == stock["at first"], f"stock vLLM loses its weights in {step}"
-        assert placed[step] == placed["at first"], step
+        assert placed[step] == output[step] == stock["at first"], step
 
 
 @pytest.mark.parametrize("redundant", [0, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import Spec, build
@@ -14,15 +15,18 @@ LAYER = "model.layers.1.mlp"
 # 8 experts for 3 ranks: 0 3 6 | 1 4 7 | 2 5, so logical 5 becomes physical 7 and logical 1 becomes physical 3.
 
 
+def mapped(tmp_path: Path, quantization: Any, experts: int = 8) -> Any:
+    """`quantization_config` as a zigzag output for 3 ranks has it."""
+    source = tmp_path / "source"
+    build(Spec("qwen3_moe", experts=experts), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    return json.loads(plan_placement(source, Zigzag(3), tmp_path / "out").config)["quantization_config"]
+
+
 def ignored(tmp_path: Path, *strings: str) -> list[str]:
     """The quantization ignore list `strings` as a zigzag output for 3 ranks has it."""
-    source = tmp_path / "source"
-    build(Spec("qwen3_moe", experts=8), source)
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {"ignore": list(strings)}
-    (source / "config.json").write_text(json.dumps(config))
-    planned = plan_placement(source, Zigzag(3), source.parent / "out")
-    result: list[str] = json.loads(planned.config)["quantization_config"]["ignore"]
+    result: list[str] = mapped(tmp_path, {"ignore": list(strings)})["ignore"]
     return result
 
 
@@ -91,14 +95,75 @@ def test_what_cannot_be_told_is_refused_and_shown(text: str, tmp_path: Path) -> 
     assert repr(text)[:150] in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [{"0": 4, "5": 8}, [0, 1, 2]])
-def test_numbers_below_experts_are_refused(value: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["mlp.experts.1", f"{LAYER}.experts.1", "experts.1"])
+def test_a_name_that_is_part_of_other_experts_names_is_refused(text: str, tmp_path: Path) -> None:
+    """AWQ skips each module whose name contains the text: with 16 experts, 1 is also 10 to 15."""
+    with pytest.raises(UnsupportedError, match=r"config\.json.*engines differ"):
+        mapped(tmp_path, {"quant_method": "awq", "modules_to_not_convert": [text]}, experts=16)
+
+
+def test_a_name_whose_new_one_is_part_of_others_is_refused(tmp_path: Path) -> None:
+    """Expert 3 of 16 becomes 1 on 3 ranks; 3 is part of no other number below 16."""
+    with pytest.raises(UnsupportedError, match="engines differ"):
+        mapped(tmp_path, {"modules_to_not_convert": ["mlp.experts.3"]}, experts=16)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("mlp.experts.5", "mlp.experts.7"), ("mlp.experts.1.up_proj", "mlp.experts.3.up_proj")]
+)
+def test_a_name_that_is_part_of_no_other_gets_its_new_id(before: str, after: str, tmp_path: Path) -> None:
+    found = mapped(tmp_path, {"quant_method": "awq", "modules_to_not_convert": [before]})
+    assert found["modules_to_not_convert"] == [after]
+
+
+@pytest.mark.parametrize("text", [".5.down_proj", "s.5.down_proj.weight", "5.down_proj"])
+def test_a_name_cut_before_the_id_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="engines differ"):
+        ignored(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in ("experts", f"{LAYER}.experts") for value in ({"0": 4, "5": 8}, [0, 1, 2])),
+        ("high_precision_experts", {LAYER: [0, 1, 2]}),
+        ("high_precision_experts", {"model.layers.1.block": {"gate_proj": [5]}}),
+        ("high_precision_experts", {LAYER: 5}),
+        ("pruned_experts", [5, 9]),
+        ("pruned_experts", ["5", "9"]),
+        ("pruned_experts", "0-3, 7"),
+        ("fallbackExpert", 5),
+        ("shared_expert_id", 5),
+    ],
+)
+def test_numbers_that_may_be_expert_ids_are_refused(key: str, value: object, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=rf"config\.json: '{key}'"):
+        mapped(tmp_path, {"nested": [{key: value}]})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_experts_by_layer", [8, 8]),
+        ("moe_num_experts", [8, 8]),
+        ("n_shared_experts", 1),
+        ("experts_per_token", [2, 2]),
+        ("expert_layer_period", 2),
+        ("enable_expert_bias", True),
+        ("expert_dtype", "fp4"),
+        ("*.experts.*", {"bits": 4, "group_size": 16, "weight_block_size": [128, 128], "block_structure": "16x1"}),
+    ],
+)
+def test_counts_and_sizes_are_not_taken_for_expert_ids(key: str, value: object, tmp_path: Path) -> None:
+    assert mapped(tmp_path, {key: value}) == {key: value}
+
+
+def test_numbers_in_another_config_file_are_refused(tmp_path: Path) -> None:
     source = tmp_path / "source"
     build(Spec("qwen3_moe", experts=8), source)
-    for key in ("experts", f"{LAYER}.experts"):
-        (source / "hf_quant_config.json").write_text(json.dumps({key: value}))
-        with pytest.raises(UnsupportedError, match="hf_quant_config"):
-            plan_placement(source, Zigzag(3), source.parent / "out")
+    (source / "hf_quant_config.json").write_text(json.dumps({"experts": [0, 1, 2]}))
+    with pytest.raises(UnsupportedError, match="hf_quant_config"):
+        plan_placement(source, Zigzag(3), source.parent / "out")
 
 
 @pytest.mark.parametrize("text", [r"re:.*\.experts\.5\..*", "*.experts.5.*"])

@@ -6,6 +6,7 @@ Reads one JSON object from standard input:
     prompts      lists of token ids
     max_tokens   tokens to generate for each prompt
     llm          more arguments of `vllm.LLM`; they override those in `FIXED`
+    adapter      directory of a LoRA adapter, if one is to be used
 
 Prints one line of JSON; everything else goes to standard error. Log-probabilities are written by `float.hex`, so that
 equal text means equal bits. Each is a mapping from token id to log-probability, with all token ids that vLLM returned.
@@ -45,6 +46,7 @@ FIXED: dict[str, Any] = {
 def generate(request: Mapping[str, Any]) -> dict[str, Any]:
     """Answer a request."""
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     llm = LLM(model=request["model"], **{**FIXED, **request["llm"]})
     speculative = "speculative_config" in request["llm"]
@@ -56,7 +58,12 @@ def generate(request: Mapping[str, Any]) -> dict[str, Any]:
         logprobs=TOP,
         prompt_logprobs=None if speculative else TOP,
     )
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in request["prompts"]],
+        sampling,
+        use_tqdm=False,
+        lora_request=LoRARequest("adapter", 1, request["adapter"]) if "adapter" in request else None,
+    )
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "logprobs": [to_hex(output.outputs[0].logprobs) for output in outputs],
@@ -78,8 +85,13 @@ def to_hex(positions: Any) -> list[dict[str, str]]:
     return [{str(token): value.logprob.hex() for token, value in position.items()} for position in positions]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Answer the request on standard input."""
     answers = os.dup(1)
     os.dup2(2, 1)  # keeps what libraries and workers print out of the answer
     line = json.dumps(generate(json.load(sys.stdin)))
     os.write(answers, f"{line}\n".encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import BIN, HERE, PROMPTS, SHIM_ONLY, TIMEOUT, Serving
+from harness import BIN, COMPILED, HERE, PROMPTS, SHIM_ONLY, SPAWNED, TIMEOUT, Serving
 from test_served_traffic import recorded, trace
 from test_serving import (
     MTP,
@@ -74,7 +74,7 @@ def test_zigzag_of_an_original_equals_stock_round_robin_and_the_log_reports_the_
     model: Model, serving: Serving
 ) -> None:
     source = model(serving)
-    answer = serving.generate(source, ranks=2, environment=ZIGZAG)
+    answer = serving.generate(source, ranks=2, environment={**ZIGZAG, **SPAWNED})
     assert_equal(answer, round_robin(serving, source))
     assert "2 MoE layers are placed: zigzag, digest" in answer.log
     assert "every slot was seen to be filled" in answer.log
@@ -145,7 +145,7 @@ def test_a_model_that_reshard_does_not_know_is_served_with_a_placement(serving: 
 
 def test_compiled_code_answers_the_same_and_is_cached_per_placement(serving: Serving) -> None:
     source = v3(serving)
-    cache = {"VLLM_CACHE_ROOT": str(serving.directory / "compiled-placed")}
+    cache = {"VLLM_CACHE_ROOT": str(serving.directory / "compiled-placed"), **COMPILED}
     placement = by(random_file(serving, source, 1))
     compiled = serving.generate(source, enforce_eager=False, environment={**cache, **placement})
     assert_close(compiled, serving.generate(source, plugins=SHIM_ONLY))
@@ -187,9 +187,10 @@ def reloaded(serving: Serving, environment: dict[str, str], model: Path | None =
 
 def test_new_weights_go_to_their_slots_and_operations_that_know_only_slots_are_refused(serving: Serving) -> None:
     # vLLM 0.32's CPU kernels do not survive a reload even without reshard; so we expect what stock vLLM answers then
-    stock = reloaded(serving, {})
-    placed = reloaded(serving, by(random_file(serving, v3(serving), 1)))
-    for step in ("at first", "reload", "sleep", "update", "another model", "back", "sleep without the buffer"):
+    same = ["at first", "reload", "sleep", "update", "another model", "back", "sleep without the buffer"]
+    stock = reloaded(serving, {}, steps=same)
+    placed = reloaded(serving, by(random_file(serving, v3(serving), 1)), steps=[*same, "by slot", "an output", "save"])
+    for step in same:
         assert placed[step] == stock[step], step
     assert stock["another model"] != stock["reload"], "the control: other weights, other tokens"
     assert placed["lost"] != stock["lost"], "the control: without its buffer the placement is lost"

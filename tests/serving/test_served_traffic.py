@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from command_line import run_well
-from harness import BIN, HERE, MAX_TOKENS, PROMPTS, Result, Serving
+from harness import BIN, COMPILED, HERE, MAX_TOKENS, PROMPTS, Result, Serving
 from test_serving import MTP, TWO_STAGES, assert_answered, assert_close, assert_equal, kimi, uneven_mtp, v3
 
 Choices = list[list[frozenset[int]]]
@@ -99,6 +99,19 @@ def test_a_trace_equals_the_recomputed_routing(serving: Serving) -> None:
     assert_equal(answer, serving.generate(source))
 
 
+def test_the_log_says_how_evenly_a_step_loads_the_ranks(serving: Serving) -> None:
+    environment = {"RESHARD_PLACEMENT": "zigzag"}
+    answer, directory = trace(serving, "v3-load", v3(serving), ranks=2, environment=environment)
+    first = recorded(directory)[0]
+    odd = [sum(expert % 2 for expert in chosen) for chosen in first]  # zigzag: rank 1 of 2 has the odd experts
+    busiest = sum(max(count, TOP_K - count) / (TOP_K / 2) for count in odd) / len(odd)
+    assert (
+        f"a step of 1 tokens: the busiest of 2 EP ranks has {busiest:.2f} times the mean of active experts, "
+        f"{busiest:.2f} times the mean of pairs"
+    ) in answer.log
+    assert answer.log.count("the busiest of 2 EP ranks") == 1, "once a minute"
+
+
 def test_the_control_without_groups_the_routing_differs(serving: Serving) -> None:
     source = v3(serving)
     _, directory = trace(serving, "v3", source)
@@ -155,13 +168,13 @@ def test_a_compiled_model_records_the_same_and_its_code_is_not_reused_without_re
 ) -> None:
     source, cache = v3(serving), serving.directory / "compiled"
     directory = serving.directory / "trace-compiled"
-    recording = {"VLLM_CACHE_ROOT": str(cache), "RESHARD_TRACE": str(directory)}
+    recording = {"VLLM_CACHE_ROOT": str(cache), "RESHARD_TRACE": str(directory), **COMPILED}
     answer = serving.generate(source, enforce_eager=False, environment=recording)
     assert_answered(answer)
     assert "saved AOT compiled function" in answer.log
     found = recorded(directory)
     assert found == recomputed(serving, source, answer)
-    without = serving.generate(source, enforce_eager=False, environment={"VLLM_CACHE_ROOT": str(cache)})
+    without = serving.generate(source, enforce_eager=False, environment={"VLLM_CACHE_ROOT": str(cache), **COMPILED})
     assert_equal(without, answer)
     assert "saved AOT compiled function" in without.log
     assert "load failure" not in without.log, "it found the code that was compiled with recording"

@@ -408,6 +408,19 @@ def fused_with_an_expert_short(tensors: Tensors) -> None:
         tensors[name] = tensor(name, shape)
 
 
+def renamed_experts(pattern: str) -> Damage:
+    """Name layer 1's experts by `pattern`, from id and projection; their shapes would fit fused experts."""
+
+    def edit(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            expert, projection = name.split(".experts.")[1].split(".")[:2]
+            del tensors[name]
+            new = f"{LAYER}.mlp.experts.{pattern.format(expert, projection)}"
+            tensors[new] = tensor(new, (EXPERTS, 16))
+
+    return model(edit)
+
+
 def in_two_shards(folder: Path) -> None:
     """A tensor of layer 1 is in the last shard as well; the index knows only one of the two."""
     shards = {file: unpack((folder / file).read_bytes()) for file in SHARDS}
@@ -673,6 +686,21 @@ CONFIG_ATTACKS = [
     Attack("no model type", config_without("model_type"), (CONFIG, "model_type")),
     Attack("model type is a number", config(model_type=3), (CONFIG, "model_type")),
     Attack("model type unknown", config(model_type="megamoe_9"), (CONFIG, "megamoe_9")),
+    Attack(
+        "model type unknown, its language model's known",
+        config(model_type="megamoe_9_vl", text_config={"model_type": "deepseek_v3"}),
+        (CONFIG, "megamoe_9_vl"),
+    ),
+    Attack(
+        "model type known, its language model's unknown",
+        config(text_config={"model_type": "megamoe_9_text"}),
+        (CONFIG, "megamoe_9"),
+    ),
+    Attack(
+        "language model of another family",
+        config(text_config={"model_type": "glm4_moe"}),
+        (CONFIG, "deepseek_v3", "glm4_moe"),
+    ),
     Attack("more experts than there are", config(n_routed_experts=16), (CONFIG, "16", "8")),
     Attack("fewer experts than there are", config(n_routed_experts=4), (CONFIG, "4", "8")),
     Attack("expert count beyond all bounds", config(n_routed_experts=10**15), (CONFIG, str(10**15))),
@@ -752,6 +780,9 @@ EXPERT_ATTACKS = [
         "expert of another shape", with_tensor(f"{LAYER}.mlp.experts.5.up_proj.weight", (4, 32)), (SHARD, LAYER, "5")
     ),
     Attack("fused experts, one short", model(fused_with_an_expert_short), (LAYER, "7")),
+    Attack("the projection before the expert's id", renamed_experts("{1}.{0}.weight"), (SHARD, "_proj.", "<id>")),
+    Attack("the expert's id within a word", renamed_experts("expert_{0}.{1}.weight"), (SHARD, "expert_", "<id>")),
+    Attack("the expert's id at the end", renamed_experts("{1}_{0}"), (SHARD, "_proj_", "<id>")),
     Attack("gate missing", without(".gate.weight"), (LAYER, "gate")),
     Attack("gate with a row too few", with_tensor(GATE, (7, 16)), (SHARD, GATE, "7")),
     Attack("gate with a row too many", with_tensor(GATE, (9, 16)), (SHARD, GATE, "9")),

@@ -14,9 +14,9 @@ import torch
 from reshard.errors import UnsupportedError
 from reshard.placement.permutations import invert, node_zigzag, rank_slots, zigzag
 from reshard.placement.placement_file import PlacementFile, encode_placement_file
-from reshard.vllm import loading, worker
+from reshard.vllm import agreement, loading, worker
 from reshard.vllm.agreement import compare, publish
-from reshard.vllm.eplb import with_copies
+from reshard.vllm.eplb import place, with_copies
 from reshard.vllm.placed import ExpertPlace
 from reshard.vllm.placed_weights import Filling, install
 from reshard.vllm.request import Model, asked_for, resolve
@@ -232,16 +232,48 @@ def test_a_rank_reads_its_own_experts_of_each_layer() -> None:
 
 def test_ranks_that_agree_continue_and_ranks_that_differ_or_are_silent_are_named() -> None:
     store: Any = torch.distributed.HashStore()
-    publish(store, 0, 0, "a" * 64)
-    publish(store, 0, 1, "a" * 64)
-    compare(store, 0, range(2), "a" * 64, seconds=1)
-    publish(store, 1, 0, "a" * 64)
-    publish(store, 1, 1, None)
-    publish(store, 1, 2, "b" * 64)
+    publish(store, "model/0", 0, "a" * 64)
+    publish(store, "model/0", 1, "a" * 64)
+    compare(store, "model/0", range(2), "a" * 64, seconds=1)
+    publish(store, "model/1", 0, "a" * 64)
+    publish(store, "model/1", 1, None)
+    publish(store, "model/1", 2, "b" * 64)
     with pytest.raises(UnsupportedError, match=r"ranks 1-2 serve a different placement \(linear on rank 1"):
-        compare(store, 1, range(3), "a" * 64, seconds=1)
+        compare(store, "model/1", range(3), "a" * 64, seconds=1)
     with pytest.raises(UnsupportedError, match=r"ranks 3-4 did not report their placement within 1 s"):
-        compare(store, 1, range(5), "a" * 64, seconds=1)
+        compare(store, "model/1", range(5), "a" * 64, seconds=1)
+
+
+def test_a_draft_is_compared_within_its_pipeline_stage_whatever_other_stages_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stages without the draft never report it, and the start ended after five minutes."""
+    store: Any = torch.distributed.HashStore()
+    monkeypatch.setenv("RESHARD_AGREEMENT_SECONDS", "1")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: store)
+    stage = SimpleNamespace(get_ep_group=lambda: SimpleNamespace(ranks=[2, 3]))
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", stage)  # type: ignore[arg-type]
+
+    def load(rank: int, kind: str, number: int, digest: str) -> None:
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        monkeypatch.setattr(agreement, "_loads", {"model": iter([number]), "draft": iter([number])})
+        agreement.agree(digest, draft=kind == "draft")
+
+    for rank in range(3):
+        publish(store, "model/0", rank, "a" * 64)
+    load(3, "model", 0, "a" * 64)
+    publish(store, "draft/0", 2, "a" * 64)
+    load(3, "draft", 0, "a" * 64)
+    for rank in range(3):
+        publish(store, "model/1", rank, "a" * 64)
+    load(3, "model", 1, "a" * 64)
+    with pytest.raises(UnsupportedError, match="ranks 2 did not report"):
+        load(3, "draft", 1, "a" * 64)
+    publish(store, "draft/1", 2, "b" * 64)
+    with pytest.raises(UnsupportedError, match="ranks 2 serve a different placement"):
+        load(3, "draft", 1, "a" * 64)
 
 
 # EPLB
@@ -263,6 +295,39 @@ def test_copies_follow_a_ranks_own_experts_and_no_rank_holds_an_expert_twice(
         assert len(set(held)) == size, "a rank holds two copies of one expert"
         if redundant <= ranks:
             assert held[: len(own)] == order[own.start : own.stop]
+
+
+def test_a_model_whose_experts_eplb_moved_takes_no_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM loads experts where they were at first: a trainer's weights went to other experts' slots."""
+
+    class Moe(torch.nn.Module):
+        num_redundant_experts, num_logical_experts, expert_weights = 0, 8, ()
+        moe_layers = (SimpleNamespace(layer_name="model.layers.1.mlp.experts"),)
+
+        def load_weights(self, weights: list[str]) -> list[str]:
+            return weights
+
+    def commit(state: Any, new_physical_to_logical_map: torch.Tensor) -> None:
+        state.physical_to_logical_map = new_physical_to_logical_map
+
+    eplb_state = SimpleNamespace(rearrange_expert_weights_inplace=lambda *all: None, _commit_eplb_maps=commit)
+    modules: dict[str, Any] = {
+        "vllm": SimpleNamespace(),
+        "vllm.distributed": SimpleNamespace(),
+        "vllm.distributed.eplb": SimpleNamespace(eplb_state=eplb_state),
+        "vllm.distributed.parallel_state": SimpleNamespace(get_ep_group=lambda: SimpleNamespace(device_group=None)),
+        "vllm.logger": SimpleNamespace(init_logger=lambda name: SimpleNamespace(info=lambda *values: None)),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(worker, "_proved", [])
+    linear = torch.arange(8)[None]
+    state = SimpleNamespace(model=Moe(), physical_to_logical_map=linear, expert_buffer=None, communicator=None)
+    assert state.model.load_weights(["a"]) == ["a"], "the control"
+    place(state, served_strategy("zigzag", 1, 8, 2, 3), is_draft=False)
+    assert state.physical_to_logical_map.tolist() == [list(zigzag(8, 2))]
+    with pytest.raises(UnsupportedError, match=r"new weights are refused .*with EPLB"):
+        state.model.load_weights(["a"])
 
 
 def test_copies_that_do_not_fit_on_different_ranks_are_refused() -> None:
@@ -339,6 +404,16 @@ def test_a_model_with_a_placement_reads_no_output_whatever_names_it(
     module = SimpleNamespace(filter_duplicate_safetensors_files=lambda files, folder, index: files)
     loading.install_file_choice(module)  # type: ignore[arg-type]
     (tmp_path / "reshard_manifest.json").write_text("{}")
+    serves_output = SimpleNamespace(
+        model_config=SimpleNamespace(model=str(tmp_path), hf_config=SimpleNamespace(expert_placement={})),
+        parallel_config=SimpleNamespace(expert_placement_strategy="linear"),
+        load_config=SimpleNamespace(load_format="auto"),
+    )
+    config = SimpleNamespace(get_current_vllm_config=lambda: serves_output)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(config=config))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm.config", config)  # type: ignore[arg-type]
+    logger = SimpleNamespace(init_logger=lambda name: None)
+    monkeypatch.setitem(sys.modules, "vllm.logger", logger)  # type: ignore[arg-type]
     monkeypatch.setattr(worker, "_proved", [])
     assert module.filter_duplicate_safetensors_files(["a"], str(tmp_path), "index") == ["a"], "the control"
     worker.mark_proved(served_strategy("zigzag", 1, 8, 2, 3))

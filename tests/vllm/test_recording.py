@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from reshard.traffic.recordings import read_recordings
-from reshard.vllm.recording import MAX_WAITING_STEPS, Recorder, Scribe, attach
+from reshard.vllm.load_log import LoadLog, busiest_over_mean
+from reshard.vllm.recording import MAX_WAITING_STEPS, Recorder, Scribe, attach, install_notice
 
 TOP_K, EXPERTS, MAX_TOKENS = 2, 8, 16
 
@@ -233,3 +234,67 @@ def test_a_slow_disk_loses_steps_and_delays_none(vllm: Vllm) -> None:
     until(lambda: not scribe._waiting.qsize())
     scribe._finish()
     assert disk.rows in (MAX_WAITING_STEPS, MAX_WAITING_STEPS + 1), "one may have been on its way"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "copies_all", "copied", "warned"),
+    [
+        ({"data_parallel_backend": "ray", "distributed_executor_backend": "ray"}, True, "", True),
+        ({"data_parallel_backend": "mp", "distributed_executor_backend": "ray"}, False, "OTHER", True),
+        ({"data_parallel_backend": "mp", "distributed_executor_backend": "ray"}, True, "", False),
+        ({"data_parallel_backend": "ray", "distributed_executor_backend": "mp"}, False, "OTHER,RESHARD_TRACE", False),
+        ({"data_parallel_backend": "mp", "distributed_executor_backend": "mp"}, False, "", False),
+        ({"distributed_executor_backend": None}, False, "", False),
+    ],
+)
+def test_the_log_says_where_ray_keeps_workers_from_recording(
+    parallel: dict[str, Any],
+    copies_all: bool,
+    copied: str,
+    warned: bool,
+    vllm: Vllm,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM hands Ray's processes its own variables only, and nothing was recorded, with no word."""
+
+    class VllmConfig:
+        def __init__(self) -> None:
+            self.__post_init__()
+
+        def __post_init__(self) -> None:
+            self.parallel_config = SimpleNamespace(**parallel)
+
+    envs = SimpleNamespace(VLLM_USE_RAY_V2_EXECUTOR_BACKEND=copies_all)
+    monkeypatch.setattr(sys.modules["vllm"], "envs", envs, raising=False)
+    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", copied)
+    install_notice(SimpleNamespace(VllmConfig=VllmConfig))  # type: ignore[arg-type]
+    VllmConfig()
+    assert [line for line in vllm.log if "Ray does not pass this variable on" in line] == vllm.log
+    assert bool(vllm.log) == warned
+
+
+def test_the_busiest_rank_is_counted_by_layer() -> None:
+    ranks = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]])
+    ids = torch.tensor([[[0, 1], [0, 2]], [[0, 2], [0, 1]], [[0, 1], [2, 0]]])  # three tokens, two layers
+    # layer 0: pairs 5 and 1, active experts 2 and 1; layer 1: pairs 5 and 1, active experts 2 and 1
+    assert busiest_over_mean(ids, ranks, 2) == (pytest.approx(2 / 1.5), pytest.approx(5 / 3))
+    even = torch.tensor([[[0, 2], [0, 1]]])
+    assert busiest_over_mean(even, ranks, 2) == (1, 1)
+
+
+def test_a_step_is_counted_once_a_minute_from_rows_of_either_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, log = [100.0], Log()
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    for id_size, dtype in ((1, torch.uint8), (2, torch.uint16)):
+        counted = LoadLog(torch.tensor([[0, 0, 1, 1]]), 2, log._add)
+        rows = memoryview(torch.tensor([[0, 1], [0, 2]], dtype=dtype).view(torch.uint8).numpy().tobytes())
+        for _ in range(3):
+            counted.note(rows, id_size, top_k=2)
+        assert len(log) == 1
+        assert log.pop().startswith("a step of 2 tokens: the busiest of 2 EP ranks has 1.33 times")
+        now[0] += 61
+        counted.note(memoryview(b""), id_size, top_k=2)
+        assert not log
+        counted.note(rows, id_size, top_k=2)
+        assert len(log) == 1
+        log.clear()

@@ -1,0 +1,82 @@
+"""What the user should know before a source is copied: what is left out, what is not resharded, what is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint.directory import Checkpoint, File
+from ..checkpoint.header import read_header
+from ..checkpoint.lfs import MAX_POINTER_SIZE, is_pointer
+from ..checkpoint.source import find_checksums
+from ..checkpoint.weights import MIN_COPY, is_other_format
+from ..errors import CheckpointError
+from ..model.layers import MoeModel
+
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT, beside an adapter's weights
+
+
+def notes(checkpoint: Checkpoint, model: MoeModel) -> list[str]:
+    """What the user should know of the source and its output."""
+    found = []
+    if checkpoint.left_out:
+        found.append(f"left out, and not brought back by restore: {', '.join(checkpoint.left_out)}")
+    pointers = [file.name for file in checkpoint.other_files if _is_pointer(checkpoint.root, file)]
+    if pointers:
+        found.append(f"copied unchanged, but only Git LFS pointers: {', '.join(pointers)}; run `git lfs pull`")
+    if not any(layer.experts for layer in model.layers):
+        found.append("its experts are fused into one tensor a layer, so every rank reads all of them: no files by rank")
+    if not model.routing.group_limited:
+        found.append(
+            "LoRA adapters of experts or routers, and weights that a running server is given, have the original's "
+            "expert ids: an engine without reshard's plugin applies them to other experts, with no error"
+        )
+    adapters = [file.name.rpartition("/")[0] for file in checkpoint.other_files if _is_adapter(file)]
+    if adapters:
+        found.append(
+            f"LoRA adapters, copied unchanged: {', '.join(f'{folder}/' for folder in adapters)}; those that change "
+            "routers are for the original only"
+        )
+    other_weights = [
+        file.name
+        for file in checkpoint.other_files
+        if (file.name.endswith(".safetensors") or is_other_format(file.name))
+        and file.size > MIN_COPY
+        and file.name.rpartition("/")[0] not in adapters
+    ]
+    if other_weights:
+        found.append(f"copied unchanged, not resharded: {', '.join(other_weights)}")
+    return found
+
+
+def _is_adapter(file: File) -> bool:
+    return file.name.rpartition("/")[2] == ADAPTER_CONFIG
+
+
+def _is_pointer(root: Path, file: File) -> bool:
+    return file.size <= MAX_POINTER_SIZE and is_pointer((root / file.name).read_bytes())
+
+
+def refuse_adapters(checkpoint: Checkpoint) -> None:
+    """CheckpointError if a sub-folder has an adapter for experts: it names them by the original's ids."""
+    for file in checkpoint.other_files:
+        folder, _, _ = file.name.rpartition("/")
+        if not file.name.endswith(".safetensors") or f"{folder}/{ADAPTER_CONFIG}" not in checkpoint.files:
+            continue
+        path = checkpoint.root / file.name
+        for tensor in read_header(path).tensors:
+            if ".experts." in tensor.name:
+                raise CheckpointError(
+                    f"{path}: tensor {tensor.name}: an adapter for experts by the original's ids, which are other "
+                    "experts in the output; move the adapter away, and use it with the original"
+                )
+
+
+def known_checksums(checkpoint: Checkpoint) -> dict[str, str]:
+    """The checksums that the source was downloaded by; CheckpointError if its weights have none."""
+    found = find_checksums(checkpoint.root, checkpoint.files)
+    if not found.keys() & checkpoint.shards.keys():
+        raise CheckpointError(
+            f"{checkpoint.root}: --check-source: no checksums of its weights: expected a snapshot in the Hugging Face "
+            "cache, or a folder that `hf download --local-dir` made"
+        )
+    return found

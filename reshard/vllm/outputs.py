@@ -1,0 +1,125 @@
+"""Knows whether a model is an output of reshard, where its experts are, and what of vLLM cannot go with an output.
+
+An output numbers its experts by slot. Whatever brings tensors in the original's numbering, or reads files without
+asking which ones a rank needs, would answer wrongly with no error: for models with expert groups and without. So such
+options are refused here, before anything is loaded. `updates` and `lora` refuse what a running server may be asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnsupportedError
+from ..placement.contract import CONTRACT_KEY, GROUP_KEYS, Contract, contract_from_json, placement_from_json
+from ..placement.permutations import Placement
+
+MANIFEST = "reshard_manifest.json"
+# Load formats whose files `loading` chooses, by the index. The others list a directory themselves, read files of a form
+# that reshard does not write, or copy memory by slot. "dummy" reads nothing.
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "dummy")
+
+
+def is_output(model_config: Any) -> bool:
+    """Whether reshard wrote the model: its config has a contract, its directory a manifest, or its files names by rank.
+
+    Names by rank are all that tells an output without expert groups that vLLM took from the Hub; see `note_output`.
+    """
+    has_contract = getattr(getattr(model_config, "hf_config", None), CONTRACT_KEY, None) is not None
+    return has_contract or Path(str(model_config.model), MANIFEST).is_file() or hasattr(model_config, "reshard_output")
+
+
+def note_output(model_config: Any) -> None:
+    """Remember that the files of this model are an output's, though its directory may not say so."""
+    model_config.reshard_output = True
+
+
+def read_placement(model: str, hf_config: Any = None) -> Placement | None:
+    """An output's placement: from its contract, or from its manifest if it has no contract; None for an original."""
+    if (contract := getattr(hf_config, CONTRACT_KEY, None)) is not None:
+        return contract_from_json(contract, model).physical_to_logical
+    if (contract := contract_in(Path(model))) is not None:
+        return contract.physical_to_logical
+    path = Path(model, MANIFEST)
+    if not path.is_file():
+        return None
+    status = path.stat()
+    return _in_manifest(path, (status.st_mtime_ns, status.st_ino, status.st_size))
+
+
+@functools.lru_cache(maxsize=1)  # a model's layers ask one by one
+def _in_manifest(path: Path, version: tuple[int, ...]) -> Placement:
+    manifest = json.loads(path.read_bytes())
+    names = [layer["name"] for layer in manifest["moe_layers"]]
+    return placement_from_json(manifest["physical_to_logical"], names, str(path))
+
+
+def contract_in(folder: Path) -> Contract | None:
+    """The contract in a directory's config.json, None if it has none."""
+    path = folder / "config.json"
+    value = json.loads(path.read_bytes()).get(CONTRACT_KEY) if path.is_file() else None
+    return contract_from_json(value, str(path)) if value is not None else None
+
+
+def refuse_options(config: Any, output: str, formats: Sequence[str] | None = None) -> None:
+    """Raise UnsupportedError if a VllmConfig has an option that cannot go with `output`, the directory or its name.
+
+    `formats` are the load formats, if it is known by which the output is loaded: the configuration is for a draft, too.
+    """
+    refuse_placing_twice(output, str(config.parallel_config.expert_placement_strategy))
+    for load_format in load_formats(config, is_output) if formats is None else formats:
+        if load_format not in LOAD_FORMATS:
+            raise UnsupportedError(
+                f"{output}: this is an output of reshard, and load format {load_format} does not ask which files a "
+                f"rank needs; use one of {', '.join(LOAD_FORMATS)}"
+            )
+    if (transfer := getattr(config, "weight_transfer_config", None)) is not None:
+        raise UnsupportedError(
+            f"{output}: this is an output of reshard, whose experts are renumbered, and weight transfer "
+            f"({transfer.backend}) would bring them in the original's numbering; serve the original for that, with "
+            "RESHARD_PLACEMENT if it is to be placed"
+        )
+
+
+def refuse_placing_twice(output: str, strategy: str) -> None:
+    """UnsupportedError where vLLM's own strategy would place the experts of an output once more."""
+    if strategy != "linear":
+        raise UnsupportedError(
+            f"{output}: this is an output of reshard, whose experts are placed already; --expert-placement-strategy "
+            f"{strategy} would place them once more, and some kernels answer wrongly then; leave that option out"
+        )
+
+
+def refuse_lost_contract(model_config: Any, folder: str) -> None:
+    """UnsupportedError if `folder`, an output's, is loaded into a model with expert groups that has no contract.
+
+    That happens if the config is not the output's own, or if a server of an original is given new weights.
+    """
+    if getattr(getattr(model_config, "hf_config", None), CONTRACT_KEY, None) is not None:
+        return
+    text = getattr(model_config, "hf_text_config", None)
+    n_group, topk_group = (getattr(text, key, None) or 1 for key in GROUP_KEYS)
+    if contract_in(Path(folder)) is not None or topk_group < n_group:
+        raise UnsupportedError(
+            f"{folder}: this is an output of reshard, and the model that it is loaded into has no routing contract, so "
+            "it would choose other experts; serve the output with its own config.json, or load an original"
+        )
+
+
+def load_formats(config: Any, counts: Callable[[Any], bool] = lambda draft: True) -> list[str]:
+    """The load formats of a VllmConfig's model, and of its draft if that has its own; `counts` says whether it does."""
+    speculative = getattr(config, "speculative_config", None)
+    draft, load = getattr(speculative, "draft_model_config", None), getattr(speculative, "draft_load_config", None)
+    if load is None:
+        return [format_of(config.load_config)]
+    if getattr(config.model_config, "runner_type", None) == "draft":
+        return [format_of(load)]
+    return [format_of(one) for one in (config.load_config, *([load] if draft is None or counts(draft) else []))]
+
+
+def format_of(load_config: Any) -> str:
+    """The load format of a LoadConfig."""
+    return str(getattr(load_config.load_format, "value", load_config.load_format))

@@ -1,0 +1,196 @@
+"""Real vLLM on the CPU with outputs of reshard: what is in the original's expert ids is refused or mapped.
+
+Kimi-K2 has no expert groups, so its output has no contract, and only its manifest tells it from an original.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import PROMPTS, SHIM_ONLY, Serving
+from safetensors.torch import save_file
+from test_placed import ZIGZAG, by, configured, random_file, reloaded
+from test_serving import MTP, TWO_STAGES, Model, assert_close, kimi, qwen3, v3
+
+REFUSED = {
+    "update": "but for the output's own files",
+    "other tensors": "but for the output's own files",
+    "by slot": "but for the output's own files",
+    "load_weights": "new weights are refused while this output",
+    "load_weights of a module": "new weights are refused while this output",
+    "another model": "this is an original",
+    "elsewhere": "this is an original",
+    "save": "order of their slots",
+}
+
+
+def other(kind: str, serving: Serving) -> Path:
+    return serving.model({"V3": "deepseek_v3", "Kimi-K2": "kimi_k2"}[kind], seed=1)
+
+
+@pytest.mark.parametrize(("kind", "model"), [("V3", v3), ("Kimi-K2", kimi)])
+def test_a_running_output_takes_weights_that_are_numbered_as_its_own_and_no_others(
+    kind: str, model: Model, serving: Serving
+) -> None:
+    """A trainer's weights, or those of an original, went to other experts' slots, with no error."""
+    source = model(serving)
+    request = {"other": str(other(kind, serving)), "alike": str(serving.placed(other(kind, serving), 2))}
+    stock = reloaded(
+        *(serving, {"VLLM_PLUGINS": SHIM_ONLY}, source),
+        **request,
+        steps=["at first", "reload", "another model", "back"],
+    )
+    steps = ["at first", "reload", *(step for step in REFUSED if step != "update"), "reload", "alike", "back", "update"]
+    found = reloaded(serving, {}, serving.placed(source, 2), **request, steps=steps)
+    assert found["at first"] == stock["at first"]
+    assert found["reload"] == stock["reload"], "after all that was refused, too"
+    assert found["alike"] == stock["another model"] != stock["back"], "resharded alike: numbered alike"
+    assert found["back"] == stock["back"]
+    for step, fault in REFUSED.items():
+        assert re.match(rf"UnsupportedError: .*{fault}", str(found[step])), (step, found[step])
+        assert "\n" not in found[step]
+
+
+def is_tried(step: Any) -> bool:
+    """Whether reshard lets weights pass; vLLM's kernels for the CPU cannot take any once they packed the first."""
+    return isinstance(step, list) or "Attempted to load weight" in step
+
+
+def test_an_original_takes_no_weights_of_an_output(serving: Serving) -> None:
+    """They were taken, and other experts chosen."""
+    steps = ["at first", "an output", "load_weights", "an output, by the runner"]
+    found = reloaded(serving, {}, steps=steps)
+    assert re.match("UnsupportedError: .*this is an output of reshard", found["an output"])
+    assert re.match("UnsupportedError: .*no routing contract", found["an output, by the runner"])
+    assert is_tried(found["load_weights"]), "the control: an original is not closed"
+
+
+def test_after_dummy_weights_an_original_with_a_placement_takes_no_others(serving: Serving) -> None:
+    """Nothing had shown where this model's loader puts experts."""
+    placement = by(random_file(serving, v3(serving), 1))
+    steps = ["at first", "other tensors", "load_weights"]
+    found = reloaded(serving, placement, llm={"load_format": "dummy"}, steps=steps)
+    assert isinstance(found["at first"], list)
+    for step in steps[1:]:
+        assert re.match("UnsupportedError: .*started with --load-format dummy: nothing has shown", found[step])
+    assert is_tried(reloaded(serving, placement, steps=steps)["load_weights"]), "the control"
+
+
+@pytest.mark.parametrize("model", [v3, kimi], ids=["V3", "Kimi-K2"])
+def test_options_that_go_by_the_originals_ids_or_files_are_refused_before_any_process_starts(
+    model: Model, serving: Serving
+) -> None:
+    output = serving.resharded(model(serving), 2)
+    code = (
+        "import json; from vllm.model_executor import model_loader as m\n"
+        "print(json.dumps([*m._LOAD_FORMAT_TO_MODEL_LOADER]))"
+    )
+    formats = json.loads(serving.python(code).stdout.splitlines()[-1])
+    good = {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "dummy"}
+    assert good < set(formats)
+    cases: dict[str, tuple[str | None, dict[str, Any]]] = {name: (None, {"load_format": name}) for name in formats}
+    cases["transfer"] = (None, {"weight_transfer_config": {"backend": "nccl"}})
+    found = configured(serving, output, cases)
+    for name in (*formats, "transfer"):
+        fault = "weight transfer" if name == "transfer" else f"load format {name} does not ask which files"
+        refused = isinstance(found[name], str) and re.match(rf"UnsupportedError: .*{fault}", found[name])
+        assert bool(refused) == (name not in good), (name, found[name])
+
+
+@pytest.mark.parametrize(("model", "first"), [(v3, 1), (kimi, 1), (qwen3, 0)], ids=["V3", "Kimi-K2", "Qwen3-MoE"])
+def test_an_output_returns_the_experts_that_the_original_does(model: Model, first: int, serving: Serving) -> None:
+    """It returned slots."""
+    source = model(serving)
+    output = serving.placed(source, 2)
+    more: dict[str, Any] = {"steps": ["experts"], "first_moe_layer": first}
+    original = reloaded(serving, {"VLLM_PLUGINS": SHIM_ONLY}, source, **more)
+    answer = reloaded(serving, {}, output, **more)
+    assert answer["experts"] == original["experts"]
+    assert sorted_choices(answer) == sorted_choices(original)
+    assert len(answer["routed"]) == sum(len(prompt) + 8 - 1 for prompt in PROMPTS)
+    slots = reloaded(serving, {"RETURNS_SLOTS": "1"}, output, **more)
+    assert sorted_choices(slots) != sorted_choices(original), "the control: slots are other numbers"
+
+
+def sorted_choices(answer: dict[str, Any]) -> list[list[list[int]]]:
+    """The experts of each token and layer; routers give them in no particular order."""
+    return [[sorted(chosen) for chosen in layers] for layers in answer["routed"]]
+
+
+def adapter(serving: Serving, name: str, modules: dict[str, tuple[int, int]]) -> Path:
+    """A LoRA adapter of rank 4 for the modules, whose numbers of outputs and inputs are given."""
+    folder = serving.directory / f"adapter-{name}"
+    if not folder.exists():
+        folder.mkdir()
+        generator = torch.Generator().manual_seed(0)
+        tensors = {
+            f"base_model.model.{module}.lora_{side}.weight": torch.randn(shape, generator=generator)
+            for module, (outputs, inputs) in modules.items()
+            for side, shape in (("A", (4, inputs)), ("B", (outputs, 4)))
+        }
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": sorted({*modules})}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("model", "inputs"), [(v3, 64), (qwen3, 128)], ids=["V3", "Qwen3-MoE"])
+def test_an_adapter_of_attention_works_and_one_of_experts_or_routers_is_refused(
+    model: Model, inputs: int, serving: Serving
+) -> None:
+    """It changed the experts in the slots that it named."""
+    source = model(serving)
+    output = serving.resharded(source, 2)
+    attention = {f"model.layers.{layer}.self_attn.o_proj": (64, inputs) for layer in range(3)}
+    lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["o_proj"]}
+    own = adapter(serving, f"attention{inputs}", attention)
+    answer = serving.generate(output, adapter=own, **lora)
+    assert_close(answer, serving.generate(source, plugins=SHIM_ONLY, adapter=own, **lora))
+    assert answer.tokens != serving.generate(source, plugins=SHIM_ONLY).tokens, "the control: the adapter counts"
+    for name, module in (("expert", "experts.0.gate_proj"), ("router", "gate")):
+        shape = {"expert": (32, 64), "router": (16, 64)}[name]
+        bad = adapter(serving, f"{name}{inputs}", {**attention, f"model.layers.1.mlp.{module}": shape})
+        refusal = serving.generate(output, adapter=bad, **lora)
+        assert refusal.status != 0
+        assert re.search(rf"UnsupportedError: .*{module}\S* may belong to an expert or a router", refusal.log)
+
+
+def test_drafts_on_one_of_two_stages_are_placed(serving: Serving) -> None:
+    """Stages without the draft never report its placement, and the start ended after five minutes.
+
+    vLLM 0.32 on the CPU ends later, with stages, drafts and no placement, too: it looks for the draft on each stage.
+    """
+    source = serving.model("deepseek_v3", mtp=True)
+    environment = {**TWO_STAGES["environment"], **ZIGZAG, "RESHARD_AGREEMENT_SECONDS": "20"}
+    answer = serving.generate(source, stages=2, environment=environment, speculative_config=MTP)
+    assert "draft: 1 MoE layers are placed: zigzag" in answer.log
+    assert "did not report their placement" not in answer.log
+
+
+def test_options_are_refused_for_a_second_engine_that_gets_the_configuration_of_the_first(serving: Serving) -> None:
+    code = (
+        "import json, sys\n"
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "base = dict(model=sys.argv[1], dtype='float32', enforce_eager=True, max_model_len=128,\n"
+        "    attention_backend='CPU_MLA', skip_tokenizer_init=True)\n"
+        "first = EngineArgs(**base).create_engine_config()\n"
+        "import os; del os.environ['RESHARD_PLACEMENT']\n"
+        "for more in ({}, {'enable_lora': True}, {'load_format': 'sharded_state'}):\n"
+        "    try:\n"
+        "        EngineArgs(**base, **more, additional_config=first.additional_config).create_engine_config()\n"
+        "        print('made')\n"
+        "    except Exception as error:\n"
+        "        print(f'{type(error).__name__}: {error}')\n"
+    )
+    code = f"import os; os.environ['RESHARD_PLACEMENT'] = 'zigzag'\n{code}"
+    ran = serving.python(code, v3(serving))
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    same, adapters, slots = [line for line in ran.stdout.splitlines() if line == "made" or "Error" in line][-3:]
+    assert same == "made", "the control"
+    assert re.match("UnsupportedError: .*serve without LoRA", adapters)
+    assert re.match("UnsupportedError: .*sharded_state does not load experts", slots)
