@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +38,7 @@ class SourceFiles:
         self.headers = headers or {}
         self._lock = threading.Lock()
         self._cached: dict[str, Sequence[tuple[int, int]]] = {}
+        self._readers: Counter[str] = Counter()
 
     def open(self) -> OpenSources:
         """Open files for the use of one thread."""
@@ -52,13 +54,20 @@ class SourceFiles:
                 raise CheckpointError(f"{path}: cannot be read: {error.strerror}; did it change?") from error
         return mode
 
-    def cached(self, name: str, segments: Iterable[tuple[bool, int, int]], fd: int) -> Sequence[tuple[int, int]]:
-        """The ranges of the file `name` that were in the page cache when the first thread began to read it, as `fd`."""
+    def begin(self, name: str, segments: Iterable[tuple[bool, int, int]], fd: int) -> Sequence[tuple[int, int]]:
+        """Note that a thread reads the file `name`, as `fd`; what of it was in the page cache before any thread did."""
         with self._lock:
+            self._readers[name] += 1
             if name not in self._cached:
                 data = ((offset, size) for is_hole, offset, size in segments if not is_hole)
                 self._cached[name] = [found for offset, size in data for found in resident(fd, offset, size)]
             return self._cached[name]
+
+    def end(self, name: str) -> bool:
+        """Note that a thread has read the file `name`; whether no other reads it now."""
+        with self._lock:
+            self._readers[name] -= 1
+            return not self._readers[name]
 
 
 class Watcher(Protocol):
@@ -88,10 +97,11 @@ class OpenSources:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close all files, and drop what the kernel read ahead of us."""
+        """Close all files, and drop what the kernel read ahead, if no other thread may want it."""
         for name in self._cached:
-            with suppress(OSError):
-                self._forget(name, 0, self._files[name].size)
+            if self._sources.end(name):
+                with suppress(OSError):
+                    self._forget(name, 0, self._files[name].size)
         for fd in self._fds.values():
             os.close(fd)
 
@@ -144,7 +154,7 @@ class OpenSources:
         """Fill `into` with the bytes of the file `name` from `offset` on; `tensor` names their tensor in errors."""
         fd = self.fd(name)
         if name not in self._cached:
-            self._cached[name] = self._sources.cached(name, self.segments(name, 0, self._files[name].size), fd)
+            self._cached[name] = self._sources.begin(name, self.segments(name, 0, self._files[name].size), fd)
         filled = 0
         try:
             while filled < len(into):
