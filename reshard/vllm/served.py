@@ -177,6 +177,4 @@ def served_placement(config: Any) -> ServedPlacement | None:
 
 def current_placement() -> ServedPlacement | None:
     """The placement of the model that vLLM is building, None if it has none."""
-    from vllm.config import get_current_vllm_config
-
-    return served_placement(get_current_vllm_config())
+    return served_placement(current_build().vllm_config)

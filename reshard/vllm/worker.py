@@ -24,7 +24,7 @@ from .lora import require_check
 from .outputs import LOAD_FORMATS, MANIFEST, format_of, is_output, read_placement, refuse_options
 from .patching import replace_if_there
 from .request import VARIABLE, asked_for
-from .served import ServedPlacement, served_placement
+from .served import Build, ServedPlacement, building, served_placement
 from .support import VERSIONS, placing_fault
 from .updates import own_files
 
@@ -143,17 +143,19 @@ def _checked_reload(reload: Callable[..., None]) -> Callable[..., None]:
         **more: Any,
     ) -> None:
         config = worker.vllm_config
+        build = Build(config, config.model_config, config.load_config)  # not every vLLM says here what it loads
         if (served := served_placement(config)) is not None:
             eplb = config.parallel_config.enable_eplb
             if fault := reload_fault(weights_path, is_checkpoint_format, eplb):
                 raise _refusal(served, "reload_weights", fault)
-            reload(worker, weights_iterator, weights_path, is_checkpoint_format, **more)
+            with building(build):
+                reload(worker, weights_iterator, weights_path, is_checkpoint_format, **more)
             return
         loaded = getattr(worker, "reshard_loaded", None) or Loaded.of(config.model_config)
         own = weights_iterator is None and is_checkpoint_format and format_of(config.load_config) in LOAD_FORMATS
         if fault := loaded.reload_fault(str(weights_path or config.model_config.model), own):
             raise UnsupportedError(fault)
-        with own_files():
+        with building(build), own_files():
             reload(worker, weights_iterator, weights_path, is_checkpoint_format, **more)
 
     return reload_weights

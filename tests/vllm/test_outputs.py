@@ -22,7 +22,7 @@ from reshard.vllm.proof import check_filled
 from reshard.vllm.request import resolve_in
 from reshard.vllm.returned import check_returning, returning
 from reshard.vllm.routing import in_logical_order
-from reshard.vllm.served import served_strategy
+from reshard.vllm.served import current_build, served_strategy
 from reshard.vllm.updates import close, own_files
 from reshard.vllm.worker import Loaded
 
@@ -172,6 +172,7 @@ def test_a_worker_reloads_an_output_from_its_own_files_and_from_nothing_else(tmp
             close(self.model, "closed")  # as `loading` does
 
         def reload_weights(self, iterator: Any = None, path: str | None = None, checkpoint_format: bool = True) -> None:
+            assert current_build().vllm_config is self.vllm_config, "vLLM 0.26 sets no current configuration here"
             self.model.load_weights([path or self.vllm_config.model_config.model] if iterator is None else iterator)
 
     given: list[Any] = []
