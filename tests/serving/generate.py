@@ -6,7 +6,6 @@ Reads one JSON object from standard input:
     prompts      lists of token ids
     max_tokens   tokens to generate for each prompt
     llm          more arguments of `vllm.LLM`; they override those in `FIXED`
-    adapter      directory of a LoRA adapter, if one is to be used
 
 Prints one line of JSON; everything else goes to standard error. Log-probabilities are written by `float.hex`, so that
 equal text means equal bits. Each is a mapping from token id to log-probability, with all token ids that vLLM returned.
@@ -46,7 +45,6 @@ FIXED: dict[str, Any] = {
 def generate(request: Mapping[str, Any]) -> dict[str, Any]:
     """Answer a request."""
     from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
 
     llm = LLM(model=request["model"], **{**FIXED, **request["llm"]})
     speculative = "speculative_config" in request["llm"]
@@ -58,12 +56,7 @@ def generate(request: Mapping[str, Any]) -> dict[str, Any]:
         logprobs=TOP,
         prompt_logprobs=None if speculative else TOP,
     )
-    outputs = llm.generate(
-        [{"prompt_token_ids": ids} for ids in request["prompts"]],
-        sampling,
-        use_tqdm=False,
-        lora_request=LoRARequest("adapter", 1, request["adapter"]) if "adapter" in request else None,
-    )
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "logprobs": [to_hex(output.outputs[0].logprobs) for output in outputs],

@@ -244,13 +244,12 @@ class Serving:
         prompts: Sequence[Sequence[int]] = PROMPTS,
         max_tokens: int = MAX_TOKENS,
         again: int = 0,
-        adapter: Path | None = None,
         **llm: Any,
     ) -> Result:
         """Greedy decoding of `model` on `ranks` ranks in each of `stages` stages.
 
         `plugins` is VLLM_PLUGINS, `environment` sets more variables, and `llm` are more arguments of `vllm.LLM`. The
-        same call gets the kept answer without starting vLLM again, unless `again` differs. `adapter` is a LoRA adapter.
+        same call gets the kept answer without starting vLLM again, unless `again` differs.
         """
         llm["tensor_parallel_size"] = ranks
         if expert_parallel and ranks > 1:
@@ -258,8 +257,6 @@ class Serving:
         if stages > 1:
             llm["pipeline_parallel_size"] = stages
         request = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": llm}
-        if adapter is not None:
-            request["adapter"] = str(adapter)
         more = dict(environment or {})
         path = self.directory / f"{_digest([request, plugins, again, more])}.json"
         with self._locked(path.name):
