@@ -14,7 +14,7 @@ from ..checkpoint.source import find_source
 from ..errors import CheckpointError, OutputError
 from ..execute.holes import find_hole
 from ..model.layers import MoeModel, read_model
-from ..placement.contract import CONTRACT_KEY
+from ..placement.contract import CONTRACT_KEY, MARK
 from ..placement.placement_file import read_placement_file
 from ..placement.strategies import Balanced, FromFile, MoeShape, Placed, Strategy, check_placement
 from ..record.manifest import JOURNAL, MANIFEST, UNFINISHED
@@ -72,6 +72,12 @@ def read_original(src: str | Path) -> Original:
         raise CheckpointError(
             f"{root / CONFIG}: has {mark}: already resharded, though {MANIFEST} is missing; give the original"
         )
+    for name, header in checkpoint.shards.items():
+        if MARK.items() <= header.metadata.items():
+            raise CheckpointError(
+                f"{root / name}: its metadata says that its experts are renumbered: already resharded, though "
+                f"{MANIFEST} is missing; give the original"
+            )
     return Original(checkpoint, read_model(checkpoint))
 
 

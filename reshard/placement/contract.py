@@ -23,6 +23,7 @@ READ_VERSIONS = (1, 2)
 LOCKED_KEYS = ("model_type", "architectures", "auto_map")
 GROUP_KEYS = ("n_group", "topk_group")
 LOCKED_GROUPS = "resharded: needs the reshard plugin"  # in the place of their values
+MARK = {"reshard": "experts are renumbered"}  # in the metadata of an output's safetensors files
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from ..checkpoint.directory import Checkpoint
 from ..checkpoint.header import DTYPE_BITS, Tensor, build_header
 from ..model.layers import MoeModel
 from ..model.names import renumber
+from ..placement.contract import MARK
 from ..placement.permutations import Placement, invert, rank_slots
 from .extents import MIN_SHARED, shareable
 from .files import Content, Digests, ExpertIds, Literal, OutputFile, Part, Range, Rows
@@ -231,8 +232,8 @@ def _cut_to_share(items: Sequence[_Item], max_shard_size: int, block_size: int) 
 
 
 def _metadata(checkpoint: Checkpoint, sources: set[str]) -> dict[str, str]:
-    """The `__metadata__` of all `sources` together; if two disagree on a key, the first file's value."""
-    merged: dict[str, str] = {}
+    """The `__metadata__` of all `sources` together, and the mark; if two disagree on a key, the first file's value."""
+    merged = {"format": "pt"}  # Transformers 4 refuses metadata without it
     for name in sorted(sources, reverse=True):
         merged.update(checkpoint.shards[name].metadata)
-    return merged
+    return merged | MARK

@@ -45,6 +45,7 @@ _WORKER = "vllm.v1.worker.gpu_worker"
 _EPLB = "vllm.distributed.eplb.eplb_state"
 _ROUTER = f"{_MOE}.router.base_router"
 _ALL, _ANY_MODEL = (OUTPUT, PLACEMENT, TRACE), (OUTPUT, PLACEMENT)
+_STAGE = ("num_hidden_layers", "pp_rank", "pp_size")
 _WEIGHT = ("param", "loaded_weight", "weight_name", "shard_id", "expert_id", "return_success")
 
 VLLM_HOOKS = (
@@ -86,7 +87,8 @@ VLLM_HOOKS = (
     Hook(f"{_MOE}.routed_experts_capturer", "RoutedExpertsCapturer.capture", (), (TRACE,), replaced=False),
     Hook("vllm.config", "get_current_vllm_config", (), _ALL, replaced=False),
     Hook("vllm.distributed.parallel_state", "get_ep_group", (), _ANY_MODEL, replaced=False),
-    Hook("vllm.distributed.parallel_state", "get_pp_group", (), (TRACE,), replaced=False),
+    Hook("vllm.distributed.parallel_state", "get_pp_group", (), (OUTPUT, TRACE), replaced=False),
+    Hook("vllm.distributed.utils", "get_pp_indices", _STAGE, (OUTPUT,), replaced=False),
     Hook("vllm.distributed.parallel_state", "get_tp_group", (), (TRACE,), replaced=False),
     Hook("vllm.logger", "init_logger", (), _ALL, replaced=False),
 )

@@ -18,14 +18,24 @@ from typing import Any
 from ..errors import OutputError, UnsupportedError
 from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
 from ..placement.permutations import rank_slots
-from .outputs import MANIFEST, contract_in, format_of, is_output, note_output, refuse_lost_contract, refuse_options
+from .outputs import (
+    MANIFEST,
+    contract_in,
+    format_of,
+    is_marked,
+    is_output,
+    note_output,
+    refuse_lost_contract,
+    refuse_options,
+    refuse_unknown_files,
+)
 from .patching import replace_if_there
 from .returned import check_returning, returns_experts
 from .routing import LogicalOrder
-from .runners import lets_kernel_route, moe_runners
-from .served import Build, ServedPlacement, building, builds_draft, current_build, served_placement
+from .runners import foreign_part, lets_kernel_route, moe_runners
+from .served import Build, ServedPlacement, building, builds_draft, current_build, is_building, served_placement
 from .support import hook_fault
-from .updates import close
+from .updates import close, own_files_are_read
 from .worker import has_placement, mark_checked, mark_proved
 
 RANK_FILE = re.compile(r"model-ep(\d{2,})-of-(\d{2,})-(\d{5})-of-(\d{5})\.safetensors")
@@ -115,19 +125,24 @@ def placement_warnings(ranks: int, parallel: Parallel, redundant: int = 0) -> li
     return []
 
 
-def check_model(model: Any, contract: Contract, is_draft: bool, pipelined: bool) -> None:
-    """Raise UnsupportedError unless every MoE layer of `model` routes by `contract`, and none by its kernel."""
+def check_model(model: Any, contract: Contract, is_draft: bool, stage: range | None = None) -> None:
+    """Raise UnsupportedError unless every MoE layer of `model` routes by `contract`, and none by its kernel.
+
+    `stage` has the numbers of the layers that this process holds; None: it holds all layers of the model itself.
+    """
     import vllm.model_executor.layers.fused_moe.layer as layer
 
     fault = hook_fault(getattr(layer, "create_fused_moe_router", None))
     runners = moe_runners(model)
     for name, runner in runners.items():
+        if foreign := foreign_part(runner):
+            raise _refusal(f"layer {name} has a part that is not vLLM's own ({foreign})")
         if not isinstance(runner.router, LogicalOrder):
             raise _refusal(f"layer {name} does not route by the contract" + (f": {fault}" if fault else ""))
         if lets_kernel_route(runner):
             raise _refusal(f"layer {name} lets its kernel {_kernel(runner)} route")
-    expected = 1 if is_draft or pipelined else _layers_before(contract, model)
-    if len(runners) < expected and not pipelined:
+    expected = 1 if is_draft else _layers_in(stage or range(_num_layers(model)), contract)
+    if len(runners) < expected:
         raise _refusal(
             f"vLLM made routers for only {len(runners)} of its {expected} MoE layers" + (f": {fault}" if fault else "")
         )
@@ -137,11 +152,24 @@ def _kernel(runner: Any) -> str:
     return type(getattr(runner.routed_experts, "quant_method", runner)).__name__
 
 
-def _layers_before(contract: Contract, model: Any) -> int:
-    """How many MoE layers of the contract belong to the model itself; later layers belong to its draft."""
-    config = getattr(model.config, "text_config", model.config)
-    numbers = [[int(part) for part in layer.split(".") if part.isdigit()] for layer in contract.physical_to_logical]
-    return sum(1 for number in numbers if number and number[0] < config.num_hidden_layers)
+def _layers_in(numbers: range, contract: Contract) -> int:
+    """How many MoE layers of the contract have one of these numbers."""
+    found = [[int(part) for part in layer.split(".") if part.isdigit()] for layer in contract.physical_to_logical]
+    return sum(1 for number in found if number and number[0] in numbers)
+
+
+def _num_layers(model: Any) -> int:
+    """How many layers the model itself has; later layers belong to its draft."""
+    return int(getattr(model.config, "text_config", model.config).num_hidden_layers)
+
+
+def _stage(model: Any) -> range:
+    """The numbers of the layers that this pipeline stage holds, by vLLM's own rule."""
+    from vllm.distributed.parallel_state import get_pp_group
+    from vllm.distributed.utils import get_pp_indices
+
+    group = get_pp_group()
+    return range(*get_pp_indices(_num_layers(model), group.rank_in_group, group.world_size))
 
 
 def _refusal(fault: str) -> UnsupportedError:
@@ -171,7 +199,7 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
             if _is_dummy(build):
                 close(model, DUMMY_UPDATE.format(served.asked))
         elif (contract := _contract_on_disk(model_config)) is not None:
-            check_model(model, contract, is_draft, pipelined)
+            check_model(model, contract, is_draft, _stage(model) if pipelined else None)
             if not is_draft:
                 mark_checked(str(model_config.model))
         if is_output(model_config):
@@ -223,6 +251,13 @@ def _with_agreement(initialize: Callable[..., Any]) -> Callable[..., Any]:
         from .agreement import agree
 
         served = served_placement(vllm_config)
+        model_config = kwargs.get("model_config") or vllm_config.model_config
+        has_contract = getattr(getattr(model_config, "hf_config", None), CONTRACT_KEY, None) is not None
+        if not is_building() and (served is not None or has_contract):
+            raise UnsupportedError(
+                f"{model_config.model}: its experts are placed, and vLLM builds this model outside of its usual "
+                "loaders, as `vllm preload` does, so nothing would check it; serve it with a usual load format"
+            )
         agree(None if served is None else served.digest, draft=builds_draft())
         return initialize(vllm_config, *args, **kwargs)
 
@@ -240,25 +275,21 @@ def _contract_on_disk(model_config: Any) -> Contract | None:
 def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[str]]:
     @functools.wraps(filter_files)
     def filter_duplicate_safetensors_files(files: list[str], folder: str, index_file: str) -> list[str]:
-        if has_placement() and Path(folder, MANIFEST).is_file():
-            raise UnsupportedError(
-                f"{folder}: an output of reshard, whose experts are renumbered already; a model with a placement takes "
-                "weights in the original's ids only"
-            )
         sizes = {int(match[2]) for file in files if (match := RANK_FILE.fullmatch(Path(file).name))}
         by_rank = len(sizes) == 1
         contract = contract_in(Path(folder))
-        if not (by_rank or contract or Path(folder, MANIFEST).is_file()):
+        if not (sizes or contract or Path(folder, MANIFEST).is_file() or any(map(is_marked, files[:1]))):
             return filter_files(files, folder, index_file)
         from vllm.logger import init_logger
 
         build = current_build()
         parallel_config = build.vllm_config.parallel_config
+        _refuse_originals(build, folder)
         refuse_options(build.vllm_config, folder, [format_of(build.load_config)])
         refuse_lost_contract(build.model_config, folder)
-        if not Path(str(build.model_config.model)).is_dir():
-            note_output(build.model_config)
         index = Path(folder, index_file)
+        refuse_unknown_files(files, index, alone=not sizes and len(files) == 1)
+        note_output(build.model_config)
         if not (by_rank or contract) or not index.is_file():
             return filter_files(files, folder, index_file)
         weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
@@ -275,6 +306,20 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
         return chosen
 
     return filter_duplicate_safetensors_files
+
+
+def _refuse_originals(build: Build, folder: str) -> None:
+    """UnsupportedError if an output's files in `folder` are loaded into an original."""
+    if has_placement() or served_placement(build.vllm_config) is not None:
+        raise UnsupportedError(
+            f"{folder}: an output of reshard, whose experts are renumbered already; a model with a placement takes "
+            "weights in the original's ids only"
+        )
+    if own_files_are_read() and not is_output(build.model_config):
+        raise UnsupportedError(
+            f"{folder}: an output of reshard, whose experts are renumbered; the running model is an original, and "
+            "takes an original's weights only: start anew to serve the output"
+        )
 
 
 def _redundant(config: Any) -> int:

@@ -13,20 +13,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedError
-from ..placement.contract import CONTRACT_KEY, GROUP_KEYS, Contract, contract_from_json, placement_from_json
+from ..errors import OutputError, UnsupportedError
+from ..placement.contract import CONTRACT_KEY, GROUP_KEYS, MARK, Contract, contract_from_json, placement_from_json
 from ..placement.permutations import Placement
 
-MANIFEST = "reshard_manifest.json"
+MANIFEST, INDEX = "reshard_manifest.json", "model.safetensors.index.json"
 # Load formats whose files `loading` chooses, by the index. The others list a directory themselves, read files of a form
 # that reshard does not write, or copy memory by slot. "dummy" reads nothing.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "dummy")
 
+# Workers that load models with the functions that reshard replaces; vLLM puts one of them in the place of "auto".
+WORKERS = (
+    "auto",
+    "vllm.v1.worker.gpu_worker.Worker",
+    "vllm.v1.worker.cpu_worker.CPUWorker",
+    "vllm.v1.worker.xpu_worker.XPUWorker",
+)
+
 
 def is_output(model_config: Any) -> bool:
-    """Whether reshard wrote the model: its config has a contract, its directory a manifest, or its files names by rank.
+    """Whether reshard wrote the model: its config has a contract, its directory a manifest, or its files say so.
 
-    Names by rank are all that tells an output without expert groups that vLLM took from the Hub; see `note_output`.
+    Only the files tell an output without expert groups that vLLM took from the Hub; see `note_output`.
     """
     has_contract = getattr(getattr(model_config, "hf_config", None), CONTRACT_KEY, None) is not None
     return has_contract or Path(str(model_config.model), MANIFEST).is_file() or hasattr(model_config, "reshard_output")
@@ -35,6 +43,14 @@ def is_output(model_config: Any) -> bool:
 def note_output(model_config: Any) -> None:
     """Remember that the files of this model are an output's, though its directory may not say so."""
     model_config.reshard_output = True
+
+
+def is_marked(file: str) -> bool:
+    """Whether a safetensors file says in its header that its experts are renumbered."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return MARK.items() <= (opened.metadata() or {}).items()
 
 
 def read_placement(model: str, hf_config: Any = None) -> Placement | None:
@@ -84,6 +100,30 @@ def refuse_options(config: Any, output: str, formats: Sequence[str] | None = Non
         )
 
 
+def refuse_worker(config: Any) -> None:
+    """UnsupportedError if a VllmConfig's model or draft has a contract, and nothing would check its routers."""
+    fault = worker_fault(worker_of(config))
+    draft = getattr(config.speculative_config, "draft_model_config", None)
+    for model in (config.model_config, *([] if draft is None else [draft])):
+        if fault and getattr(getattr(model, "hf_config", None), CONTRACT_KEY, None) is not None:
+            raise UnsupportedError(f"{model.model}: this is an output of reshard with expert groups, and {fault}")
+
+
+def worker_fault(worker: str) -> str | None:
+    """Describe why a worker class cannot serve renumbered or placed experts; None if it can."""
+    if worker in WORKERS:
+        return None
+    return (
+        f"nothing would check what worker class {worker} serves, as it is not vLLM's own; leave --worker-cls out, or "
+        "serve the original without a placement, where another package brings the worker"
+    )
+
+
+def worker_of(config: Any) -> str:
+    """The name of the worker's class in a VllmConfig."""
+    return str(getattr(config.parallel_config, "worker_cls", None))
+
+
 def refuse_placing_twice(output: str, strategy: str) -> None:
     """UnsupportedError where vLLM's own strategy would place the experts of an output once more."""
     if strategy != "linear":
@@ -106,6 +146,23 @@ def refuse_lost_contract(model_config: Any, folder: str) -> None:
         raise UnsupportedError(
             f"{folder}: this is an output of reshard, and the model that it is loaded into has no routing contract, so "
             "it would choose other experts; serve the output with its own config.json, or load an original"
+        )
+
+
+def refuse_unknown_files(files: Sequence[str], index: Path, *, alone: bool) -> None:
+    """Raise an error if the output's own index does not say which files vLLM needs; it is about to load `files`.
+
+    `index` is the one that vLLM goes by. It needs none if one file holds the whole model (`alone`).
+    """
+    if index.name != INDEX:
+        raise UnsupportedError(
+            f"{files[0]}: vLLM would load this file by {index.name}, but it lies beside an output of reshard and is no "
+            f"part of it, as {INDEX} names the output's files; move it away: its experts have the original's ids"
+        )
+    if not alone and not index.is_file():
+        raise OutputError(
+            f"{index}: absent, so nobody can tell whether a file of this output of reshard is missing, and experts "
+            "might stay uninitialised; copy the index here, or run `reshard stage` again"
         )
 
 

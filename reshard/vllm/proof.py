@@ -9,7 +9,7 @@ from ..errors import UnsupportedError
 from ..placement.layer_names import find_layer, layer_key
 from .placed import Placed
 from .placed_weights import Filling
-from .runners import lets_kernel_route, moe_runners
+from .runners import foreign_part, lets_kernel_route, moe_runners
 from .served import ServedPlacement
 
 EXPERT_WEIGHTS = "w13_"  # prefix of experts' parameters, in whichever module holds them
@@ -65,6 +65,8 @@ def check_kernels(model: Any, served: ServedPlacement, ep_size: int) -> set[str]
     for name, runner in moe_runners(model).items():
         if not isinstance(runner.router, Placed):
             continue
+        if foreign := foreign_part(runner):
+            raise _refusal(served, f"layer {name}: a part of it is not vLLM's own ({foreign})")
         method = runner.routed_experts.quant_method
         if lets_kernel_route(runner):
             raise _refusal(served, f"layer {name} lets its kernel {type(method).__name__} route by itself")

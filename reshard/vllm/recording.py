@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ..placement.contract import placement_to_json
 from ..traffic.trace_file import DEFAULT_LIMIT, TRACE_VERSION, Header, TraceWriter
 from .load_log import LoadLog, load_log
-from .outputs import read_placement
+from .outputs import is_output, read_placement
 from .patching import replace_once
 from .routing import placement_of
 from .runners import lets_kernel_route, moe_runners
@@ -132,6 +132,9 @@ def _unsupported(config: Any) -> str | None:
         return "prefill context parallelism is not supported"
     if not isinstance(config.additional_config, dict):
         return f"additional_config is a {type(config.additional_config).__name__}, not a dictionary"
+    model = config.model_config
+    if is_output(model) and read_placement(str(model.model), model.hf_config) is None:
+        return f"{model.model} is an output of reshard, and no manifest there says which experts its slots hold"
     return None
 
 

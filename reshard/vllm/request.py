@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..placement.placement_file import PlacementFile, read_placement_file
 from .hooks import PLACEMENT
-from .outputs import is_output, load_formats, refuse_options
+from .outputs import is_output, load_formats, refuse_options, refuse_worker, worker_fault, worker_of
 from .patching import replace_if_there
 from .served import KEY, NODE_ZIGZAG, ZIGZAG, ServedPlacement, served_file, served_placement, served_strategy
 from .support import VERSIONS, version_fault
@@ -53,6 +53,7 @@ class Model:
     elastic: bool
     transfer: str | None  # backend of weight updates
     eplb: bool = False
+    worker: str = "auto"  # its class
 
 
 def install(module: ModuleType) -> None:
@@ -67,6 +68,7 @@ def _then_resolve(post_init: Callable[..., None]) -> Callable[..., None]:
         if (model := config.model_config) is not None:
             if is_output(model):
                 refuse_options(config, str(model.model))
+            refuse_worker(config)
             resolve_in(config, os.environ)
 
     return __post_init__
@@ -101,10 +103,12 @@ def resolve_in(config: Any, environment: Mapping[str, str]) -> None:
 
 def _refuse_more(config: Any, resolved: ServedPlacement) -> None:
     """Refuse what a resolved placement cannot go with: vLLM copies it to the configuration of a draft or engine."""
-    model = _model_of(config)
-    has_nothing_to_place = model.num_experts == 0 and getattr(config.model_config, "runner_type", None) == "draft"
+    model, is_draft = _model_of(config), getattr(config.model_config, "runner_type", None) == "draft"
+    has_nothing_to_place = model.num_experts == 0 and is_draft
     if not has_nothing_to_place and (fault := _fault(model)):
         raise UnsupportedError(f"{resolved.asked}: {model.name}: {fault}")
+    if not is_draft:  # vLLM 0.26 turns expert parallelism off for drafts, and has none of those kernels
+        _refuse_without_ep(resolved, model)
 
 
 def asked_for(environment: Mapping[str, str], more: Any) -> str | None:
@@ -155,7 +159,22 @@ def resolve(asked: str, model: Model) -> ServedPlacement:
     make = f"make a placement for it with `{_command(model, file.strategy)}`"
     if misfit := _misfit(file, model):
         raise UnsupportedError(f"{asked}: {misfit}; {make}")
-    return served_file(asked, file, model.ep_size, model.num_layers, make)
+    served = served_file(asked, file, model.ep_size, model.num_layers, make)
+    _refuse_without_ep(served, model)
+    return served
+
+
+def _refuse_without_ep(served: ServedPlacement, model: Model) -> None:
+    """UnsupportedError if experts would move, and vLLM may choose decode kernels that route by themselves.
+
+    It chooses those only if expert parallelism is off (`--monokernel`, `decode_backend`, Flint's).
+    """
+    if not model.expert_parallel and not served.is_linear:
+        raise UnsupportedError(
+            f"{served.asked}: {model.name}: this placement moves experts, but expert parallelism is off, and vLLM has "
+            "decode kernels that route by themselves then; add --enable-expert-parallel (on one rank, too), or serve "
+            f"without {VARIABLE}"
+        )
 
 
 def _fault(model: Model) -> str | None:
@@ -185,7 +204,7 @@ def _fault(model: Model) -> str | None:
             0 < model.num_experts < model.ep_size
         ),
     }
-    return next((fault for fault, found in faults.items() if found), None)
+    return next((fault for fault, found in faults.items() if found), None) or worker_fault(model.worker)
 
 
 def _node_zigzag(asked: str, model: Model) -> ServedPlacement:
@@ -242,6 +261,7 @@ def _model_of(config: Any) -> Model:
         elastic=bool(getattr(parallel, "enable_elastic_ep", False)),
         transfer=None if transfer is None else str(transfer.backend),
         eplb=bool(parallel.enable_eplb),
+        worker=worker_of(config),
     )
 
 

@@ -33,3 +33,16 @@ class RoutesItself:
     def supports_monolithic_kernels(self) -> bool:
         """Always False: such a kernel routes by itself, by other groups or to other slots."""
         return False
+
+
+def foreign_part(runner: Any) -> str | None:
+    """The class of the layer, or of a part of it, that another package than vLLM defines; None if vLLM has them all.
+
+    Platform plugins replace such classes, and theirs may route in their own way. Our own subclasses do not count.
+    """
+    experts = runner.routed_experts
+    for part in (runner, runner.router, experts, getattr(experts, "quant_method", experts)):
+        own = next(base for base in type(part).__mro__ if not issubclass(base, RoutesItself))
+        if not own.__module__.startswith("vllm."):
+            return f"{own.__module__}.{own.__qualname__}"
+    return None

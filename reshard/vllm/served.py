@@ -69,6 +69,13 @@ class ServedPlacement(Travelling):
         return str(self["digest"])
 
     @property
+    def is_linear(self) -> bool:
+        """Whether every expert stays where it is without a placement."""
+        orders = self["physical_to_logical"]
+        every = orders.values() if isinstance(orders, dict) else [orders]
+        return all(list(order) == sorted(order) for order in every)
+
+    @property
     def num_layers(self) -> int:
         """Number of layers of the model itself; layers from this number on belong to a draft."""
         return int(self["num_layers"])
@@ -160,6 +167,11 @@ def current_build() -> Build:
 
     config = get_current_vllm_config()
     return Build(config, config.model_config, config.load_config)
+
+
+def is_building() -> bool:
+    """Whether one of vLLM's usual loaders is at work, so that what it loads is checked."""
+    return _build.get() is not None
 
 
 def builds_draft() -> bool:

@@ -27,6 +27,11 @@ def own_files() -> Iterator[None]:
         _own_files_are_read.reset(token)
 
 
+def own_files_are_read() -> bool:
+    """Whether a running model is given such weights now."""
+    return _own_files_are_read.get()
+
+
 def close(model: Any, fault: str) -> None:
     """Make `load_weights` of `model`, and of each module in it, raise UnsupportedError with `fault` from now on."""
     for module in model.modules():

@@ -454,6 +454,20 @@ def test_a_resharded_source_that_lost_its_manifest_is_refused_by_its_config(
     assert not (work / "again").exists()
 
 
+@pytest.mark.parametrize("layout", ["ranks", "source"])
+def test_a_resharded_source_without_groups_that_lost_its_manifest_is_refused_by_its_files(
+    layout: str, src: Path, work: Path
+) -> None:
+    """Nothing told it from an original: resharding it again gave an output whose "original" has other ids."""
+    hostile.config(n_group=1, topk_group=1)(src)
+    succeeds(zigzag(src, work / "out", "--layout", layout))
+    (work / "out" / MANIFEST).unlink()
+    line = error_line(zigzag(work / "out", work / "again"))
+    assert "already resharded" in line
+    assert ".safetensors" in line
+    assert not (work / "again").exists()
+
+
 @pytest.mark.parametrize("ep", [9, 16, 10**30])
 def test_more_ranks_than_experts_are_refused(ep: int, src: Path, work: Path) -> None:
     line = error_line(zigzag(src, work / "out", ep=ep))

@@ -283,11 +283,12 @@ def test_files_are_not_cut_for_sharing_where_it_gains_little(tmp_path: Path) -> 
 
 
 def test_a_source_file_named_like_a_rank_s_is_refused_where_it_would_keep_its_name(tmp_path: Path) -> None:
-    build(Spec("qwen3_moe"), tmp_path / "first")
-    run_well("zigzag", "--src", tmp_path / "first", "--ep", 2, "--out", tmp_path / "named")
     source = tmp_path / "source"
-    shutil.copytree(tmp_path / "named", source)
-    (source / "reshard_manifest.json").unlink()
+    build(Spec("qwen3_moe"), source)
+    index = source / "model.safetensors.index.json"
+    for number, path in enumerate(sorted(source.glob("*.safetensors")), start=1):
+        renamed = path.rename(source / f"model-ep00-of-02-{number:05}-of-00003.safetensors")
+        index.write_text(index.read_text().replace(path.name, renamed.name))
     arguments = ["zigzag", "--src", source, "--ep", 2, "--layout"]
     refused = run(*arguments, "source", "--out", tmp_path / "out")
     assert refused.exit_code == 1

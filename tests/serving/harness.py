@@ -221,6 +221,14 @@ class Serving:
 
         return self._made(f"{output.name}-ranks{ranks}", make)
 
+    def hub(self, output: Path) -> Path:
+        """A copy of an output as vLLM downloads it from the Hub: without the manifest, which holds no weights."""
+
+        def make(directory: Path) -> None:
+            shutil.copytree(output, directory, ignore=shutil.ignore_patterns("reshard_manifest.json"))
+
+        return self._made(f"{output.name}-hub", make)
+
     def edited(self, model: Path, name: str, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
         """A copy of a model, with its config.json changed by `edit`."""
 
@@ -252,7 +260,7 @@ class Serving:
         same call gets the kept answer without starting vLLM again, unless `again` differs.
         """
         llm["tensor_parallel_size"] = ranks
-        if expert_parallel and ranks > 1:
+        if expert_parallel:  # on one rank, too: it changes nothing there, but a placement that moves experts needs it
             llm.update(enable_expert_parallel=True, expert_placement_strategy=placement)
         if stages > 1:
             llm["pipeline_parallel_size"] = stages

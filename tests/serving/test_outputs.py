@@ -56,6 +56,33 @@ def test_a_running_output_takes_weights_that_are_numbered_as_its_own_and_no_othe
         assert "\n" not in found[step]
 
 
+def test_an_output_without_its_manifest_is_known_by_its_files(serving: Serving) -> None:
+    """With --layout source it was served as an original, whose experts have other ids."""
+    hub = serving.hub(serving.resharded(kimi(serving), 2, "source"))
+    steps = ["at first", "reload", "other tensors", "load_weights", "another model"]
+    request = {"other": str(other("Kimi-K2", serving)), "output": str(hub)}
+    found = reloaded(serving, {}, hub, **request, steps=steps)
+    assert found["reload"] == found["at first"]
+    for step in steps[2:]:
+        assert re.match(rf"UnsupportedError: .*{REFUSED[step]}", str(found[step])), (step, found[step])
+    placement = by(random_file(serving, kimi(serving), 1))
+    for environment, fault in (({}, "the running model is an original"), (placement, "renumbered already")):
+        original = reloaded(serving, environment, kimi(serving), **request, steps=["at first", "an output"])
+        assert re.match(rf"UnsupportedError: {hub}: an output of reshard, .*{fault}", original["an output"])
+
+
+def test_adapters_are_refused_and_nothing_is_recorded_for_an_output_without_its_manifest(serving: Serving) -> None:
+    hub = serving.hub(serving.resharded(qwen3(serving), 2, "source"))
+    bad = adapter(serving, "expert-of-hub", {"model.layers.1.mlp.experts.0.gate_proj": (32, 64)})
+    lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["gate_proj"]}
+    trace = {"RESHARD_TRACE": str(serving.directory / "trace-of-hub")}
+    refusal = serving.generate(hub, adapter=bad, environment=trace, **lora)
+    assert refusal.status != 0
+    assert re.search(r"UnsupportedError: .*gate_proj\S* may belong to an expert or a router", refusal.log)
+    assert "nothing is recorded" in refusal.log
+    assert not list(serving.directory.glob("trace-of-hub/*"))
+
+
 def is_tried(step: Any) -> bool:
     """Whether reshard lets weights pass; vLLM's kernels for the CPU cannot take any once they packed the first."""
     return isinstance(step, list) or "Attempted to load weight" in step

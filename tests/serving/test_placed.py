@@ -33,6 +33,7 @@ from test_serving import (
 )
 
 ZIGZAG = {"RESHARD_PLACEMENT": "zigzag"}
+WORKER = {"worker_cls": "other.worker.Worker"}  # as a platform plugin of another package sets it
 
 
 def moe_layers(model: Path) -> tuple[list[str], int]:
@@ -167,8 +168,8 @@ def reloaded(serving: Serving, environment: dict[str, str], model: Path | None =
         "output": str(serving.resharded(source, 2)),
         "prompts": PROMPTS,
         "max_tokens": 8,
-        "llm": {},
         **more,
+        "llm": {"enable_expert_parallel": True, **more.get("llm", {})},
     }
     with serving.slot() as slot:
         first = {**serving.environment(first=slot.number), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -249,12 +250,13 @@ def test_options_that_bypass_a_placement_are_refused_with_one_line_before_any_pr
     copies = random_file(serving, source, 2, "copies", physical_to_logical=[*range(16), 0, 1])
     other_e = random_file(serving, source, 2, "other-e", num_experts=8, layers=[], physical_to_logical=list(range(8)))
     inline = {"reshard": {"placement": "zigzag"}}
+    output, plain = (str(serving.resharded(model, 2)) for model in (source, kimi(serving)))
     cases: dict[str, tuple[str | None, dict[str, Any], str]] = {
         "round robin": ("zigzag", {"expert_placement_strategy": "round_robin"}, "leave that option out"),
         "LoRA": ("zigzag", {"enable_lora": True}, "serve without LoRA"),
         "sharded": ("zigzag", {"load_format": "sharded_state"}, "load format sharded_state does not load experts"),
-        "output": ("zigzag", {"model": str(serving.resharded(source, 2))}, "an output of reshard"),
-        "plain output": ("zigzag", {"model": str(serving.resharded(kimi(serving), 2))}, "an output of reshard"),
+        "output": ("zigzag", {"model": output}, "an output of reshard"),
+        "plain output": ("zigzag", {"model": plain}, "an output of reshard"),
         "no file": ("zigzagg", {}, "no such file; expected zigzag, node-zigzag:M"),
         "no nodes": ("node-zigzag", {}, "expected node-zigzag:M with M nodes"),
         "uneven nodes": ("node-zigzag:3", {}, "2 EP ranks cannot be divided evenly among 3 nodes"),
@@ -265,6 +267,12 @@ def test_options_that_bypass_a_placement_are_refused_with_one_line_before_any_pr
             *(str(random_file(serving, source, 2)), {"enable_expert_parallel": False}),
             "served on 1 .expert parallelism is off",
         ),
+        "EP off, one rank": (
+            *(str(random_file(serving, source, 1)), {"enable_expert_parallel": False}),
+            "this placement moves experts, but expert parallelism is off",
+        ),
+        "another package's worker": ("zigzag", WORKER, "nothing would check what worker class other.worker.Worker"),
+        "an output's": (None, {"model": output, **WORKER}, "with expert groups, and nothing would check what worker"),
         "key": (None, {"additional_config": {"reshard": {"placement": "zigzag", "x": 1}}}, "unknown key 'x'"),
         "shape": (None, {"additional_config": {"reshard": "zigzag"}}, "additional_config.reshard is 'zigzag'"),
         "both": ("node-zigzag:2", {"additional_config": inline}, "give only one, or the same for both"),
@@ -276,8 +284,18 @@ def test_options_that_bypass_a_placement_are_refused_with_one_line_before_any_pr
         "idle": ("zigzag", {"enable_expert_parallel": False}),
         "linear": (None, {}),
     }
+    identity = random_file(serving, source, 1, "identity", layers=[], physical_to_logical=list(range(16)))
+    fine = {
+        "vLLM's worker": ("zigzag", {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}),
+        "plain output, another package's worker": (None, {"model": plain, **WORKER}),
+        "linear, another package's worker": (None, WORKER),
+        "EP on, one rank": (str(random_file(serving, source, 1)), {"tensor_parallel_size": 1}),
+        "EP off, one rank, linear": (str(identity), {"enable_expert_parallel": False}),
+    }
     asked = {name: case[:2] for name, case in cases.items()}
-    found = configured(serving, source, {**asked, **served})
+    found = configured(serving, source, {**asked, **served, **fine})
+    for name in fine:
+        assert isinstance(found[name], list), found[name]
     for name, (_, _, fault) in cases.items():
         assert isinstance(found[name], str), f"{name} was not refused"
         assert re.match(rf"(Unsupported|Checkpoint)Error: .*{fault}", found[name]), found[name]
@@ -314,6 +332,24 @@ def test_ranks_with_different_placements_name_each_other(serving: Serving) -> No
     for rank, ended in enumerate((one, other)):
         assert ended.returncode != 0
         assert re.search(rf"ranks {1 - rank} serve a different placement", ended.stderr), ended.stderr[-4000:]
+
+
+def test_a_weight_cache_builds_no_model_with_a_placement(serving: Serving) -> None:
+    """`vllm preload` skips the checks: a linear engine could have mapped what it held."""
+    code = (
+        "import sys; from types import SimpleNamespace\n"
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "from vllm.config import set_current_vllm_config\n"
+        "from vllm.model_executor.model_loader.weight_cache.daemon import WeightCacheDaemon\n"
+        "config = EngineArgs(model=sys.argv[1], dtype='float32', enforce_eager=True, max_model_len=128,\n"
+        "    attention_backend='CPU_MLA', skip_tokenizer_init=True, enable_expert_parallel=True,\n"
+        "    additional_config={'reshard': {'placement': 'zigzag'}}).create_engine_config()\n"
+        "with set_current_vllm_config(config):\n"
+        "    WeightCacheDaemon.get_model(SimpleNamespace(vllm_config=config, model_config=config.model_config))\n"
+    )
+    ran = serving.python(code, v3(serving))
+    assert ran.returncode != 0
+    assert re.search(r"UnsupportedError: .*vLLM builds this model outside of its usual loaders", ran.stderr)
 
 
 def test_a_placement_is_refused_on_a_vllm_without_a_function_that_the_plugin_replaces(serving: Serving) -> None:

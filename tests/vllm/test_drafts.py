@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from stand_ins import vllms_own
 
 from reshard import UnsupportedError
 from reshard.placement.contract import Contract, contract_to_json, locked_values
 from reshard.placement.permutations import zigzag
 from reshard.vllm import loading, routing
 from reshard.vllm.hooks import ROUTER_ARGUMENTS
+from reshard.vllm.outputs import INDEX
 from reshard.vllm.routing import LogicalOrder
 
 CONFIG = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
@@ -26,6 +28,8 @@ TARGET, DRAFT = (16, 4, 2), (8, 2, 1)
 
 class Chooser:
     """A stand-in for a vLLM router."""
+
+    __module__ = "vllm.stand_in"
 
     def _compute_routing(self, hidden_states: object, logits: torch.Tensor) -> object:
         weights, ids = logits.topk(2, dim=1)
@@ -55,12 +59,14 @@ def model_config(shape: tuple[int, int, int], output: bool, *, draft: bool = Fal
 class Loaded:
     """A model with one MoE layer."""
 
+    __module__ = "vllm.stand_in"
+
     def __init__(self, shape: tuple[int, int, int], create: Callable[..., Any]) -> None:
         _, n_group, topk_group = shape
         self.config = SimpleNamespace(num_hidden_layers=2)
         values = {"use_grouped_topk": True, "num_expert_group": n_group, "topk_group": topk_group}
         self.router = create(**{**dict.fromkeys(ROUTER_ARGUMENTS), **values})
-        self.routed_experts = SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=False))
+        self.routed_experts = vllms_own(quant_method=vllms_own(is_monolithic=False))
 
     def modules(self) -> list[Any]:
         return []
@@ -172,7 +178,7 @@ def test_a_rank_reads_the_files_of_its_drafts_experts(
     said = SimpleNamespace(init_logger=lambda name: logger)
     monkeypatch.setitem(sys.modules, "vllm.logger", said)  # type: ignore[arg-type]
     names = [f"model-ep{rank:02}-of-03-00001-of-00001.safetensors" for rank in range(3)]
-    (tmp_path / "index.json").write_text(json.dumps({"weight_map": {name: name for name in names}}))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {name: name for name in names}}))
     default_loader: Any = SimpleNamespace(filter_duplicate_safetensors_files=lambda files, folder, index: files)
     loading.install_file_choice(default_loader)
     parallel = SimpleNamespace(enable_expert_parallel=True, enable_eplb=False, expert_placement_strategy="linear")
@@ -184,7 +190,7 @@ def test_a_rank_reads_the_files_of_its_drafts_experts(
         config = model_config(shape, True, draft=True, model=tmp_path)
         with loading.building(loading.Build(vllm_config, config, load_config)):
             found = default_loader.filter_duplicate_safetensors_files(
-                [str(tmp_path / name) for name in names], str(tmp_path), "index.json"
+                [str(tmp_path / name) for name in names], str(tmp_path), INDEX
             )
         return [Path(path).name for path in found]
 

@@ -10,15 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from stand_ins import another_packages, vllms_own
 
 from reshard.errors import UnsupportedError
 from reshard.placement.contract import Contract, contract_to_json
 from reshard.placement.permutations import zigzag
 from reshard.vllm import lora, placed, worker
 from reshard.vllm.fused import set_names, understood
+from reshard.vllm.loading import install_check
 from reshard.vllm.lora import touches_experts
-from reshard.vllm.outputs import is_output, note_output, read_placement, refuse_lost_contract, refuse_options
-from reshard.vllm.proof import check_filled
+from reshard.vllm.outputs import (
+    is_output,
+    note_output,
+    read_placement,
+    refuse_lost_contract,
+    refuse_options,
+    refuse_worker,
+)
+from reshard.vllm.placed import Placed
+from reshard.vllm.proof import check_filled, check_kernels
 from reshard.vllm.request import resolve_in
 from reshard.vllm.returned import check_returning, returning
 from reshard.vllm.routing import in_logical_order
@@ -103,6 +113,22 @@ def test_weight_transfer_to_an_output_is_refused(backend: str) -> None:
     config = vllm_config(model_config("out"), weight_transfer_config=SimpleNamespace(backend=backend))
     with pytest.raises(UnsupportedError, match=rf"^out: .*{backend}.*original's numbering; serve the original"):
         refuse_options(config, "out")
+
+
+def test_a_worker_of_another_package_is_refused_for_a_model_or_draft_with_a_contract() -> None:
+    """Nothing would have checked its routers."""
+    limited, plain = model_config("out", expert_placement={}), model_config("plain")
+
+    def config(model: Any, draft: Any, name: str) -> Any:
+        speculative = None if draft is None else SimpleNamespace(draft_model_config=draft)
+        return vllm_config(model, parallel_config=SimpleNamespace(worker_cls=name), speculative_config=speculative)
+
+    for model, draft in ((limited, None), (plain, limited), (limited, plain)):
+        for own in ("auto", "vllm.v1.worker.gpu_worker.Worker", "vllm.v1.worker.xpu_worker.XPUWorker"):
+            refuse_worker(config(model, draft, own))
+        with pytest.raises(UnsupportedError, match=r"^out: .*nothing would check what worker class other\.Worker"):
+            refuse_worker(config(model, draft, "other.Worker"))
+    refuse_worker(config(plain, plain, "other.Worker"))
 
 
 @pytest.mark.parametrize("limited", [True, False])
@@ -254,7 +280,8 @@ def test_options_are_refused_for_a_configuration_that_got_its_placement_from_ano
         model = model_config("m")
         vars(model).update(get_num_experts=lambda: changes.get("experts", 8), runner_type=changes.get("runner"))
         model.get_total_num_hidden_layers = lambda: 3
-        parallel = {"enable_expert_parallel": False, "enable_eplb": False, "expert_placement_strategy": "linear"}
+        parallel = {"enable_expert_parallel": True, "enable_eplb": False, "expert_placement_strategy": "linear"}
+        parallel |= {"data_parallel_size": 1, "tensor_parallel_size": 2, "worker_cls": "auto"}
         return vllm_config(
             model,
             parallel_config=SimpleNamespace(**{**parallel, **changes.get("parallel", {})}),
@@ -266,12 +293,16 @@ def test_options_are_refused_for_a_configuration_that_got_its_placement_from_ano
 
     resolve_in(copy(), {})
     resolve_in(copy(experts=0, runner="draft"), {})
+    resolve_in(copy(parallel={"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}), {})
+    resolve_in(copy(runner="draft", parallel={"enable_expert_parallel": False}), {})
     for changes, fault in (
         ({"lora": object()}, "serve without LoRA"),
         ({"load": "sharded_state"}, "sharded_state does not load"),
         ({"draft_load": SimpleNamespace(load_format="tensorizer")}, "tensorizer does not load"),
         ({"parallel": {"expert_placement_strategy": "round_robin"}}, "leave that option out"),
         ({"experts": 0}, "no experts to place"),
+        ({"parallel": {"enable_expert_parallel": False}}, "moves experts, but expert parallelism is off"),
+        ({"parallel": {"worker_cls": "other.worker.Worker"}}, "what worker class other.worker.Worker serves"),
     ):
         with pytest.raises(UnsupportedError, match=fault):
             resolve_in(copy(**changes), {})
@@ -287,6 +318,51 @@ def test_a_layer_that_its_model_builds_from_parts_of_its_own_is_refused_with_a_l
     for is_draft in (False, True):
         with pytest.raises(UnsupportedError, match=r"layer experts: reshard does not know how it is built.*moe_config"):
             check_filled(model, served, is_draft=is_draft, pipelined=False, dummy=False)
+
+
+def test_a_layer_with_a_part_of_another_packages_is_refused_with_a_placement() -> None:
+    """A platform plugin's class may route in its own way."""
+
+    class Router(Placed, vllms_own):
+        __module__ = "abc"  # as Python says of a class made from vLLM's, which is abstract
+
+    served = served_strategy("zigzag", 1, 8, 2, 3)
+    for make, refused in ((vllms_own, False), (another_packages, True)):
+        experts = vllms_own(quant_method=make(is_monolithic=False), global_num_experts=8)
+        runner = vllms_own(router=Router(), routed_experts=experts)
+        model: Any = SimpleNamespace(named_modules=lambda runner=runner: [("experts", runner)])
+        if not refused:
+            assert check_kernels(model, served, 2) == {"vllms_own"}
+            continue
+        with pytest.raises(UnsupportedError, match=r"layer experts: a part of it is not vLLM's own \(other\."):
+            check_kernels(model, served, 2)
+
+
+def test_a_model_that_is_built_outside_of_vllms_usual_loaders_is_refused() -> None:
+    """`vllm preload` does that: a linear engine could have mapped placed weights."""
+
+    class BaseModelLoader:
+        load_config = SimpleNamespace(load_format="auto")
+
+        def create_model(self, vllm_config: Any, model_config: Any) -> str:
+            return str(module.initialize_model(vllm_config=vllm_config, model_config=model_config))
+
+        def load_model(self, vllm_config: Any, model_config: Any) -> str:
+            return self.create_model(vllm_config, model_config)
+
+    module: Any = SimpleNamespace(
+        BaseModelLoader=BaseModelLoader, initialize_model=lambda vllm_config, model_config: "built"
+    )
+    install_check(module)
+    loader, placed = BaseModelLoader(), {"reshard": served_strategy("zigzag", 1, 8, 2, 3)}
+    original, limited = model_config("m"), model_config("m", expert_placement={})
+    for config in (vllm_config(original, additional_config=placed), vllm_config(limited)):
+        assert loader.load_model(config, config.model_config) == "built"
+        with pytest.raises(UnsupportedError, match=r"^m: its experts are placed, .*outside of its usual loaders"):
+            loader.create_model(config, config.model_config)
+    assert loader.create_model(vllm_config(original), original) == "built", "the control"
+    with pytest.raises(UnsupportedError, match="outside of its usual loaders"):
+        loader.create_model(vllm_config(original), limited)
 
 
 # Adapters

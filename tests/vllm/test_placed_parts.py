@@ -17,6 +17,7 @@ from reshard.placement.placement_file import PlacementFile, encode_placement_fil
 from reshard.vllm import agreement, loading, worker
 from reshard.vllm.agreement import compare, publish
 from reshard.vllm.eplb import place, with_copies
+from reshard.vllm.outputs import INDEX
 from reshard.vllm.placed import ExpertPlace
 from reshard.vllm.placed_weights import Filling, install
 from reshard.vllm.request import Model, asked_for, resolve
@@ -415,7 +416,7 @@ def test_a_model_with_a_placement_reads_no_output_whatever_names_it(
     logger = SimpleNamespace(init_logger=lambda name: None)
     monkeypatch.setitem(sys.modules, "vllm.logger", logger)  # type: ignore[arg-type]
     monkeypatch.setattr(worker, "_proved", [])
-    assert module.filter_duplicate_safetensors_files(["a"], str(tmp_path), "index") == ["a"], "the control"
+    assert module.filter_duplicate_safetensors_files(["a"], str(tmp_path), INDEX) == ["a"], "the control"
     worker.mark_proved(served_strategy("zigzag", 1, 8, 2, 3))
     with pytest.raises(UnsupportedError, match="an output of reshard"):
-        module.filter_duplicate_safetensors_files(["a"], str(tmp_path), "index")
+        module.filter_duplicate_safetensors_files(["a"], str(tmp_path), INDEX)

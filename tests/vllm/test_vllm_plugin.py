@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from stand_ins import another_packages, vllms_own
 
 from reshard import CheckpointError, OutputError, UnsupportedError
 from reshard.placement.contract import Contract, contract_from_json, contract_to_json, lock_config, locked_values
@@ -31,6 +32,7 @@ from reshard.vllm.loading import (
     needed_ranks,
     placement_warnings,
 )
+from reshard.vllm.outputs import INDEX
 from reshard.vllm.patching import replace_once
 from reshard.vllm.routing import current_contract, in_logical_order, placement_of
 
@@ -275,6 +277,8 @@ def test_a_rank_reads_all_files_if_it_may_need_any_expert(
 class Chooser:
     """A stand-in for a vLLM router."""
 
+    __module__ = "vllm.stand_in"
+
     def _compute_routing(self, hidden_states: object, logits: torch.Tensor, indices_type: object = None) -> object:
         weights, ids = logits.topk(2, dim=1)
         return weights, ids.int()
@@ -394,13 +398,13 @@ def test_round_robin_on_top_of_an_output_is_refused_when_its_files_are_chosen(
     )
     vllm_config.model_config.get_num_experts = lambda: 8
     files = [str(tmp_path / Path(name).name) for name in NAMED]
-    (tmp_path / "index.json").write_text(json.dumps({"weight_map": {name: Path(name).name for name in files}}))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {name: Path(name).name for name in files}}))
     module = SimpleNamespace(filter_duplicate_safetensors_files=lambda files, folder, index: files)
     install_file_choice(module)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match=r"place them once more, and some kernels answer wrongly.*leave that"):
-        module.filter_duplicate_safetensors_files(files, str(tmp_path), "index.json")
+        module.filter_duplicate_safetensors_files(files, str(tmp_path), INDEX)
     vllm_config.parallel_config.expert_placement_strategy = "linear"
-    assert sorted(module.filter_duplicate_safetensors_files(files, str(tmp_path), "index.json")) == sorted(files)
+    assert sorted(module.filter_duplicate_safetensors_files(files, str(tmp_path), INDEX)) == sorted(files)
 
 
 @pytest.mark.parametrize(
@@ -443,19 +447,35 @@ def test_the_check_after_loading_refuses_every_layer_that_does_not_route_by_the_
         module = next(iter(vars(module).values()))
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.fused_moe.layer", layer)  # type: ignore[arg-type]
 
-    def runner(router: object, monolithic: bool) -> SimpleNamespace:
-        method = SimpleNamespace(is_monolithic=monolithic)
-        return SimpleNamespace(router=router, routed_experts=SimpleNamespace(quant_method=method))
+    def runner(router: object, monolithic: bool = False) -> SimpleNamespace:
+        method = vllms_own(is_monolithic=monolithic)
+        return vllms_own(router=router, routed_experts=vllms_own(quant_method=method))
 
     def model(*runners: SimpleNamespace) -> SimpleNamespace:
         modules = [(f"model.layers.{number}.mlp.experts", module) for number, module in enumerate(runners)]
         return SimpleNamespace(named_modules=lambda: modules, config=SimpleNamespace(num_hidden_layers=2))
 
-    check_model(model(runner(exact, False)), contract(), is_draft=False, pipelined=False)
+    good, method = runner(exact), another_packages(is_monolithic=False)
+    foreign = (  # as another package's platform plugin puts its classes in the place of vLLM's
+        another_packages(**vars(good)),
+        runner(another_packages()),
+        vllms_own(router=exact, routed_experts=another_packages(**vars(good.routed_experts))),
+        vllms_own(router=exact, routed_experts=vllms_own(quant_method=method)),
+    )
+    check_model(model(good), contract(), is_draft=False)
     for bad, fault in (
-        (model(runner(Chooser(), False)), "does not route by the contract"),
-        (model(runner(exact, True)), "lets its kernel .* route"),
+        (model(runner(Chooser())), "does not route by the contract"),
+        (model(runner(exact, monolithic=True)), "lets its kernel .* route"),
         (model(), "only 0 of its 1 MoE layers"),
+        *((model(layer), r"a part that is not vLLM's own \(other\.") for layer in foreign),
     ):
         with pytest.raises(UnsupportedError, match=f"{fault}.*reshard restore"):
-            check_model(bad, contract(), is_draft=False, pipelined=False)
+            check_model(bad, contract(), is_draft=False)
+    layers = {f"model.layers.{number}.mlp": zigzag(8, 2) for number in (1, 2, 3)}
+    for stage, expected in ((range(2), 1), (range(2, 4), 2), (range(1), 0)):
+        check_model(model(*[runner(exact)] * expected), contract(layers), is_draft=False, stage=stage)
+        if expected:
+            with pytest.raises(UnsupportedError, match=f"only {expected - 1} of its {expected} MoE layers"):
+                check_model(model(*[runner(exact)] * (expected - 1)), contract(layers), is_draft=False, stage=stage)
+    with pytest.raises(UnsupportedError, match="only 0 of its 1 MoE layers"):
+        check_model(model(), contract(layers), is_draft=True, stage=range(1))
