@@ -5,10 +5,10 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 SERVING := tests/serving
 
-.PHONY: help setup demo test test-fast test-gpu lint types stress bench clean
+.PHONY: help setup demo test test-fast test-gpu check-vllm lint types stress bench clean
 
 help: ## list these targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: .venv/.ready ## build the environment in .venv
 
@@ -45,6 +45,9 @@ stress: setup ## long versions of the randomized tests: crashes, power cuts, ran
 
 test-gpu: ## tests with real vLLM on one GPU (needs vLLM, pytest, this package's requirements and 70 GB of disk)
 	$(PYTHON) -m pytest -o addopts= -rA -q tests/gpu
+
+check-vllm: setup ## do the plugin's hooks fit a vLLM? VERSION=x.y.z, by default the newest (downloads 0.4 GB)
+	$(BIN)/python tools/check_vllm.py $(VERSION)
 
 lint: setup
 	$(BIN)/ruff check .

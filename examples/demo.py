@@ -32,7 +32,7 @@ def main() -> None:
 
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, resharded))
     print("\nconfig.json changes, so that no engine loads the output and routes it wrongly:")
-    for key in ("model_type", "architectures", "auto_map"):
+    for key in ("model_type", "architectures", "auto_map", "n_group", "topk_group"):
         print(f"  {key:14} {json.dumps(before[key])[:42]:44} -> {json.dumps(after.get(key))}")
     contract = json.dumps(after["expert_placement"])
     print(f"  expert_placement: {contract[:90]}…")

@@ -20,13 +20,12 @@ from .options import json_option, make_strategy, quiet_option, strategy_options
 from .progress import layer_bar
 from .render import (
     describe_export,
-    describe_inspection,
     describe_serving,
-    describe_trace,
     fail,
     print_report,
     serve_commands,
 )
+from .render_look import describe_inspection, describe_trace
 
 FITTED_SHARE = 0.5  # of a trace: analyze makes balanced placements from it, and measures them on the rest
 

@@ -11,12 +11,12 @@ import click
 
 from .. import __version__
 from ..checkpoint.directory import CONFIG, INDEX
-from ..commands.place import plan_placement, write_resharding
+from ..commands.place import plan_placement, room_for, write_resharding
 from ..commands.restore import restore
 from ..commands.stage import plan_stage, write_staging
 from ..commands.verify import verify
 from ..errors import ReshardError
-from ..execute.run import needed_space, refuse_out, shareable_size
+from ..execute.ready import shareable_size
 from ..placement.strategies import STRATEGIES, Linear, Options, Strategy, Zigzag
 from ..plan.files import Digests
 from ..plan.sharing import Reflink
@@ -37,20 +37,17 @@ from .options import (
 )
 from .progress import bar
 from .render import (
-    bytes_text,
     describe_checks,
     describe_outcome,
     describe_plan,
+    describe_restoring,
     describe_staging,
     describe_verification,
     fail,
     outcome_json,
     plan_json,
     print_report,
-    resumed_lines,
     serve_command,
-    sharing_lines,
-    time_text,
 )
 
 EXIT_INTERRUPTED = 130
@@ -141,12 +138,13 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         digests=Digests(options.digests) if options.digests else None,
         allow_holes=options.allow_holes,
         check_source=options.check_source,
+        restart=options.restart,
     )
     if options.dry_run:
-        refuse_out(resharding.plan, out)
-        shareable, needed = shareable_size(resharding.plan), needed_space(resharding.plan)
-        report = {**plan_json(resharding, out), "shareable": shareable, "needed": needed}
-        print_report(report, describe_plan(resharding, out, shareable, needed), options.quiet, options.as_json)
+        room, shareable = room_for(resharding, out, restart=options.restart), shareable_size(resharding.plan)
+        report = {**plan_json(resharding, out), "shareable": shareable, "needed": room.needed, "free": room.free}
+        print_report(report, describe_plan(resharding, out, shareable, room), options.quiet, options.as_json)
+        room.check(out)
         return
     if checks := [] if options.quiet else describe_checks(resharding):
         click.echo("\n".join(checks), err=True)
@@ -177,10 +175,10 @@ def verify_command(
     with bar("verify", total, quiet or as_json) as progress:
         verification = verify(out, src, quick=quick, allow_holes=allow_holes, workers=workers, progress=progress)
     report = {**asdict(verification), "out": str(out), "sound": not verification.problems}
-    print_report(report, describe_verification(verification, src, quick), quiet, as_json)
-    if verification.problems:
-        first, others = verification.problems[0], len(verification.problems) - 1
-        fail(f"{first} (and {others} more problems)" if others else first, 1)
+    silent = quiet and not verification.problems
+    print_report(report, describe_verification(verification, src, quick), silent, as_json)
+    if count := len(verification.problems):
+        fail(f"{out}: {count} problem{'s' * (count > 1)} found; see the standard output", 1)
 
 
 @main.command("stage")
@@ -233,13 +231,9 @@ def restore_command(
     total = sum(file.size for file in source.files if file.name not in (INDEX, CONFIG))
     with bar("restore", total, quiet or as_json) as progress:
         outcome = restore(resharded, out, reflink=reflink, restart=restart, workers=workers, progress=progress)
-    lines = [
-        *resumed_lines(outcome),
-        f"restored {outcome.files} files, {bytes_text(outcome.size)}, to {out} in {time_text(outcome.seconds)}",
-        *sharing_lines(outcome, resharded),
-        *[f"note: the output never had {name} of the source" for name in source.left_out],
-    ]
-    print_report(outcome_json(outcome), lines, quiet, as_json)
+    done = describe_restoring(outcome, resharded)
+    done += [f"note: the output never had {name} of the source" for name in source.left_out]
+    print_report(outcome_json(outcome), done, quiet, as_json)
 
 
 for _command in (inspect_command, analyze_command, export_command, trace_group):

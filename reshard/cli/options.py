@@ -51,12 +51,14 @@ reflink_option = click.option(
     show_default=True,
     help="Share disk blocks instead of copying them, if the file system can (XFS, Btrfs).",
 )
-restart_option = click.option("--restart", is_flag=True, help="Discard what an interrupted run left, and start over.")
+restart_option = click.option(
+    "--restart", is_flag=True, help="Discard what an interrupted run left, or what this command wrote, and start over."
+)
 out_option = click.option(
     "--out",
     required=True,
     type=click.Path(path_type=Path),
-    help="Directory to write; must be absent or empty, or hold an interrupted run.",
+    help="Directory to write; must be absent or empty, or hold an interrupted or finished run of the same command.",
 )
 
 
@@ -94,7 +96,9 @@ check_source_option = click.option(
     help="Compare SRC with the checksums that it was downloaded by (Hugging Face cache, or hf download --local-dir): "
     "while copying, with --layout source; otherwise in a read of its own, before anything is written.",
 )
-dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Print the plan and write nothing; fail where the run would fail before it writes."
+)
 
 
 def strategy_options(command: Callable[..., None]) -> Callable[..., None]:

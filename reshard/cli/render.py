@@ -11,12 +11,11 @@ from typing import Any, NoReturn
 import click
 
 from ..commands.export import Export
-from ..commands.inspect import Inspection
 from ..commands.resharding import Resharding
 from ..commands.stage import Staging
-from ..commands.trace_info import TraceInfo
 from ..commands.verify import Verification
-from ..execute.destination import SPARE_SPACE, free_space
+from ..execute.destination import free_space
+from ..execute.ready import Room
 from ..execute.run import Outcome
 from ..model.routing import why_plugin
 from ..placement.permutations import describe_ranks
@@ -24,6 +23,7 @@ from ..placement.strategies import STRATEGIES, Linear, NodeZigzag, Options, Zigz
 from ..traffic.analysis import Analysis
 
 MAX_LINE = 1600  # characters of an error message
+QUICKLY_CHECKED = "its sizes, headers, index and configs are right, and no tensor was read; --restart writes it anew"
 
 
 def print_report(report: dict[str, Any], lines: list[str], quiet: bool, as_json: bool) -> None:
@@ -36,11 +36,13 @@ def print_report(report: dict[str, Any], lines: list[str], quiet: bool, as_json:
 
 def fail(message: str, status: int) -> NoReturn:
     """Print `message` as one printable line of bounded length, whatever names it quotes, and exit."""
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(message.split()))
-    if len(line) > MAX_LINE:
-        line = f"{line[: MAX_LINE // 2]} […] {line[-MAX_LINE // 2 :]}"
-    click.echo(f"reshard: error: {line}", err=True)
+    click.echo(f"reshard: error: {_one_line(message)}", err=True)
     sys.exit(status)
+
+
+def _one_line(message: str) -> str:
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(message.split()))
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} […] {line[-MAX_LINE // 2 :]}"
 
 
 def plan_json(resharding: Resharding, out: Path) -> dict[str, Any]:
@@ -77,10 +79,12 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
     return {
         "out": str(outcome.out),
         "size": outcome.size,
-        "shared": outcome.shared,
+        "shared": None if outcome.already_complete else outcome.shared,
         "undigested_tensors": outcome.undigested,
         "seconds": round(outcome.seconds, 3),
         "resumed_files": outcome.resumed,
+        "already_complete": outcome.already_complete,
+        "file_system_notes": outcome.notes,
     }
 
 
@@ -122,7 +126,7 @@ def describe_serving(commands: dict[str, list[str]]) -> list[str]:
     return [*lines, *(f"  {name:14}{command}" for name, found in commands.items() for command in found)]
 
 
-def describe_plan(resharding: Resharding, out: Path, shareable: int, needed: int) -> list[str]:
+def describe_plan(resharding: Resharding, out: Path, shareable: int, room: Room) -> list[str]:
     """The lines of `--dry-run`. Sizes are in bytes."""
     lines = [*_describe_model(resharding), *describe_checks(resharding), f"would write to {out}:"]
     groups: dict[str, list[int]] = {}
@@ -134,13 +138,13 @@ def describe_plan(resharding: Resharding, out: Path, shareable: int, needed: int
             counts[index] += count
     for label, (files, tensors, size) in groups.items():
         lines.append(f"  {label:22} {files:5} files {tensors:7} tensors {bytes_text(size):>10}")
-    size, free = resharding.plan.size, free_space(out) - SPARE_SPACE
+    size = resharding.plan.size
     lines.append(f"  {'total':22} {len(resharding.plan.files):5} files {'':15} {bytes_text(size):>10}")
     sharing = resharding.plan.sharing
     why = f"  ({sharing.why_not})" if sharing.why_not else ""
     lines.append(f"  {'shared disk blocks':22} {'':27} {bytes_text(shareable):>10}{why}")
-    lines.append(f"  {'space needed':22} {'':27} {bytes_text(needed):>10}")
-    lines.append(f"  {'space free':22} {'':27} {bytes_text(free):>10}" + ("" if free >= needed else "  NOT ENOUGH"))
+    lines.append(f"  {'space needed':22} {'':27} {bytes_text(room.needed):>10}")
+    lines.append(f"  {'space free':22} {'':27} {bytes_text(room.free):>10}" + "  NOT ENOUGH" * (not room.enough))
     return lines
 
 
@@ -179,13 +183,11 @@ def describe_checks(resharding: Resharding) -> list[str]:
 
 def describe_outcome(resharding: Resharding, outcome: Outcome) -> list[str]:
     """The lines of `zigzag` and `place`."""
+    root = resharding.checkpoint.root
     return [
-        *resumed_lines(outcome),
         *_describe_model(resharding),
-        f"wrote {outcome.files} files, {bytes_text(outcome.size)}, to {outcome.out} in {time_text(outcome.seconds)}",
-        *sharing_lines(outcome, resharding.checkpoint.root),
-        f"check it:  reshard verify {shlex.quote(str(outcome.out))} --src "
-        f"{shlex.quote(str(resharding.checkpoint.root))}",
+        *_done_lines(outcome, "wrote", root, QUICKLY_CHECKED),
+        f"check it:  reshard verify {shlex.quote(str(outcome.out))} --src {shlex.quote(str(root))}",
         _serve_line(resharding, outcome.out),
     ]
 
@@ -195,12 +197,28 @@ def describe_staging(staging: Staging, outcome: Outcome) -> list[str]:
     ranks = staging.manifest.staged_ranks
     what = "" if ranks is None else f"EP ranks {describe_ranks(ranks)} of {staging.manifest.ep_size}: "
     return [
-        *resumed_lines(outcome),
         *(f"note: {note}" for note in staging.notes),
-        f"staged {what}{outcome.files} files, {bytes_text(outcome.size)}, to {outcome.out} in "
-        f"{time_text(outcome.seconds)}",
-        *sharing_lines(outcome, staging.plan.source),
+        *_done_lines(outcome, f"staged {what}".rstrip(), staging.plan.source, QUICKLY_CHECKED),
         f"check it:  reshard verify {shlex.quote(str(outcome.out))}",
+    ]
+
+
+def describe_restoring(outcome: Outcome, resharded: Path) -> list[str]:
+    """The lines of `restore`."""
+    return _done_lines(outcome, "restored", resharded, "every byte is what restore would write")
+
+
+def _done_lines(outcome: Outcome, done: str, source: Path, checked: str) -> list[str]:
+    """What a run wrote, and what it resumed, shared and noted; or that all was there, and what was `checked`."""
+    what = f"{outcome.files} files, {bytes_text(outcome.size)}"
+    if outcome.already_complete:
+        return [f"already complete: {outcome.out} has all {what}; {checked}; nothing was written"]
+    resumed = f"resumed an interrupted run: {outcome.resumed} files were already complete"
+    return [
+        *[resumed] * bool(outcome.resumed),
+        *(f"note: {note}" for note in outcome.notes),
+        f"{done} {what}, to {outcome.out} in {time_text(outcome.seconds)}",
+        *_sharing_lines(outcome, source),
     ]
 
 
@@ -209,14 +227,7 @@ def _serve_line(resharding: Resharding, out: Path) -> str:
     return f"serve it{where}:  {serve_command(out, resharding.ep_size)}"
 
 
-def resumed_lines(outcome: Outcome) -> list[str]:
-    """A line that says how many files an interrupted run had finished, if there was one."""
-    if not outcome.resumed:
-        return []
-    return [f"resumed an interrupted run: {outcome.resumed} files were already complete"]
-
-
-def sharing_lines(outcome: Outcome, source: Path) -> list[str]:
+def _sharing_lines(outcome: Outcome, source: Path) -> list[str]:
     """How much is shared with the source or why nothing is, and how many tensors have no digest."""
     if outcome.why_not_shared:
         lines = [f"copied: {outcome.why_not_shared}"]
@@ -247,7 +258,7 @@ def describe_verification(verification: Verification, src: str | None, quick: bo
         f"{bytes_text(verification.size)} in {time_text(verification.seconds)}"
     ]
     if verification.problems:
-        return [*lines, *(f"problem: {problem}" for problem in verification.problems[1:])]
+        return [*lines, *(f"problem: {_one_line(problem)}" for problem in verification.problems)]
     if quick:
         lines.append("sizes, headers, index and configs are what was written; no tensor was read")
     elif verification.unread and verification.routers is None:
@@ -271,47 +282,6 @@ def describe_verification(verification: Verification, src: str | None, quick: bo
     return lines
 
 
-def describe_inspection(inspection: Inspection) -> list[str]:
-    """The lines of `inspect`."""
-    groups = (
-        f", {inspection.n_group} groups, {inspection.topk_group} chosen"
-        if inspection.n_group > 1
-        else ", no expert groups"
-    )
-    layers = inspection.moe_layers
-    rest = inspection.size - inspection.expert_size - inspection.router_size
-    lines = [
-        f"{inspection.path}: {'resharded ' if inspection.resharded else ''}{inspection.family} "
-        f"({inspection.model_type})",
-        f"  MoE layers   {len(layers)}: {layers[0]} … {layers[-1]}",
-        f"  routing      {inspection.num_experts} experts, top {inspection.top_k}, {inspection.scoring}{groups}",
-        f"  tensors      {inspection.tensors} in {inspection.files} files, {bytes_text(inspection.size)}",
-        f"    experts    {bytes_text(inspection.expert_size)}",
-        f"    routers    {bytes_text(inspection.router_size)}",
-        f"    the rest   {bytes_text(rest)}",
-    ]
-    lines.append(f"  plugin       {inspection.plugin}")
-    lines += [f"  note         {note}" for note in inspection.notes]
-    if inspection.ep_size is None:
-        return lines
-    lines.append(f"  placement    {inspection.strategy} for {inspection.ep_size} EP ranks" + _uniformity(inspection))
-    if inspection.staged_ranks is not None:
-        here = describe_ranks(inspection.staged_ranks)
-        lines.append(f"  staged       EP ranks {here}; the other ranks' files are not here")
-    lines.append("    rank   expert bytes   logical experts, in physical order")
-    for rank in inspection.ranks:
-        experts = " ".join(map(str, rank.experts))
-        lines.append(f"    {rank.rank:4}   {bytes_text(rank.size):>12}   {experts}")
-    if not inspection.resharded:
-        command = serve_command(inspection.path, inspection.ep_size, inspection.strategy)
-        lines.append(f"  serve it so, with nothing rewritten:  {command}")
-    return lines
-
-
-def _uniformity(inspection: Inspection) -> str:
-    return ", the same in every layer" if inspection.uniform else f"; layers differ, this is {inspection.moe_layers[0]}"
-
-
 def bytes_text(size: int) -> str:
     """A number of bytes, such as 83.2 GB."""
     for exponent, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "KB")):
@@ -327,22 +297,3 @@ def time_text(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
-
-
-def describe_trace(info: TraceInfo) -> list[str]:
-    """The lines of `reshard trace info`."""
-    lines = [f"{info.path}: {info.tokens} tokens in {len(info.streams)} recordings"]
-    for stream in info.streams:
-        experts = f" of {stream.num_experts}" if stream.num_experts else ""
-        lines += [
-            f"  {stream.where}",
-            f"    recorded by {stream.by}",
-            f"    {stream.tokens} tokens, {len(stream.busiest)} MoE layers, top {stream.top_k}{experts} experts",
-        ]
-        if stream.busiest:
-            layer, highest = max(stream.busiest.items(), key=lambda item: item[1])
-            median = sorted(stream.busiest.values())[len(stream.busiest) // 2]
-            lines.append(
-                f"    busiest expert over mean: {median:.2f} in the median layer, at most {highest:.2f} ({layer})"
-            )
-    return lines

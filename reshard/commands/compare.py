@@ -56,16 +56,17 @@ def compare_files(source: Original, manifest: Manifest) -> list[str]:
         f"{checkpoint.root / name}: in the source or in {MANIFEST}, but not in both"
         for name in sorted(recorded.keys() ^ checkpoint.files.keys())
     ]
-    for name in sorted(recorded.keys() & checkpoint.files.keys()):
-        file = recorded[name]
-        if file.header is not None:
-            same = name in checkpoint.shards and unpack(file.header) == checkpoint.shards[name].raw
-        elif file.content is not None:
-            same = unpack(file.content) == (checkpoint.root / name).read_bytes()
-        else:
-            same = blake3().update_mmap(checkpoint.root / name).hexdigest() == digests.get(name)
-        if not same:
-            problems.append(f"{checkpoint.root / name}: differs from the file that the output was made from")
+    with SourceFiles(checkpoint.root, checkpoint.files).open() as opened:
+        for name in sorted(recorded.keys() & checkpoint.files.keys()):
+            file = recorded[name]
+            if file.header is not None:
+                same = name in checkpoint.shards and unpack(file.header) == checkpoint.shards[name].raw
+            elif file.content is not None:
+                same = unpack(file.content) == (checkpoint.root / name).read_bytes()
+            else:
+                same = opened.digest_file(name) == digests.get(name)
+            if not same:
+                problems.append(f"{checkpoint.root / name}: differs from the file that the output was made from")
     return problems
 
 

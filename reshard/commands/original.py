@@ -100,6 +100,13 @@ def check_ep_size(ep_size: int, original: Original) -> None:
         )
 
 
+def check_strategy(strategy: Strategy, original: Original) -> None:
+    """OutputError unless `strategy` is one, for a number of ranks that experts can be dealt to."""
+    if not isinstance(strategy, Strategy):
+        raise OutputError(f"{original.root}: expected a strategy such as Zigzag(8), found {strategy!r:.80}")
+    check_ep_size(strategy.ep_size, original)
+
+
 def place_experts(original: Original, strategy: Strategy) -> Placed:
     """Load what `strategy` works from, let it place the experts of `original`, and check the placement.
 
@@ -109,9 +116,7 @@ def place_experts(original: Original, strategy: Strategy) -> Placed:
         TraceError: its trace cannot be read, or is another model's
 
     """
-    if not isinstance(strategy, Strategy):
-        raise OutputError(f"{original.root}: expected a strategy such as Zigzag(8), found {strategy!r:.80}")
-    check_ep_size(strategy.ep_size, original)
+    check_strategy(strategy, original)
     shape = original.shape
     match strategy:
         case Balanced():

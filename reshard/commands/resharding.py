@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from .._version import __version__
 from ..arguments import check_one_of, check_whole
@@ -16,11 +17,20 @@ from ..checkpoint.source import identify
 from ..errors import CheckpointError, OutputError
 from ..model.config_ids import map_config_files
 from ..model.layers import MoeModel
-from ..placement.contract import LOCKED_KEYS, Contract, contract_to_json, lock_config, placement_to_json
+from ..placement.contract import Contract, contract_to_json, lock_config, locked_values, placement_to_json
 from ..placement.permutations import Placement
 from ..placement.strategies import Placed, check_placement
 from ..plan.extents import shareable
-from ..plan.files import Digests, OutputFile, Plan, assign_checksums, literal_file, plan_index, whole_file
+from ..plan.files import (
+    Digests,
+    OutputFile,
+    Plan,
+    assign_checksums,
+    fingerprint,
+    literal_file,
+    plan_index,
+    whole_file,
+)
 from ..plan.layouts import as_source, by_rank, why_not_shared
 from ..plan.sharing import NOTHING_SHARED, Sharing
 from ..record.manifest import (
@@ -96,9 +106,11 @@ class Resharding:
 
 
 def plan_resharding(
-    original: Original, strategy: str, ep_size: int, placed: Placed, writing: Writing | None = None
+    original: Original, strategy: str, ep_size: int, placed: Placed, writing: Writing | None = None, request: str = ""
 ) -> Resharding:
     """Decide how `original` is rewritten for the placement `placed` on `ep_size` ranks; `strategy` names its maker.
+
+    `request` has the strategy's options if these may give another placement later.
 
     Raises:
         CheckpointError: the original has files that only an output has, or an adapter for its experts
@@ -112,8 +124,8 @@ def plan_resharding(
     check_placement(placement, original.shape)
     contract = None
     if model.routing.group_limited:
-        locked = {key: checkpoint.config[key] for key in LOCKED_KEYS if key in checkpoint.config}
-        contract = Contract(strategy, ep_size, model.routing.n_group, model.routing.topk_group, placement, locked)
+        groups = model.routing.n_group, model.routing.topk_group
+        contract = Contract(strategy, ep_size, *groups, placement, locked_values(checkpoint.config))
     weights, sharing = _weights(original, placement, ep_size, writing)
     _refuse_collisions(checkpoint, weights)
     refuse_adapters(checkpoint)
@@ -143,6 +155,8 @@ def plan_resharding(
             files=files,
             last=(MANIFEST, INDEX, CONFIG),
             checksums=read_first,
+            request=request,
+            placement=placement if request else None,
         ),
         index=rewritten[INDEX],
         config=rewritten.get(CONFIG) or (checkpoint.root / CONFIG).read_bytes(),
@@ -206,7 +220,7 @@ def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:
     checkpoint, model, routing = resharding.checkpoint, resharding.model, resharding.model.routing
     identity = identify(checkpoint.root)
     source = Source(
-        path=os.fsencode(checkpoint.root.absolute()).decode(errors="replace"),
+        path=path_text(checkpoint.root),
         repo_id=identity.repo_id,
         revision=identity.revision,
         files=[_source_file(resharding, name) for name in checkpoint.files],
@@ -237,8 +251,14 @@ def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:
         moe_layers=layers,
         source=source,
         files=records,
+        fingerprint=fingerprint(resharding.plan),
         digest="",
     )
+
+
+def path_text(path: Path) -> str:
+    """A path as a manifest has it."""
+    return os.fsencode(path.absolute()).decode(errors="replace")
 
 
 def _source_file(resharding: Resharding, name: str) -> SourceFile:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from blake3 import blake3
 
 from ..checkpoint.directory import CONFIG, INDEX
 from ..checkpoint.header import Header, Tensor, parse_header, read_header
-from ..errors import IntegrityError
+from ..errors import IntegrityError, OutputError, ReshardError
+from ..execute.destination import JOURNAL
 from ..execute.fill import Progress
+from ..execute.ready import refuse_out
 from ..execute.reflink import find_sharing
-from ..execute.run import Outcome, refuse_out, run
+from ..execute.run import Outcome, default_workers, run
 from ..execute.sources import SourceFiles
 from ..model.names import renumber
 from ..placement.permutations import describe_ranks, invert
@@ -31,6 +35,8 @@ from ..plan.files import (
 )
 from ..plan.sharing import Reflink
 from ..record.manifest import MANIFEST, FileRecord, Manifest, SourceFile, find_files, read_manifest, unpack
+from .compare import compare_files, compare_tensors
+from .original import read_original
 
 MIN_BLOCK_SIZE = 512  # bytes; XFS allows blocks as small as this
 
@@ -47,10 +53,12 @@ def restore(
     """Rebuild in `out` the source that the output `resharded` was made from: the same files, bytes and sub-folders.
 
     Checks every byte taken from `resharded` against the manifest's digests, if it has them. Shares disk blocks if the
-    file system can and `reflink` allows it. Call it again to resume after an interruption; `restart` starts over. Calls
-    `progress` with the number of bytes just done. Raises IntegrityError if `resharded` is damaged or incomplete, and
-    OutputError if `out` is refused or cannot be written.
+    file system can and `reflink` allows it. Call it again to resume after an interruption; `restart` starts over. If
+    all is done, it is compared with `resharded`, byte by byte, because nothing but its bytes tells what was restored.
+    Calls `progress` with the number of bytes just done. Raises IntegrityError if `resharded` is damaged or incomplete,
+    and OutputError if `out` is refused or cannot be written.
     """
+    started = time.monotonic()
     root = Path(resharded)
     manifest = read_manifest(root)
     if manifest.staged_ranks is not None:
@@ -75,9 +83,49 @@ def restore(
         restoration.check(records)
         return last
 
+    if not restart and _has_all_files(Path(out), manifest):
+        _refuse_different(Path(out), root, manifest, workers, progress)
+        return Outcome(
+            out=Path(out),
+            files=len(files),
+            size=sum(file.size for file in files),
+            shared=0,
+            why_not_shared="",
+            undigested=0,
+            seconds=time.monotonic() - started,
+            resumed=len(files),
+            already_complete=True,
+        )
     refuse_out(plan, Path(out))
     restoration.check_rewritten()
     return run(plan, Path(out), finish, restart=restart, workers=workers, progress=progress)
+
+
+def _has_all_files(out: Path, manifest: Manifest) -> bool:
+    """Whether `out` is no unfinished run, and has every file, of the right size, and folder of the source."""
+    if (out / JOURNAL).exists():
+        return False
+    paths = [(out / file.name, file.size) for file in manifest.source.files]
+    folders = [out / folder for folder in manifest.source.directories]
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths) and all(
+        folder.is_dir() for folder in folders
+    )
+
+
+def _refuse_different(out: Path, root: Path, manifest: Manifest, workers: int | None, progress: Progress) -> None:
+    """OutputError unless every file in `out` is, byte for byte, the one that the output `root` was made from."""
+    try:
+        source = read_original(out)
+        problems = compare_files(source, manifest)
+        if not problems:
+            with ThreadPoolExecutor(workers or default_workers(), thread_name_prefix="reshard") as pool:
+                problems = compare_tensors(source, root, manifest, pool, progress)
+    except ReshardError as error:
+        problems = [str(error)]
+    if problems:
+        raise OutputError(
+            f"{out}: not empty, and not what restore would write: {problems[0]}; choose another --out or empty it"
+        )
 
 
 class _Restoration:

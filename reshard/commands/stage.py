@@ -25,6 +25,7 @@ from ..placement.permutations import describe_ranks
 from ..plan.files import Digests, OutputFile, Part, Plan, Range, literal_file, whole_file
 from ..plan.sharing import Reflink
 from ..record.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, find_files, read_manifest
+from .earlier import already_complete, finished_output, names_of, refuse_other
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def plan_stage(out: str | Path, ranks: Iterable[int], dest: str | Path, *, refli
     _refuse_ranks(root, manifest, wanted)
     records = manifest.files_for(wanted)
     found = find_files(root, records)
-    headers = {record.name: read_header(root / record.name) for record in records if record.tensors}
+    headers = {record.name: _read_header(root, record) for record in records if record.tensors}
     staged = wanted if len(records) < len(manifest.files) else None
     plan = Plan(
         source=root,
@@ -88,9 +89,9 @@ def stage(
 ) -> Outcome:
     """Copy to `dest` what a node that holds the EP ranks `ranks` of the output `out` needs.
 
-    Call it again to resume after an interruption; `restart` starts over. Calls `progress` with the number of bytes just
-    done. Shares disk blocks if the file system can and `reflink` allows it. `out` may itself be staged, if it has
-    `ranks`.
+    Call it again to resume after an interruption; if all is done, that is checked quickly and said. `restart` starts
+    over, also if all is done. Calls `progress` with the number of bytes just done. Shares disk blocks if the file
+    system can and `reflink` allows it. `out` may itself be staged, if it has `ranks`.
 
     Raises:
         IntegrityError: `out` is damaged or incomplete; `dest` then holds nothing loadable
@@ -111,6 +112,11 @@ def write_staging(
     progress: Progress = lambda written: None,
 ) -> Outcome:
     """Carry out `staging` in `dest`: weights and small files, then the manifest, then the index and config.json."""
+    finished = finished_output(dest)
+    if finished is not None:
+        refuse_other(dest, finished, staging.manifest)
+        if not restart:
+            return already_complete(dest, finished, workers)
 
     def finish(copied: list[FileRecord]) -> list[OutputFile]:
         _refuse_damaged(staging, copied)
@@ -118,7 +124,8 @@ def write_staging(
         index, config = literal_file(INDEX, staging.index), literal_file(CONFIG, staging.config)
         return [literal_file(MANIFEST, manifest), index, config]
 
-    return run(staging.plan, dest, finish, restart=restart, workers=workers, progress=progress)
+    replaced = None if finished is None else names_of(finished)
+    return run(staging.plan, dest, finish, restart=restart, replaced=replaced, workers=workers, progress=progress)
 
 
 def _checked_ranks(root: Path, ranks: Iterable[int]) -> Iterator[int]:
@@ -140,6 +147,14 @@ def _refuse_ranks(root: Path, manifest: Manifest, ranks: Collection[int]) -> Non
             f"{root}: staged: it holds EP ranks {describe_ranks(manifest.staged_ranks)}, not {describe_ranks(absent)}; "
             "stage these from the whole output"
         )
+
+
+def _read_header(root: Path, record: FileRecord) -> Header:
+    """The header of a file of the output; IntegrityError if it differs from what was written."""
+    header = read_header(root / record.name)
+    if blake3(header.raw).hexdigest() != record.header:
+        raise _damaged(f"{root / record.name}: its header")
+    return header
 
 
 def _read_small(root: Path, manifest: Manifest, name: str) -> bytes:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from blake3 import blake3
 
@@ -25,7 +25,7 @@ from ..execute.run import count_workers
 from ..execute.sources import BLOCK_SIZE, OpenSources, SourceFiles
 from ..model.names import parse_expert_name
 from ..model.routing import routing_section
-from ..placement.contract import CONTRACT_KEY
+from ..placement.contract import CONTRACT_KEY, LOCKED_GROUPS, Contract, unlock_config
 from ..placement.permutations import rank_slots
 from ..record.manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from .compare import RouterComparison, compare_files, compare_routers, compare_tensors
@@ -216,10 +216,7 @@ def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
     if contract is not None:
         if contract.physical_to_logical != manifest.placement:
             yield f"{root / CONFIG}: the placement in {CONTRACT_KEY} differs from that in {MANIFEST}"
-        routing = routing_section(config, str(root / CONFIG))
-        found, expected = (routing.get("n_group"), routing.get("topk_group")), (contract.n_group, contract.topk_group)
-        if found != expected:
-            yield f"{root / CONFIG}: n_group and topk_group are {found}, but {expected} in {CONTRACT_KEY}"
+        yield from _check_groups({**config, CONTRACT_KEY: manifest.contract}, contract, str(root / CONFIG))
     if manifest.routing.group_limited != manifest.plugin_required:
         yield f"{root / MANIFEST}: plugin_required is {manifest.plugin_required}, but its routing says otherwise"
     for name in sorted(checkpoint.files.keys() - {record.name for record in manifest.files} - {MANIFEST}):
@@ -233,3 +230,16 @@ def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
                 continue
             if record.rank is None or expert.expert not in slots[expert.layer][record.rank]:
                 yield f"{root / record.name}: tensor {name}: not an expert of rank {record.rank}"
+
+
+def _check_groups(config: Mapping[str, Any], contract: Contract, where: str) -> Iterator[str]:
+    """Check the group counts in a locked `config`, and those that the contract puts back in their place."""
+    locked = config[CONTRACT_KEY]["version"] > 1
+    original = {"n_group": contract.n_group, "topk_group": contract.topk_group}
+    found, restored = (routing_section(one, where) for one in (config, unlock_config(config)))
+    for key, value in original.items():
+        if found.get(key) != (expected := LOCKED_GROUPS if locked else value):
+            yield f"{where}: {key} is {found.get(key)!r:.80}, expected {expected!r}"
+        if restored.get(key) != value:
+            put_back = f"{CONTRACT_KEY}.original makes {key} {restored.get(key)!r:.80}"
+            yield f"{where}: {put_back}, but the contract has {value}"

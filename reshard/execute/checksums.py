@@ -75,7 +75,7 @@ def check_sources(
 ) -> None:
     """Read the source files that `expected` names; CheckpointError if one has another checksum.
 
-    Calls `progress` with the number of bytes read, by one thread at a time.
+    Reads nothing if `expected` is empty. Calls `progress` with the number of bytes read, by one thread at a time.
     """
     stop, lock = threading.Event(), threading.Lock()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
 from blake3 import blake3
@@ -31,7 +32,7 @@ def write_file(file: OutputFile, sources: SourceFiles, sharing: Sharing, out: Pa
     """Write one file of a plan below `out`. It is complete and on disk when this returns."""
     path, partial = out / file.name, out / f"{file.name}{PARTIAL}"
     try:
-        with sources.open() as opened, partial.open("wb", buffering=0) as target:
+        with sources.open() as opened, _create(partial, file, sources) as target:
             shared = _share(file, opened, target.fileno(), sharing)
             if not shared and not any(
                 opened.is_sparse(name) for name in {extent.file for extent in extents(file.parts)}
@@ -52,6 +53,22 @@ def write_file(file: OutputFile, sources: SourceFiles, sharing: Sharing, out: Pa
     header = digests[0] if tensors else None
     record = FileRecord(file.name, file.size, file.rank, filler.digest(), header=header, tensors=tensors)
     return Written(record, sum(extent.size for extent in shared))
+
+
+def _create(path: Path, file: OutputFile, sources: SourceFiles) -> FileIO:
+    """Create `path` anew for `file`. It has the permissions of the source's files that it is made from.
+
+    These are the files that its bytes come from, and the file that it replaces. A file made from none of them gets what
+    umask allows and every file of the source has.
+    """
+    made_from = {part.content.file for part in file.parts if not isinstance(part.content, Literal)}
+    made_from |= {file.name} & sources.files.keys()
+    mode = sources.mode(made_from or sources.files)
+    path.unlink(missing_ok=True)  # what an interrupted run left may be read-only
+    target = FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode & 0o666), "wb")
+    if made_from:
+        syscalls.set_mode(target.fileno(), mode)
+    return target
 
 
 def _share(file: OutputFile, opened: OpenSources, target: int, sharing: Sharing) -> list[Extent]:

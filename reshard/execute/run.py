@@ -9,9 +9,9 @@
 
 Each byte of an output file is read once and written once. Shared blocks are read only if their digests are wanted, and
 holes stay holes. Each thread needs memory for one buffer, and for one table of expert ids if the model has any. Pages
-leave the page cache once they are used. An interruption leaves complete files that the journal records, at most one
-NAME.partial per thread, and nothing that an engine would load. `fill` writes a single file; this module decides which,
-and when.
+that this run brought into the page cache leave it once they are used. An interruption leaves complete files that the
+journal records, at most one NAME.partial per thread, and nothing that an engine would load. `fill` writes a single
+file; this module decides which, and when.
 """
 
 from __future__ import annotations
@@ -19,33 +19,29 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-from blake3 import blake3
-
-from .._version import __version__
 from ..arguments import check_whole
-from ..errors import OutputError
-from ..plan.extents import MIN_SHARED, Holes, needed_size, shareable
-from ..plan.files import OutputFile, Plan
+from ..plan.files import OutputFile, Plan, checksums_of, fingerprint
 from ..record.manifest import FileRecord
 from .checksums import check_sources
-from .destination import JOURNAL, PARTIAL, SPARE_SPACE, check_out, free_space, make_directory, refuse_inside
+from .destination import make_directory
 from .fill import Progress, write_file
-from .journal import Journal, Written
+from .journal import Journal, Opening, Written
+from .ready import find_room
 from .sources import SourceFiles
+from .syscalls import set_mode
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a run did. `resumed` counts the files that an earlier, interrupted run had written. Of the `size` bytes,
     `shared` are in blocks shared with the source; `why_not_shared` says in words why none could be. `undigested`
-    counts the tensors without a digest.
+    counts the tensors without a digest. `notes` say what the file system cannot do. If the output was
+    `already_complete`, nothing was written, and how much is shared is not known.
     """
 
     out: Path
@@ -56,6 +52,8 @@ class Outcome:
     undigested: int
     seconds: float
     resumed: int
+    notes: tuple[str, ...] = ()
+    already_complete: bool = False
 
 
 def default_workers() -> int:
@@ -77,6 +75,7 @@ def run(
     finish: Callable[[list[FileRecord]], Iterable[OutputFile]],
     *,
     restart: bool,
+    replaced: Collection[str] | None = None,
     workers: int | None,
     progress: Progress,
 ) -> Outcome:
@@ -96,24 +95,23 @@ def run(
     """
     started = time.monotonic()
     threads = count_workers(workers)
-    refuse_out(plan, out)
-    needs = _needed_sizes(plan)
-    if not (out / JOURNAL).exists():
-        _check_space(out, needs.values())
-    names = [*(file.name for file in plan.files), *plan.last]
-    if plan.checksums:
-        check_sources(SourceFiles(plan.source, plan.source_files, plan.headers), plan.checksums, threads, progress)
-    with Journal(out, _fingerprint(plan), names, restart=restart) as journal:
+    find_room(plan, out, restart=restart, replaced=replaced).check(out)
+    sources = SourceFiles(plan.source, plan.source_files, plan.headers)
+    check_sources(sources, plan.checksums, threads, progress)
+    make_directory(out, sources.mode([""]))
+    names = [*plan.last, *(file.name for file in plan.files)]
+    with Journal(out, Opening(fingerprint(plan), names, plan.placement), restart=restart, replaced=replaced) as journal:
         resumed = [file for file in plan.files if file.name in journal.done]
         progress(sum(file.size for file in resumed))
-        _check_space(out, [size for name, size in needs.items() if name not in journal.done])
         for directory in plan.directories:
-            make_directory(out / directory)
-        sources = SourceFiles(plan.source, plan.source_files, plan.headers)
+            make_directory(out / directory, sources.mode([directory]))
+        check_sources(sources, checksums_of(resumed), threads, lambda count: None)
         written = _copy_files(plan, sources, out, journal, threads, progress)
         last = list(finish([entry.record for entry in written]))
         for file in last:
             write_file(file, sources, plan.sharing, out, lambda count: None)
+        for directory in reversed(plan.directories):
+            set_mode(out / directory, sources.mode([directory]))
         journal.remove()
     return Outcome(
         out=out,
@@ -124,56 +122,8 @@ def run(
         undigested=sum(list(entry.record.tensors.values()).count(None) for entry in written),
         seconds=time.monotonic() - started,
         resumed=len(resumed),
+        notes=journal.notes,
     )
-
-
-def refuse_out(plan: Plan, out: Path) -> None:
-    """OutputError unless `out` is new, empty, or holds an unfinished run, and is not in the source of `plan`."""
-    refuse_inside(out, plan.source, plan.directories)
-    names = [*(file.name for file in plan.files), *plan.last, *plan.directories]
-    taken = {JOURNAL, *(f"{name}{PARTIAL}" for name in names)}
-    for name, count in Counter(names).items():
-        if count > 1 or name in taken:
-            raise OutputError(f"{out}: two files would be named {name} during the run; rename the source's")
-    check_out(out)
-
-
-def needed_space(plan: Plan) -> int:
-    """Bytes of disk that `plan` needs; what it shares with the source and the source's holes need none."""
-    return sum(_needed_sizes(plan).values())
-
-
-def shareable_size(plan: Plan) -> int:
-    """Bytes of `plan` that can be in blocks shared with the source."""
-    return sum(extent.size for file in plan.files for extent in shareable(file.parts, plan.sharing.block_size))
-
-
-def _needed_sizes(plan: Plan) -> dict[str, int]:
-    """Bytes of disk that each of the plan's files needs."""
-    sparse = {}
-    with SourceFiles(plan.source, plan.source_files).open() as opened:
-        for name, file in plan.source_files.items():
-            if file.size >= MIN_SHARED and opened.is_sparse(name):
-                found = opened.segments(name, 0, file.size)
-                sparse[name] = Holes.of([(offset, offset + size) for is_hole, offset, size in found if is_hole])
-    return {file.name: needed_size(file, plan.sharing.block_size, sparse) for file in plan.files}
-
-
-def _check_space(out: Path, needs: Iterable[int]) -> None:
-    needed = sum(needs) + SPARE_SPACE
-    free = free_space(out)
-    if needed > free:
-        raise OutputError(f"{out}: needs {needed} bytes, {free} are free; free some space or choose another --out")
-
-
-def _fingerprint(plan: Plan) -> str:
-    """A digest of everything that decides what is written where."""
-    digest = blake3(msgspec.json.encode([__version__, sorted(plan.source_files.items()), plan.directories]))
-    for name, header in plan.headers.items():
-        digest.update(msgspec.json.encode([name, header]))
-    for file in plan.files:
-        digest.update(msgspec.json.encode(file))
-    return digest.hexdigest()
 
 
 def _copy_files(

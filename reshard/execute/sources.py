@@ -1,9 +1,17 @@
-"""Reads ranges of source files in large blocks. Skips holes, keeps the page cache free, and notices changed files."""
+"""Reads ranges of source files in large blocks. Skips holes, and notices changed files.
+
+The page cache is left as it was: pages that were there before the first read stay, what reading brought in is dropped.
+If the kernel does not tell which were there, which it does not if the file is another user's and read-only, all that
+was read is dropped.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -14,6 +22,7 @@ from ..checkpoint.directory import File
 from ..checkpoint.header import Tensor
 from ..errors import CheckpointError
 from . import syscalls
+from .page_cache import resident
 
 BLOCK_SIZE = 4 << 20  # bytes read or written at once
 ZEROS = memoryview(bytes(BLOCK_SIZE))
@@ -26,10 +35,30 @@ class SourceFiles:
         self.root = root
         self.files = files
         self.headers = headers or {}
+        self._lock = threading.Lock()
+        self._cached: dict[str, Sequence[tuple[int, int]]] = {}
 
     def open(self) -> OpenSources:
         """Open files for the use of one thread."""
         return OpenSources(self)
+
+    def mode(self, names: Iterable[str]) -> int:
+        """The permission bits that all the files `names` have."""
+        mode = 0o777
+        for path in (self.root / name for name in names):
+            try:
+                mode &= path.stat().st_mode
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror}; did it change?") from error
+        return mode
+
+    def cached(self, name: str, segments: Iterable[tuple[bool, int, int]], fd: int) -> Sequence[tuple[int, int]]:
+        """The ranges of the file `name` that were in the page cache when the first thread began to read it, as `fd`."""
+        with self._lock:
+            if name not in self._cached:
+                data = ((offset, size) for is_hole, offset, size in segments if not is_hole)
+                self._cached[name] = [found for offset, size in data for found in resident(fd, offset, size)]
+            return self._cached[name]
 
 
 class Watcher(Protocol):
@@ -44,11 +73,13 @@ class OpenSources:
 
     def __init__(self, sources: SourceFiles) -> None:
         self.root = sources.root
+        self._sources = sources
         self._files = sources.files
         self._headers = sources.headers
         self._fds: dict[str, int] = {}
         self._sparse: set[str] = set()
         self._watcher: Watcher | None = None
+        self._cached: dict[str, Sequence[tuple[int, int]]] = {}
 
     def __enter__(self) -> OpenSources:
         """Opens nothing yet."""
@@ -57,7 +88,10 @@ class OpenSources:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close all files."""
+        """Close all files, and drop what the kernel read ahead of us."""
+        for name in self._cached:
+            with suppress(OSError):
+                self._forget(name, 0, self._files[name].size)
         for fd in self._fds.values():
             os.close(fd)
 
@@ -71,7 +105,10 @@ class OpenSources:
             status = os.fstat(self._fds[name])
             if status.st_blocks * 512 < status.st_size:
                 self._sparse.add(name)
-                os.fsync(self._fds[name])  # some file systems report data that is not on disk yet as a hole
+                try:
+                    syscalls.sync(self._fds[name])  # some file systems report data that is not on disk yet as a hole
+                except OSError as error:
+                    raise CheckpointError(f"{self.root / name}: cannot be synced: {error.strerror}") from error
             self._check(name)
             header = self._headers.get(name, b"")
             found = bytearray(len(header))
@@ -106,6 +143,8 @@ class OpenSources:
     def read(self, name: str, offset: int, into: memoryview, tensor: str | None = None) -> None:
         """Fill `into` with the bytes of the file `name` from `offset` on; `tensor` names their tensor in errors."""
         fd = self.fd(name)
+        if name not in self._cached:
+            self._cached[name] = self._sources.cached(name, self.segments(name, 0, self._files[name].size), fd)
         filled = 0
         try:
             while filled < len(into):
@@ -115,11 +154,24 @@ class OpenSources:
                         f"{self.root / name}: ends at byte {offset + filled}, expected more; did it change?"
                     )
                 filled += count
-            syscalls.forget(fd, offset, filled)
+            self._forget(name, offset, filled)
             if self._watcher is not None:
                 self._watcher.take(name, offset, into)
         except OSError as error:
             raise self._unreadable(name, offset + filled, tensor, error) from error
+
+    def _forget(self, name: str, offset: int, size: int) -> None:
+        """Drop a range from the page cache, but for what was there before."""
+        cached, end = self._cached[name], offset + size
+        for number in range(bisect_right(cached, offset, key=lambda pages: pages[1]), len(cached)):
+            start, until = cached[number]
+            if start >= end:
+                break
+            if start > offset:
+                syscalls.forget(self._fds[name], offset, start - offset)
+            offset = max(offset, until)
+        if offset < end:
+            syscalls.forget(self._fds[name], offset, end - offset)
 
     def blocks(
         self, name: str, offset: int, size: int, buffer: memoryview, tensor: str | None = None

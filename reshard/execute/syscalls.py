@@ -1,4 +1,4 @@
-"""System calls for copying, one function each: share blocks, reserve space, find holes, drop cached pages.
+"""System calls for copying, one function each: share blocks, reserve space, find holes, lock, drop cached pages.
 
 Nothing here knows about checkpoints. Each function says what it does on a file system without the feature.
 """
@@ -10,6 +10,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 # linux/fs.h: FICLONERANGE takes struct file_clone_range; linux/falloc.h: FS_IOC_RESVSP64 takes struct space_resv. The
 # latter is fallocate(2) with FALLOC_FL_KEEP_SIZE. Unlike the C library's posix_fallocate, it never falls back on
@@ -27,6 +28,8 @@ _EXTENTS_AT_ONCE = 128
 _UNSUPPORTED = {
     errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EPERM, errno.ETXTBSY, errno.EBADF,
 }  # fmt: skip
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}  # Lustre without flock; NFS without its locks
+_NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOENT}  # of directories: CIFS, some FUSE; squashfs
 
 
 def share(source: int, offset: int, target: int, at: int, size: int) -> None:
@@ -107,6 +110,43 @@ def _seek(file: int, offset: int, whence: int, end: int) -> int:
         raise
 
 
+def lock(file: int, *, shared: bool = False) -> bool:
+    """Lock the file until it is closed; False if its file system has no locks. BlockingIOError if another has it."""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def sync(file: int) -> bool:
+    """Put the file or directory on disk; False if its file system refuses that for such a file."""
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        return False
+    return True
+
+
+def set_mode(file: int | Path, mode: int) -> None:
+    """Set the permission bits of a file or directory; does nothing if the mount decides them, as on FAT."""
+    try:
+        os.chmod(file, mode)  # noqa: PTH101  an open file has no path
+    except OSError as error:
+        if not is_unsupported(error):
+            raise
+
+
 def forget(file: int, offset: int, size: int) -> None:
-    """Drop a range's cached pages that are on disk, and begin to write those that are not."""
-    os.posix_fadvise(file, offset, size, os.POSIX_FADV_DONTNEED)
+    """Drop a range's cached pages that are on disk, and begin to write those that are not. A file system may refuse."""
+    try:
+        os.posix_fadvise(file, offset, size, os.POSIX_FADV_DONTNEED)
+    except OSError as error:
+        if not is_unsupported(error):
+            raise

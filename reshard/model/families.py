@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from ..placement.contract import GROUP_KEYS
+
 
 class Role(Enum):
     """What a tensor does in the router. All but the last two have one row for each expert."""
@@ -230,7 +232,6 @@ SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 # Vision and audio models keep their language model's config under one of these keys.
 TEXT_CONFIG_KEYS = ("text_config", "language_config", "llm_config", "thinker_config")
-GROUP_KEYS = ("n_group", "topk_group")
 ROUTING_KEYS = (
     *(*NUM_EXPERTS_KEYS, *TOP_K_KEYS, *SCORING_KEYS, *GROUP_KEYS, *NORMALIZE_KEYS, *SCALING_KEYS),
     "topk_method",

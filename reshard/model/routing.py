@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
+from ..placement.contract import GROUP_KEYS
 from .families import (
-    GROUP_KEYS,
     NORMALIZE_KEYS,
     NUM_EXPERTS_KEYS,
     ROUTING_KEYS,

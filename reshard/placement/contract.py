@@ -2,6 +2,10 @@
 
 The output's config.json holds it under ``expert_placement``, with the original values of the keys that were changed to
 lock the output. An engine's plugin needs this module and `permutations`, and no other code of reshard.
+
+The lock has two parts. Renamed `model_type` and `architectures` stop engines that look a model up by name. A text in
+the place of the group counts stops those that are told the model's class by hand: they cannot compute with a text. A
+null or 0 would not stop them, because some models then route without groups. Version 1 had only the first part.
 """
 
 from __future__ import annotations
@@ -14,8 +18,11 @@ from ..errors import CheckpointError
 from .permutations import Placement, is_permutation
 
 CONTRACT_KEY = "expert_placement"
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
+READ_VERSIONS = (1, 2)
 LOCKED_KEYS = ("model_type", "architectures", "auto_map")
+GROUP_KEYS = ("n_group", "topk_group")
+LOCKED_GROUPS = "resharded: needs the reshard plugin"  # in the place of their values
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +34,29 @@ class Contract:
     n_group: int
     topk_group: int
     physical_to_logical: Placement
-    original: Mapping[str, Any]  # the LOCKED_KEYS that the source's config.json had
+    original: Mapping[str, Any]  # what `locked_values` found in the source's config.json
+
+
+def locked_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values in the source's `config` that `lock_config` changes, nested as in `config`."""
+    return {**_groups(config), **{key: config[key] for key in LOCKED_KEYS if key in config}}
+
+
+def _groups(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The group counts in `config` and in the objects inside it, nested as there."""
+    inside = {key: _groups(value) for key, value in config.items() if isinstance(value, dict)}
+    own = {key: config[key] for key in GROUP_KEYS if key in config}
+    return {**{key: found for key, found in inside.items() if found}, **own}
 
 
 def lock_config(config: Mapping[str, Any], contract: Contract) -> dict[str, Any]:
-    """The source's `config`, changed so that no engine without the plugin can load it.
+    """The source's `config`, changed so that no engine without the plugin can load it or route by it.
 
     `model_type` and `architectures` are both renamed, because some engines look at only one of them. `auto_map` is
-    removed, because it names code that would load the model.
+    removed, because it names code that would load the model. `LOCKED_GROUPS` takes the place of the group counts,
+    wherever they stand.
     """
-    locked = {key: value for key, value in config.items() if key != "auto_map"}
+    locked = _without_groups({key: value for key, value in config.items() if key != "auto_map"})
     locked["model_type"] = f"reshard_{config['model_type']}"
     if architectures := config.get("architectures"):
         if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -46,11 +66,25 @@ def lock_config(config: Mapping[str, Any], contract: Contract) -> dict[str, Any]
     return locked
 
 
+def _without_groups(config: Mapping[str, Any]) -> dict[str, Any]:
+    locked = {key: _without_groups(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return {**locked, **{key: LOCKED_GROUPS for key in GROUP_KEYS if key in config}}
+
+
 def unlock_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `lock_config`: the original's `config`, without the contract."""
-    original = config[CONTRACT_KEY]["original"]
-    unlocked = {key: value for key, value in config.items() if key != CONTRACT_KEY and key not in LOCKED_KEYS}
-    return {**unlocked, **original}
+    kept = {key: value for key, value in config.items() if key != CONTRACT_KEY and key not in LOCKED_KEYS}
+    return _with_values(kept, config[CONTRACT_KEY]["original"])
+
+
+def _with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with `values` in the place of its own, object by object."""
+    inside = {
+        key: _with_values(config[key], value)
+        for key, value in values.items()
+        if isinstance(value, dict) and isinstance(config.get(key), dict)
+    }
+    return {**config, **values, **inside}
 
 
 def contract_to_json(contract: Contract) -> dict[str, Any]:
@@ -71,10 +105,10 @@ def contract_from_json(value: Any, where: str) -> Contract:
     """Read a contract. Raises CheckpointError, which names the file `where`, if this version cannot honour it."""
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: {CONTRACT_KEY} must be an object, found {value!r:.80}")
-    if value.get("version") != CONTRACT_VERSION:
+    if type(value.get("version")) is not int or value["version"] not in READ_VERSIONS:
         raise CheckpointError(
-            f"{where}: {CONTRACT_KEY} has version {value.get('version')!r:.80}, this reshard reads version "
-            f"{CONTRACT_VERSION}; upgrade reshard"
+            f"{where}: {CONTRACT_KEY} has version {value.get('version')!r:.80}, this reshard reads versions "
+            f"{' and '.join(map(str, READ_VERSIONS))}; upgrade reshard"
         )
     fields = {
         "strategy": str,

@@ -127,6 +127,11 @@ class Balanced:
     progress: LayerProgress = field(default=iter, compare=False)
     name: ClassVar[str] = "balanced"
 
+    @property
+    def request(self) -> str:
+        """The options, as text. When more traffic has been recorded, they give another placement."""
+        return f"balanced on {self.nodes} nodes from the first {self.share} of {self.trace.absolute()}"
+
     def place(self, model: MoeShape, traffic: Mapping[str, Tensor]) -> Placed:
         """Each layer's own permutation; zigzag for a layer without traffic.
 

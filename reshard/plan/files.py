@@ -13,7 +13,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from blake3 import blake3
+
+from .._version import __version__
 from ..checkpoint.directory import File
+from ..placement.permutations import Placement
 from .sharing import Sharing
 
 
@@ -109,7 +114,8 @@ class Plan:
     """A whole output. `source_files` and `headers` are the files below `source`, and their headers, at planning time.
 
     `files` may be written in any order. The files named in `last` make the output loadable: they are made from the
-    records of `files` when those are complete. `checksums` are those of source files to read and check before that.
+    records of `files` when those are complete. `checksums` are those of source files to read and check before that. If
+    the same options may not give the same plan again, `request` has them, and `placement` is what they gave.
     """
 
     source: Path
@@ -120,6 +126,8 @@ class Plan:
     files: tuple[OutputFile, ...]
     last: tuple[str, ...]
     checksums: Mapping[str, str] = field(default_factory=dict)
+    request: str = ""
+    placement: Placement | None = None
 
     @property
     def size(self) -> int:
@@ -146,6 +154,22 @@ def assign_checksums(
         alone = not others and uses[name] == 1 and name in left
         assigned.append(replace(file, checksum=Checksum(name, left.pop(name))) if alone else file)
     return tuple(assigned), left
+
+
+def checksums_of(files: Iterable[OutputFile]) -> dict[str, str]:
+    """The checksums that are checked while `files` are copied, by the source file's name."""
+    return {file.checksum.file: file.checksum.value for file in files if file.checksum}
+
+
+def fingerprint(plan: Plan) -> str:
+    """A digest of everything that decides what is written where: two plans with the same one write the same bytes."""
+    options = [__version__, plan.request] if plan.request else [__version__]
+    digest = blake3(msgspec.json.encode([*options, sorted(plan.source_files.items()), plan.directories]))
+    for name, header in plan.headers.items():
+        digest.update(msgspec.json.encode([name, header]))
+    for file in plan.files:
+        digest.update(msgspec.json.encode({"name": file.name, "parts": file.parts, "rank": file.rank}))
+    return digest.hexdigest()
 
 
 def plan_index(files: Iterable[OutputFile], metadata: Mapping[str, Any]) -> bytes:

@@ -88,7 +88,10 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """The whole record. `physical_to_logical` is one list, or one for each MoE layer if layers differ."""
+    """The whole record. `physical_to_logical` is one list, or one for each MoE layer if layers differ. `fingerprint` is
+    the BLAKE3 of the plan, that is of the source's names, sizes, times and headers, and of what goes where: by it
+    the same command finds that all is done.
+    """
 
     version: Positive
     reshard_version: str
@@ -104,6 +107,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     moe_layers: list[LayerRecord]
     source: Source
     files: list[FileRecord]
+    fingerprint: Digest | None = None  # absent in outputs of older versions
     staged_ranks: list[Count] | None = None  # in the file only if `stage` left out the files of other ranks
     digest: Digest  # no default: `omit_defaults` would leave that out
 

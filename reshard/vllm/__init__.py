@@ -18,7 +18,8 @@ For an original, if RESHARD_PLACEMENT is set:
     weight_filter, eplb   apply the placement where vLLM filters or moves expert weights
     worker                refuses what a running model cannot do: load, sleep, reload or save in ways that lose it
 
-`support` says which vLLM versions and hooks fit, `patching` replaces functions, and `runners` finds MoE layers.
+`hooks` lists what the plugin replaces. `support` says whether the installed vLLM fits, by `sources` if it is newer than
+those that we read. `patching` replaces functions, and `runners` finds MoE layers.
 
 Every other model loads as it does without the plugin. If the plugin does not support the installed vLLM, it says so
 only when a group-limited output is loaded or a placement is requested.

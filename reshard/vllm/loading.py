@@ -18,13 +18,13 @@ from typing import Any
 from ..errors import OutputError, UnsupportedError
 from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
 from ..placement.permutations import rank_slots
-from .patching import replace_if_there, replace_once
+from .patching import replace_if_there
 from .request import MANIFEST, refuse_placing_twice
 from .routing import LogicalOrder
 from .runners import lets_kernel_route, moe_runners
-from .served import ServedPlacement, building, served_placement
+from .served import Build, ServedPlacement, building, current_build, served_placement
 from .support import hook_fault
-from .worker import has_placement, mark_proved
+from .worker import has_placement, mark_checked, mark_proved
 
 RANK_FILE = re.compile(r"model-ep(\d{2,})-of-(\d{2,})-(\d{5})-of-(\d{5})\.safetensors")
 # With these load formats, ranks divide all files among themselves and exchange tensors: all must name the same files.
@@ -43,13 +43,14 @@ class Parallel:
 
 def install_file_choice(default_loader: ModuleType) -> None:
     """Make vLLM's default loader open only the files that this rank needs."""
-    replace_once(default_loader, "filter_duplicate_safetensors_files", _with_ranks)
+    replace_if_there(default_loader, "filter_duplicate_safetensors_files", _with_ranks)
 
 
 def install_check(base_loader: ModuleType) -> None:
     """Compare placements among ranks before a model is built, and check the model after it is loaded."""
-    replace_once(base_loader, "process_weights_after_loading", _with_check)
+    replace_if_there(base_loader, "process_weights_after_loading", _with_check)
     replace_if_there(base_loader, "initialize_model", _with_agreement)
+    replace_if_there(getattr(base_loader, "BaseModelLoader", None), "load_model", _as_build)
 
 
 def choose_files(named: list[str], present: list[str], num_experts: int, parallel: Parallel) -> list[str]:
@@ -134,14 +135,13 @@ def _refusal(fault: str) -> UnsupportedError:
 def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(process)
     def process_weights_after_loading(model: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm.config import get_current_vllm_config
-
-        config = get_current_vllm_config()
+        build = current_build()
+        config = build.vllm_config
         is_draft = getattr(model_config, "runner_type", None) == "draft"
         pipelined = config.parallel_config.pipeline_parallel_size > 1
         served = None if config.parallel_config.enable_eplb else served_placement(config)
         if served is not None:
-            _check_filled(model, served, config, is_draft, pipelined)
+            _check_filled(model, served, build, is_draft, pipelined)
         result = process(model, model_config, *args, **kwargs)
         if served is not None:
             from .proof import check_kernels  # imports torch
@@ -151,15 +151,17 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
             mark_proved(served)
         elif (contract := _contract_on_disk(model_config)) is not None:
             check_model(model, contract, is_draft, pipelined)
+            if not is_draft:
+                mark_checked(str(model_config.model))
         return result
 
     return process_weights_after_loading
 
 
-def _check_filled(model: Any, served: ServedPlacement, config: Any, is_draft: bool, pipelined: bool) -> None:
+def _check_filled(model: Any, served: ServedPlacement, build: Build, is_draft: bool, pipelined: bool) -> None:
     from .proof import check_filled  # imports torch
 
-    dummy = str(config.load_config.load_format) == "dummy"
+    dummy = str(build.load_config.load_format) == "dummy"
     placed = check_filled(model, served, is_draft=is_draft, pipelined=pipelined, dummy=dummy)
     _log().info(
         "%s%d MoE layers are placed: %s, digest %s%s",
@@ -177,6 +179,15 @@ def _log() -> Any:
     return init_logger("vllm.plugins.reshard")
 
 
+def _as_build(load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def load_model(loader: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        with building(Build(vllm_config, model_config, loader.load_config)):
+            return load(loader, vllm_config, model_config, *args, **kwargs)
+
+    return load_model
+
+
 def _with_agreement(initialize: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(initialize)
     def initialize_model(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -184,14 +195,13 @@ def _with_agreement(initialize: Callable[..., Any]) -> Callable[..., Any]:
 
         served = served_placement(vllm_config)
         agree(None if served is None else served.digest)
-        with building(draft=getattr(kwargs.get("model_config"), "runner_type", None) == "draft"):
-            return initialize(vllm_config, *args, **kwargs)
+        return initialize(vllm_config, *args, **kwargs)
 
     return initialize_model
 
 
 def _contract_on_disk(model_config: Any) -> Contract | None:
-    """The model's contract; read from config.json if the config object lost it on the way."""
+    """The model's contract; from config.json if the config object lost it: then its routers did not see it."""
     value = getattr(model_config.hf_config, CONTRACT_KEY, None)
     if value is not None:
         return contract_from_json(value, str(model_config.model))
@@ -218,13 +228,13 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
         index = Path(folder, index_file)
         if not (by_rank or contract) or not index.is_file():
             return filter_files(files, folder, index_file)
-        from vllm.config import get_current_vllm_config
         from vllm.logger import init_logger
 
-        config = get_current_vllm_config()
-        refuse_placing_twice(folder, str(config.parallel_config.expert_placement_strategy))
+        build = current_build()
+        parallel_config = build.vllm_config.parallel_config
+        refuse_placing_twice(folder, str(parallel_config.expert_placement_strategy))
         weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-        parallel = _parallel(config.parallel_config, str(config.load_config.load_format), weight_map)
+        parallel = _parallel(parallel_config, str(build.load_config.load_format), weight_map)
         logger = init_logger("vllm.plugins.reshard")
         made_for = contract.ep_size if contract else sizes.pop()
         for warning in placement_warnings(made_for, parallel):
@@ -232,7 +242,7 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
         if not by_rank:
             return filter_files(files, folder, index_file)
         named = [str(Path(folder, name)) for name in sorted(set(weight_map.values()))]
-        chosen = choose_files(named, files, config.model_config.get_num_experts(), parallel)
+        chosen = choose_files(named, files, build.model_config.get_num_experts(), parallel)
         logger.info("EP rank %d reads %d of %d files", parallel.ep_rank, len(chosen), len(named))
         return chosen
 

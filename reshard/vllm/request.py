@@ -21,6 +21,7 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..placement.contract import CONTRACT_KEY
 from ..placement.placement_file import PlacementFile, read_placement_file
+from .hooks import PLACEMENT
 from .patching import replace_if_there
 from .served import KEY, NODE_ZIGZAG, ZIGZAG, ServedPlacement, served_file, served_placement, served_strategy
 from .support import VERSIONS, version_fault
@@ -86,7 +87,7 @@ def resolve_in(config: Any, environment: Mapping[str, str]) -> None:
     more = config.additional_config
     if served_placement(config) is not None or not (asked := asked_for(environment, more)):
         return
-    if fault := version_fault():
+    if fault := version_fault(PLACEMENT):
         raise UnsupportedError(
             f"{VARIABLE}={asked}: placements need vLLM {VERSIONS}, {fault}; install one of these, or unset {VARIABLE}"
         )

@@ -24,7 +24,7 @@ from ..placement.permutations import Placement
 from .fused import Fused, fused_in_place_of
 from .patching import replace_once
 from .runners import RoutesItself
-from .served import ServedPlacement, current_placement
+from .served import ServedPlacement, current_build, current_placement
 from .support import hook_fault
 
 if TYPE_CHECKING:
@@ -104,22 +104,20 @@ def _placed(router: Any, served: ServedPlacement | None, arguments: dict[str, An
 
 
 def current_contract() -> Contract | None:
-    """The contract of the model that vLLM is building, None if it has none.
+    """The contract of the model that vLLM is building, which may be a draft; None if it has none.
 
     Raises UnsupportedError for a load format that does not read the files of the index.
     """
-    from vllm.config import get_current_vllm_config
-
-    config = get_current_vllm_config()
-    value = getattr(config.model_config.hf_config, CONTRACT_KEY, None) if config.model_config is not None else None
+    build = current_build()
+    value = None if build.model_config is None else getattr(build.model_config.hf_config, CONTRACT_KEY, None)
     if value is None:
         return None
-    if (load_format := str(config.load_config.load_format)) not in LOAD_FORMATS:
+    if (load_format := str(build.load_config.load_format)) not in LOAD_FORMATS:
         raise UnsupportedError(
-            f"{config.model_config.model}: load format {load_format} does not read the index, and might load weights "
+            f"{build.model_config.model}: load format {load_format} does not read the index, and might load weights "
             f"that were not resharded; use one of {', '.join(LOAD_FORMATS)}"
         )
-    return contract_from_json(value, str(config.model_config.model))
+    return contract_from_json(value, str(build.model_config.model))
 
 
 def in_logical_order(router: Any, contract: Contract, arguments: dict[str, Any], prefix: str) -> Any:

@@ -12,6 +12,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnsupportedError
@@ -21,7 +22,18 @@ from ..placement.placement_file import PlacementFile, placement_digest
 
 KEY = "reshard"  # in additional_config
 ZIGZAG, NODE_ZIGZAG = "zigzag", "node-zigzag"
-_builds_draft: ContextVar[bool] = ContextVar("builds_draft", default=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What vLLM is loading. A draft has a model of its own, and may have its own ways to load and to run."""
+
+    vllm_config: Any
+    model_config: Any  # of the model itself: the other one may be its target's
+    load_config: Any
+
+
+_build: ContextVar[Build | None] = ContextVar("build", default=None)
 
 
 class Travelling(dict[str, Any]):
@@ -131,18 +143,29 @@ def served_file(asked: str, file: PlacementFile, ep_size: int, num_layers: int, 
 
 
 @contextlib.contextmanager
-def building(draft: bool) -> Iterator[None]:
-    """Context in which vLLM builds a model; `draft` says whether it is a draft."""
-    token = _builds_draft.set(draft)
+def building(build: Build) -> Iterator[None]:
+    """Context in which vLLM builds a model and loads its weights."""
+    token = _build.set(build)
     try:
         yield
     finally:
-        _builds_draft.reset(token)
+        _build.reset(token)
+
+
+def current_build() -> Build:
+    """The model that vLLM is building; outside of its usual loaders, the model of vLLM's current configuration."""
+    if (build := _build.get()) is not None:
+        return build
+    from vllm.config import get_current_vllm_config
+
+    config = get_current_vllm_config()
+    return Build(config, config.model_config, config.load_config)
 
 
 def builds_draft() -> bool:
     """Whether vLLM is building a draft; its layers need not be in the placement."""
-    return _builds_draft.get()
+    build = _build.get()
+    return build is not None and getattr(build.model_config, "runner_type", None) == "draft"
 
 
 def served_placement(config: Any) -> ServedPlacement | None:

@@ -1,90 +1,86 @@
 """Checks that the installed vLLM is one that the plugin supports.
 
-The plugin replaces functions inside vLLM. We read the source of the versions from OLDEST to NEWEST; only these are
-supported, and only if the functions that the plugin replaces exist and take the expected parameters.
+The plugin replaces functions inside vLLM; `hooks` lists them. We read the source of the versions from OLDEST to NEWEST.
+A newer one is refused, unless the user allows it with RESHARD_UNTESTED_VLLM=1 and its sources have every function on
+the list. After loading, `loading` and `proof` check the model itself, whatever the version.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedError
+from .hooks import OUTPUT, PLACEMENT, ROUTER_ARGUMENTS, VLLM_HOOKS
 
 OLDEST, NEWEST = (0, 26), (0, 33)
-ROUTER_ARGUMENTS = (
-    "top_k",
-    "global_num_experts",
-    "use_grouped_topk",
-    "num_expert_group",
-    "topk_group",
-    "e_score_correction_bias",
-    "custom_routing_function",
-    "num_fused_shared_experts",
-)
-
-
 VERSIONS = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-# The functions that apply a placement to an original: module, function, and the parameters that we rely on.
-_MOE = "vllm.model_executor.layers.fused_moe"
-PLACING_HOOKS = (
-    (f"{_MOE}.layer", "create_fused_moe_router", ROUTER_ARGUMENTS),
-    (f"{_MOE}.runner.moe_runner", "MoERunner.__init__", ("router", "routed_experts")),
-    (f"{_MOE}.routed_experts", "RoutedExperts._map_global_expert_id_to_local_expert_id", ("expert_id",)),
-    (
-        *(f"{_MOE}.routed_experts", "RoutedExperts.weight_loader"),
-        ("param", "loaded_weight", "weight_name", "shard_id", "expert_id", "return_success"),
-    ),
-    ("vllm.model_executor.model_loader.base_loader", "initialize_model", ("vllm_config",)),
-    ("vllm.model_executor.model_loader.base_loader", "process_weights_after_loading", ("model", "model_config")),
-    ("vllm.model_executor.model_loader.default_loader", "compute_local_expert_ids", ("num_experts", "ep_rank")),
-    ("vllm.model_executor.model_loader.weight_utils", "should_skip_weight", ("weight_name", "local_expert_ids")),
-    ("vllm.v1.worker.gpu_worker", "Worker.load_model", ()),
-    ("vllm.v1.worker.gpu_worker", "Worker.reload_weights", ()),
-    ("vllm.v1.worker.gpu_worker", "Worker.sleep", ("level",)),
-    ("vllm.v1.worker.gpu_worker", "Worker.wake_up", ("tags",)),
-    ("vllm.distributed.eplb.eplb_state", "EplbState.add_model", ("model", "model_config")),
-)
-# The methods of vLLM's routers that our mixins call or override.
-ROUTER_METHODS = ("_select_experts", "_compute_routing", "_apply_eplb_mapping", "_convert_indices_dtype")
+UNTESTED = "RESHARD_UNTESTED_VLLM"
 
 
 def placing_fault() -> str | None:
-    """Describe why the installed vLLM cannot serve placements; None if it can. This imports much of vLLM."""
-    for module, name, parameters in PLACING_HOOKS:
-        function: Any = importlib.import_module(module)
-        for part in name.split("."):
+    """Describe why the running vLLM cannot serve placements; None if it can. This imports much of vLLM."""
+    for hook in VLLM_HOOKS:
+        if PLACEMENT not in hook.needed_by:
+            continue
+        function: Any = importlib.import_module(hook.module)
+        for part in hook.name.split("."):
             function = getattr(function, part, None)
-        if not hasattr(function, "replaced_by_reshard"):
-            return f"this vLLM has no {module}.{name} that reshard knows"
-        known = inspect.signature(function).parameters
-        if missing := [parameter for parameter in parameters if parameter not in known]:
-            return f"{module}.{name} of this vLLM takes no {missing[0]}"
-    router = importlib.import_module(f"{_MOE}.router.base_router").BaseRouter
-    missing = [method for method in ROUTER_METHODS if not hasattr(router, method)]
-    return f"routers of this vLLM have no {missing[0]}" if missing else None
+        if function is None or (hook.replaced and not hasattr(function, "replaced_by_reshard")):
+            return f"this vLLM has no {hook} that reshard knows"
+        known = inspect.signature(function).parameters if hook.parameters else ()
+        if missing := [parameter for parameter in hook.parameters if parameter not in known]:
+            return f"{hook} of this vLLM takes no {missing[0]}"
+    return None
 
 
 def require_support(where: str) -> None:
     """Raise UnsupportedError unless the plugin supports the installed vLLM; `where` names the model in the error."""
-    if fault := version_fault():
+    if fault := version_fault(OUTPUT):
         raise UnsupportedError(
             f"{where}: this model was resharded and has expert groups; serving it needs vLLM {VERSIONS}: {fault}. "
             "Install one of these, or restore the original with `reshard restore`"
         )
 
 
-def version_fault() -> str | None:
-    """Describe why the version of the installed vLLM is not supported; None if it is."""
+def version_fault(purpose: str) -> str | None:
+    """Describe why the version of the installed vLLM is not supported; None if it is, or if the user allows it.
+
+    A newer version must have the functions that `purpose`, one of those in `hooks`, needs.
+    """
     import vllm
 
     version = getattr(vllm, "__version__", "")
     match = re.match(r"(\d+)\.(\d+)", version)
-    if not match or not OLDEST <= (int(match[1]), int(match[2])) <= NEWEST:
+    if not match or (number := (int(match[1]), int(match[2]))) < OLDEST:
         return f"found {version or 'no version'}"
+    if number <= NEWEST:
+        return None
+    if os.environ.get(UNTESTED) != "1":
+        return f"found {version}, with which reshard was not tried; {UNTESTED}=1 allows it if its functions fit"
+    if faults := _source_faults(Path(vllm.__file__).parent.parent, purpose):
+        return f"found {version}, whose functions do not fit: {'; '.join(faults)}"
+    from vllm.logger import init_logger
+
+    init_logger("vllm.plugins.reshard").warning_once(
+        "vLLM %s is newer than the versions that reshard was tried with (%s); its functions fit, so %s=1 allows it",
+        version,
+        VERSIONS,
+        UNTESTED,
+    )
     return None
+
+
+@functools.cache  # vLLM reads a config several times in each process
+def _source_faults(root: Path, purpose: str) -> tuple[str, ...]:
+    from .sources import source_faults
+
+    return source_faults(root, [hook for hook in VLLM_HOOKS if purpose in hook.needed_by])
 
 
 def hook_fault(function: object) -> str | None:

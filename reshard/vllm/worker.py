@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import UnsupportedError
+from ..placement.contract import CONTRACT_KEY
 from .patching import replace_if_there
 from .request import MANIFEST
 from .served import ServedPlacement, served_placement
@@ -23,6 +24,7 @@ from .support import VERSIONS, placing_fault
 SAVING = ("save_sharded_state", "save_tensorized_model")
 WITH_EPLB = "with EPLB the expert maps lie in the memory of the weights and would be lost; serve without EPLB"
 _proved: list[str] = []  # digests of the placements that were proved for models of this process
+_checked: list[str] = []  # models of this process whose routers were checked against their contract
 
 
 def install(module: ModuleType) -> None:
@@ -40,6 +42,11 @@ def mark_proved(served: ServedPlacement) -> None:
     _proved.append(served.digest)
 
 
+def mark_checked(model: str) -> None:
+    """Note that every router of an output was checked, which is no draft; `loading` calls this."""
+    _checked.append(model)
+
+
 def has_placement() -> bool:
     """Whether a model of this process was proved to follow a placement."""
     return bool(_proved)
@@ -48,18 +55,21 @@ def has_placement() -> bool:
 def _proved_load(load_model: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(load_model)
     def load_and_check(worker: Any, *args: Any, **kwargs: Any) -> None:
-        served = served_placement(worker.vllm_config)
-        if served is None:
-            load_model(worker, *args, **kwargs)
-            return
-        if fault := placing_fault():
+        served, model_config = served_placement(worker.vllm_config), worker.vllm_config.model_config
+        if served is not None and (fault := placing_fault()):
             raise UnsupportedError(f"{served.asked}: {fault}; placements need vLLM {VERSIONS}")
-        before = len(_proved)
+        before = len(_proved), len(_checked)
         load_model(worker, *args, **kwargs)
-        if len(_proved) == before:
+        if served is not None and len(_proved) == before[0]:
             raise UnsupportedError(
                 f"{served.asked}: vLLM loaded the model without the functions that reshard replaces; placements need "
                 f"vLLM {VERSIONS} and one of its usual load formats"
+            )
+        if getattr(model_config.hf_config, CONTRACT_KEY, None) is not None and len(_checked) == before[1]:
+            raise UnsupportedError(
+                f"{model_config.model}: this model was resharded and has expert groups, but vLLM loaded it without the "
+                f"functions that reshard replaces, and would answer wrongly; serve it with vLLM {VERSIONS} and one of "
+                "its usual load formats, or restore the original with `reshard restore`"
             )
 
     return load_and_check

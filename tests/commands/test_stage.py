@@ -32,10 +32,10 @@ FLIPS = 90
 
 
 def complaint(*arguments: object, status: int = 1) -> str:
-    """What `reshard` says on failing with this exit status."""
+    """What `reshard` says on failing with this exit status, on either stream."""
     result = run(*arguments)
     assert result.exit_code == status, f"reshard {' '.join(map(str, arguments))}: {result.output}"
-    return result.stderr
+    return result.output
 
 
 def make(family: str, directory: Path, ranks: int, experts: int = 8) -> Path:

@@ -172,3 +172,35 @@ def test_progress_ends_at_the_work_that_was_announced(layout: str, source: Path,
     done: list[int] = []
     write_resharding(plan, tmp_path / "out", progress=done.append)
     assert sum(done) == plan.work
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_an_earlier_run_copied_unchecked_is_checked_too(layout: str, source: Path, tmp_path: Path) -> None:
+    snapshot = as_cache(source, tmp_path / "cache")
+    flip(min(snapshot.glob("*.safetensors")), -1)
+    command = ["zigzag", "--src", snapshot, "--ep", 2, "--out", tmp_path / "out", "--layout", layout]
+    run_well(*command)
+    result = run(*command, "--check-source")  # it is complete already
+    assert result.exit_code == 1
+    assert "SHA-256" in result.stderr
+    run_well(*command)
+
+
+def test_what_an_interrupted_run_copied_unchecked_is_checked_too(source: Path, tmp_path: Path) -> None:
+    snapshot = as_cache(source, tmp_path / "cache")
+    damaged = min(snapshot.glob("*.safetensors"))
+    flip(damaged, -1)
+    plan = plan_placement(snapshot, Zigzag(2), tmp_path / "out", layout="source")
+
+    def stop(written: int) -> None:
+        if len(list((tmp_path / "out").glob("*.safetensors"))) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_resharding(plan, tmp_path / "out", progress=stop, workers=1)
+    assert (tmp_path / "out" / damaged.name).exists()
+    command = ["zigzag", "--src", snapshot, "--ep", 2, "--out", tmp_path / "out", "--layout", "source"]
+    result = run(*command, "--check-source")
+    assert result.exit_code == 1
+    assert "SHA-256" in result.stderr
+    assert "resumed" in run_well(*command)

@@ -183,19 +183,19 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_as_much_room_as_it_as
         assert_identical_trees(whole, out)
 
 
-def test_a_run_goes_on_where_the_disk_has_the_room_it_asked_for_and_no_more(source: Path, tmp_path: Path) -> None:
-    arguments = ["zigzag", "--src", source, "--out", tmp_path / "ext4" / "out", "--ep", RANKS, "--quiet"]
-    with mounted("ext4", tmp_path, 320) as disk, (disk.path / "filler").open("wb", buffering=0) as filler:
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_run_goes_on_where_the_disk_has_the_room_it_asked_for_and_no_more(
+    kind: str, source: Path, tmp_path: Path
+) -> None:
+    arguments = ["zigzag", "--src", source, "--out", tmp_path / kind / "out", "--ep", RANKS, "--quiet"]
+    with mounted(kind, tmp_path, 320) as disk, (disk.path / "filler").open("wb", buffering=0) as filler:
         fill(filler, leaving=0)
         needed, free = room_asked_for(run(*arguments))
         filler.truncate(filler.tell() - (needed - free + (1 << 20)))
         with pytest.raises(Cut):
-            zigzag(source, RANKS, disk.path / "out", progress=cut_after(1), workers=1)
+            zigzag(source, RANKS, disk.path / "out", progress=cut_after(2), workers=2)
         assert sum(path.stat().st_size for path in (disk.path / "out").glob("*.partial")) > 2 << 20
-        resumed = run(*arguments)
-        if resumed.exit_code == 1 and "free some space" in resumed.stderr:
-            pytest.xfail("a run counts its own .partial files as taken, not as room to use again")
-        assert resumed.exit_code == 0
+        run_well(*arguments)
 
 
 def room_asked_for(refused: Result) -> tuple[int, int]:
@@ -289,8 +289,8 @@ def test_verify_says_which_files_cannot_be_read(failing: tuple[Mounted, str], tm
     image = break_from(disk, read_safetensors(path)[1][tensor].data)
     result = run("verify", disk.path / "source")
     assert result.exit_code == 1
-    assert "cannot be read" in result.stderr
-    assert "Input/output error" in result.stderr
+    assert "cannot be read" in result.stdout
+    assert "Input/output error" in result.stdout
     mend(disk, image)
     run_well("verify", disk.path / "source")
 
@@ -403,7 +403,7 @@ def test_a_sparse_source_needs_no_more_room_than_its_data(tmp_path: Path) -> Non
         os.truncate(path, path.stat().st_size + hole)
         command = ["zigzag", "--src", source, "--ep", 2, "--allow-holes"]
         report = json.loads(run_well(*command, "--out", disk.path / "out", "--dry-run", "--json"))
-        assert report["needed"] < 10 << 20 < report["free"] < hole < report["size"]
+        assert report["needed"] < 26 << 20 < report["free"] < hole < report["size"]
         run_well(*command, "--out", disk.path / "out")
         run_well("verify", disk.path / "out", "--src", source, "--allow-holes")
         with path.open("r+b") as file:  # the control: with data there, it does need it

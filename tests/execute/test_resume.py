@@ -87,10 +87,9 @@ def test_a_run_that_comes_late_does_not_write_into_a_finished_output(
     source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = shutil.copytree(whole, tmp_path / "out")
-    monkeypatch.setattr(
-        "reshard.execute.journal.check_out", lambda out: None
-    )  # as if the other had finished just after it
-    monkeypatch.setattr("reshard.execute.run.check_out", lambda out: None)
+    # as if the other had finished just after it looked
+    monkeypatch.setattr("reshard.commands.place.finished_output", lambda out: None)
+    monkeypatch.setattr("reshard.execute.ready.check_out", lambda out, replace: None)
     with pytest.raises(OutputError, match="no longer empty"):
         zigzag(source, 2, out)
     assert_identical_trees(whole, out)

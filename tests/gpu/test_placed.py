@@ -129,7 +129,7 @@ def test_r1_layers_of_full_size_in_fp8_blocks_are_identical_at_ep_1(how: dict[st
 
 def test_returned_experts_are_logical(gpu: Gpu) -> None:
     source = v3(gpu)
-    returning = {**EAGER, "enable_return_routed_experts": True}
+    returning = {**EAGER, "enable_return_routed_experts": True, "enable_prefix_caching": True}  # 0.33 wants both
     placement = random_placement(gpu, source, 1)
     answer, expected = together(
         lambda: gpu.answer(source, returning, environment=placement), lambda: gpu.answer(source, returning)

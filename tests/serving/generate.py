@@ -78,8 +78,13 @@ def to_hex(positions: Any) -> list[dict[str, str]]:
     return [{str(token): value.logprob.hex() for token, value in position.items()} for position in positions]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Answer the request on standard input."""
     answers = os.dup(1)
     os.dup2(2, 1)  # keeps what libraries and workers print out of the answer
     line = json.dumps(generate(json.load(sys.stdin)))
     os.write(answers, f"{line}\n".encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,6 @@
 """Runs real vLLM on the CPU, as a subprocess in its own environment, for tests that run without vLLM.
 
-One vLLM runs at a time, and each request is answered once. All of pytest's workers share one directory, under a lock,
-which keeps answers and models.
+Each request is answered once. All of pytest's workers share one directory, under locks, which keeps answers and models.
 """
 
 from __future__ import annotations
@@ -17,15 +16,17 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from click.testing import CliRunner
+from version_1 import to_version_1
 
 from reshard.cli.main import main
 
@@ -33,6 +34,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BIN = ROOT / ".venv-vllm" / "bin"
 SHIM_ONLY = "cpu_experts_shim"  # a value of VLLM_PLUGINS with which vLLM does not load reshard's plugin
+SPAWNED = {"FORK_WORKERS": ""}  # workers start as vLLM starts them: anew, with a pickled configuration
+COMPILED = {"TORCH_COMPILE_DISABLE": "0"}
 TIMEOUT = 240  # seconds; a start takes about 30
 
 PROMPTS = ((5,), (7, 11), (3, 201, 45, 90), tuple(range(20, 31)), tuple(range(250, 100, -7)))
@@ -87,6 +90,58 @@ def _from_hex(raw: list[list[dict[str, str]]]) -> Logprobs:
     return [[{token: float.fromhex(value) for token, value in at.items()} for at in prompt] for prompt in raw]
 
 
+class Warm:
+    """A process of warm.py, which forks a vLLM for each answer."""
+
+    def __init__(self, environment: Mapping[str, str], directory: Path) -> None:
+        self._socket, other = socket.socketpair()
+        self._log = (directory / f"warm-log-{os.getpid()}").open("w+")
+        with other:
+            self._process = subprocess.Popen(
+                [BIN / "python", HERE / "warm.py"],
+                env=environment,
+                stdin=other,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,
+            )
+        self._socket.settimeout(TIMEOUT)
+
+    def answer(self, environment: Mapping[str, str], request: str, errors: IO[str]) -> tuple[int, str]:
+        """The exit status and the output of a vLLM that is given `request`. Raises TimeoutError, and ends it then."""
+        with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+") as output:
+            given.write(request)
+            given.seek(0)
+            descriptors = [given.fileno(), output.fileno(), errors.fileno()]
+            socket.send_fds(self._socket, [json.dumps(environment).encode()], descriptors)
+            process = int(self._line())
+            try:
+                status = int(self._line())
+            except TimeoutError:
+                os.killpg(process, signal.SIGKILL)
+                self._line()
+                raise
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)  # workers that are left
+            output.seek(0)
+            return status, output.read()
+
+    def _line(self) -> bytes:
+        line = b""
+        while not line.endswith(b"\n"):
+            if not (byte := self._socket.recv(1)):
+                self._log.seek(0)
+                raise AssertionError(f"the process that forks has ended:\n{self._log.read()[-4000:]}")
+            line += byte
+        return line
+
+    def close(self) -> None:
+        """End the process."""
+        self._socket.close()
+        self._process.wait(TIMEOUT)
+        self._log.close()
+
+
 class Serving:
     """Models, their resharded outputs, and answers, kept in `directory`."""
 
@@ -95,6 +150,17 @@ class Serving:
             raise RuntimeError(f"no {BIN.parent.name}: run `make {BIN.parent.name}/.ready`, or `make test`")
         self.directory = directory
         directory.mkdir(exist_ok=True)
+        self._forks: Warm | None = None
+
+    def close(self) -> None:
+        """End the process that forks."""
+        if self._forks:
+            self._forks.close()
+
+    def _warm(self) -> Warm:
+        if self._forks is None:
+            self._forks = Warm(self.environment(), self.directory)
+        return self._forks
 
     def model(self, kind: str, *, mtp: bool = False, seed: int = 0, **config: Any) -> Path:
         """A tiny random model of `models.py`; `config` overrides keys of its config.json."""
@@ -116,6 +182,16 @@ class Serving:
             assert result.exit_code == 0, result.output
 
         return self._made(f"{model.name}-zz{ep}-{layout}", make)
+
+    def version_1(self, model: Path, ep: int) -> Path:
+        """The output of `reshard zigzag` for a model, with a contract of version 1."""
+        output = self.resharded(model, ep)
+
+        def make(directory: Path) -> None:
+            shutil.copytree(output, directory)
+            to_version_1(model, directory)
+
+        return self._made(f"{output.name}-version1", make)
 
     def placed(self, model: Path, ep: int, seed: int = 0) -> Path:
         """The output of `reshard place` for a model, with another random order in each MoE layer."""
@@ -203,17 +279,22 @@ class Serving:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # an engine in the calling process starts faster
         }
         start = time.monotonic()
-        with (
-            log.open("w") as errors,
-            _process([BIN / "python", HERE / "generate.py"], environment, subprocess.PIPE, errors) as process,
-        ):
+        # what an import of vLLM would see differently needs a process that imports it
+        warm = "PYTHONPATH" not in more and request["llm"].get("enforce_eager", True)
+        with log.open("w") as errors:
             try:
-                output, _ = process.communicate(json.dumps(request), timeout=TIMEOUT)
-            except subprocess.TimeoutExpired:
+                if warm:
+                    status, output = self._warm().answer(environment, json.dumps(request), errors)
+                else:
+                    command = [BIN / "python", HERE / "generate.py"]
+                    with _process(command, environment, subprocess.PIPE, errors) as process:
+                        output, _ = process.communicate(json.dumps(request), timeout=TIMEOUT)
+                        status = process.returncode
+            except (subprocess.TimeoutExpired, TimeoutError):
                 raise AssertionError(f"vLLM took more than {TIMEOUT} s:\n{log.read_text()[-4000:]}") from None
-        answer = json.loads(output) if process.returncode == 0 else {}
+        answer = json.loads(output) if status == 0 else {}
         return Result(
-            status=process.returncode,
+            status=status,
             seconds=time.monotonic() - start,
             log=log.read_text(),
             opened=_opened(opened),
@@ -274,7 +355,7 @@ class Serving:
         with (
             self.slot() as slot,
             log.open("w") as errors,
-            _process(command, self.environment(ranks, first=slot.number), errors, errors) as server,
+            _process(command, {**self.environment(ranks, first=slot.number), **SPAWNED}, errors, errors) as server,
         ):
             address = f"http://127.0.0.1:{port}"
             deadline = time.monotonic() + TIMEOUT
@@ -320,7 +401,9 @@ class Serving:
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # workers need not import vLLM again
+            "FORK_WORKERS": "1",  # they need not import vLLM again; SPAWNED undoes it
+            "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # idle workers wait for as long as they are allowed to
+            "TORCH_COMPILE_DISABLE": "1",  # even an eager vLLM compiles a function that ranks log-probabilities
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(
                 map(str, itertools.islice(itertools.cycle(cores[first:] + cores[:first]), processes))

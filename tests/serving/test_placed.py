@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import BIN, HERE, PROMPTS, SHIM_ONLY, TIMEOUT, Serving
+from harness import BIN, COMPILED, HERE, PROMPTS, SHIM_ONLY, SPAWNED, TIMEOUT, Serving
 from test_served_traffic import recorded, trace
 from test_serving import (
     MTP,
@@ -74,7 +74,7 @@ def test_zigzag_of_an_original_equals_stock_round_robin_and_the_log_reports_the_
     model: Model, serving: Serving
 ) -> None:
     source = model(serving)
-    answer = serving.generate(source, ranks=2, environment=ZIGZAG)
+    answer = serving.generate(source, ranks=2, environment={**ZIGZAG, **SPAWNED})
     assert_equal(answer, round_robin(serving, source))
     assert "2 MoE layers are placed: zigzag, digest" in answer.log
     assert "every slot was seen to be filled" in answer.log
@@ -145,7 +145,7 @@ def test_a_model_that_reshard_does_not_know_is_served_with_a_placement(serving: 
 
 def test_compiled_code_answers_the_same_and_is_cached_per_placement(serving: Serving) -> None:
     source = v3(serving)
-    cache = {"VLLM_CACHE_ROOT": str(serving.directory / "compiled-placed")}
+    cache = {"VLLM_CACHE_ROOT": str(serving.directory / "compiled-placed"), **COMPILED}
     placement = by(random_file(serving, source, 1))
     compiled = serving.generate(source, enforce_eager=False, environment={**cache, **placement})
     assert_close(compiled, serving.generate(source, plugins=SHIM_ONLY))

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from command_line import run_well
-from harness import BIN, HERE, MAX_TOKENS, PROMPTS, Result, Serving
+from harness import BIN, COMPILED, HERE, MAX_TOKENS, PROMPTS, Result, Serving
 from test_serving import MTP, TWO_STAGES, assert_answered, assert_close, assert_equal, kimi, uneven_mtp, v3
 
 Choices = list[list[frozenset[int]]]
@@ -155,13 +155,13 @@ def test_a_compiled_model_records_the_same_and_its_code_is_not_reused_without_re
 ) -> None:
     source, cache = v3(serving), serving.directory / "compiled"
     directory = serving.directory / "trace-compiled"
-    recording = {"VLLM_CACHE_ROOT": str(cache), "RESHARD_TRACE": str(directory)}
+    recording = {"VLLM_CACHE_ROOT": str(cache), "RESHARD_TRACE": str(directory), **COMPILED}
     answer = serving.generate(source, enforce_eager=False, environment=recording)
     assert_answered(answer)
     assert "saved AOT compiled function" in answer.log
     found = recorded(directory)
     assert found == recomputed(serving, source, answer)
-    without = serving.generate(source, enforce_eager=False, environment={"VLLM_CACHE_ROOT": str(cache)})
+    without = serving.generate(source, enforce_eager=False, environment={"VLLM_CACHE_ROOT": str(cache), **COMPILED})
     assert_equal(without, answer)
     assert "saved AOT compiled function" in without.log
     assert "load failure" not in without.log, "it found the code that was compiled with recording"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import HERE, PROMPTS, SHIM_ONLY, Result, Serving
+from harness import HERE, PROMPTS, SHIM_ONLY, SPAWNED, Result, Serving
 
 CLOSE = 1e-4  # we measured up to 4e-6; another choice of experts gives 1e-1 and more
 
@@ -161,7 +161,7 @@ def test_transformers_refuses_a_group_limited_output(loader: str, serving: Servi
 @pytest.mark.parametrize("model", [v3, v2], ids=["V3", "V2"])
 def test_on_two_ranks_the_output_equals_the_original_under_round_robin(model: Model, serving: Serving) -> None:
     source = model(serving)
-    answer = serving.generate(serving.resharded(source, 2), ranks=2)
+    answer = serving.generate(serving.resharded(source, 2), ranks=2, environment=SPAWNED)
     assert_equal(answer, round_robin(serving, source))
     assert "Expert placement strategy: linear" in answer.log
 
@@ -303,3 +303,26 @@ def test_models_without_a_contract_still_work_on_an_unsupported_vllm(serving: Se
     source = v3(serving)
     answer = serving.generate(source, environment={"VLLM_IS": "0.34.0", "HOOK_IS_GONE": "1"})
     assert_equal(answer, serving.generate(source, plugins=SHIM_ONLY))
+
+
+NEWER = {"VLLM_IS": "0.34.0"}
+ALLOWED = {**NEWER, "RESHARD_UNTESTED_VLLM": "1"}
+
+
+def test_a_newer_vllm_whose_functions_fit_is_allowed_by_a_variable_and_answers_right(serving: Serving) -> None:
+    source = v3(serving)
+    answer = serving.generate(serving.resharded(source, 2), environment=ALLOWED)
+    assert_equal(answer, serving.generate(source, plugins=SHIM_ONLY))
+    assert "vLLM 0.34.0 is newer than the versions that reshard was tried with (0.26 to 0.33)" in answer.log
+
+
+def test_a_placement_on_a_newer_vllm_ends_the_start_with_a_line_that_names_the_variable(serving: Serving) -> None:
+    refusal = serving.generate(v3(serving), ranks=2, environment={**NEWER, "RESHARD_PLACEMENT": "zigzag"})
+    assert refusal.status != 0
+    assert re.search(r"RESHARD_PLACEMENT=zigzag: .*found 0\.34\.0.*RESHARD_UNTESTED_VLLM=1 allows it", refusal.log)
+    assert not refusal.opened
+
+
+def test_the_variable_does_not_allow_a_vllm_whose_routers_escape_the_plugin(serving: Serving) -> None:
+    log = refused(serving, {**ALLOWED, "HOOK_IS_GONE": "1"})
+    assert re.search(r"does not route by the contract: .*reshard restore", log)

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from reshard import CheckpointError, OutputError, UnsupportedError
-from reshard.placement.contract import Contract, contract_from_json, contract_to_json, lock_config
+from reshard.placement.contract import Contract, contract_from_json, contract_to_json, lock_config, locked_values
 from reshard.placement.permutations import zigzag
-from reshard.vllm import configs, placed, support, worker
+from reshard.vllm import configs, hooks, placed, support, worker
 from reshard.vllm.configs import read_config
 from reshard.vllm.loading import (
     Parallel,
@@ -39,15 +39,18 @@ RANKED = [f"/m/model-ep{rank:02}-of-04-{n:05}-of-00002.safetensors" for rank in 
 NAMED = SHARED + RANKED
 
 
+CONFIG = {
+    "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "auto_map": {"AutoConfig": "x.Y"},
+    **{"n_group": 4, "topk_group": 2, "hidden_size": 16},
+}
+
+
 def contract(placement: dict[str, tuple[int, ...]] | None = None) -> Contract:
     """A contract of 8 experts in 4 groups."""
     placement = placement or {"model.layers.1.mlp": zigzag(8, 2)}
-    original = {
-        "model_type": "deepseek_v3",
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "auto_map": {"AutoConfig": "x.Y"},
-    }
-    return Contract("zigzag", 2, 4, 2, placement, original)
+    return Contract("zigzag", 2, 4, 2, placement, locked_values(CONFIG))
 
 
 def test_importing_and_registering_the_plugin_imports_nothing_of_vllm_or_torch(tmp_path: Path) -> None:
@@ -124,20 +127,14 @@ def test_a_layers_placement_is_found_by_its_number_if_layers_differ() -> None:
 
 def test_a_locked_config_reads_as_the_original_and_keeps_its_contract(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reshard.vllm.configs.require_support", lambda where: None)
-    original = {
-        "model_type": "deepseek_v3",
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "auto_map": {"AutoConfig": "x.Y"},
-    }
-    original |= {"n_group": 4, "hidden_size": 16}
-    locked = lock_config(original, contract())
+    locked = lock_config(CONFIG, contract())
     assert "auto_map" not in locked
     read = read_config(locked, "here")
     assert read.pop("expert_placement") == contract_to_json(contract())
-    assert read == original
-    assert read_config(original, "here") is original
-    locked["expert_placement"] = {**locked["expert_placement"], "version": 2}
-    with pytest.raises(CheckpointError, match="version 2"):
+    assert read == CONFIG
+    assert read_config(CONFIG, "here") is CONFIG
+    locked["expert_placement"] = {**locked["expert_placement"], "version": 3}
+    with pytest.raises(CheckpointError, match=r"version 3.* reads versions 1 and 2; upgrade reshard"):
         read_config(locked, "here")
 
 
@@ -147,7 +144,7 @@ def test_an_opened_config_arrives_only_where_reshard_is(copied: bool, monkeypatc
     registered: list[bool] = []
     monkeypatch.setattr("reshard.vllm.register", lambda: registered.append(True))
     monkeypatch.setattr("reshard.vllm.configs.require_support", lambda where: None)
-    locked = lock_config({"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}, contract())
+    locked = lock_config(CONFIG, contract())
     opened = read_config(locked, "here")
     if copied:
         opened = copy.deepcopy(opened)
@@ -171,14 +168,14 @@ def test_an_unsupported_vllm_version_is_refused_and_the_supported_ones_are_named
     version: str, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))  # type: ignore[arg-type]
-    assert (support.version_fault() is None) == fits
+    assert (support.version_fault(hooks.OUTPUT) is None) == fits
     if not fits:
         with pytest.raises(UnsupportedError, match=rf"0\.26 to 0\.33.*{version}"):
             support.require_support("here")
 
 
 def test_a_router_factory_without_an_expected_parameter_is_detected() -> None:
-    arguments = ", ".join(f"{name}=None" for name in support.ROUTER_ARGUMENTS)
+    arguments = ", ".join(f"{name}=None" for name in hooks.ROUTER_ARGUMENTS)
     functions: dict[str, object] = {}
     exec(
         f"def same({arguments}, more=None): ...\ndef other({arguments.replace('topk_group=None, ', '')}): ...",
@@ -223,7 +220,7 @@ def test_a_class_method_is_replaced_too_and_stays_one() -> None:
 
 def test_the_lock_is_open_where_vllm_reads_a_config_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reshard.vllm.configs.require_support", lambda where: None)
-    locked = lock_config({"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}, contract())
+    locked = lock_config(CONFIG, contract())
 
     class PretrainedConfig:
         @classmethod

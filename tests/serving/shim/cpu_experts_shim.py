@@ -5,9 +5,10 @@ expert ids. `_apply_locally` gives them local ids, and weight 0 to experts of ot
 expert 0, whose output counts nothing). The order in which a token's experts are summed stays that of the router.
 
 Where OPENED_SAFETENSORS_LOG names a file, each process appends to it a line of JSON for each safetensors file it opens.
-Where NODES is a JSON list of directories, rank i reads its weights from the i-th, as on a node of its own. VLLM_IS and
-HOOK_IS_GONE make vLLM look like one that reshard's plugin does not fit. RECORD_TENSORS notes the tensors that are read,
-too. ROUTER_FORGETS lets routers of a model that is served placed answer as if experts were where they always were.
+RECORD_TENSORS notes the tensors that are read, too. Where NODES is a JSON list of directories, rank i reads its weights
+from the i-th, as on a node of its own. VLLM_IS and HOOK_IS_GONE make vLLM look like one that reshard's plugin does not
+fit. FORK_WORKERS saves workers the import of vLLM. ROUTER_FORGETS lets routers of a model that is served placed answer
+as if experts were where they always were.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -36,6 +38,8 @@ def install() -> None:
 
     CPUUnquantizedExperts.apply = _apply_locally(CPUUnquantizedExperts.apply)
     _warm_up_stages()
+    if os.environ.get("FORK_WORKERS"):
+        _fork_workers()
     if path := os.environ.get("OPENED_SAFETENSORS_LOG"):
         _record_opened(path)
     if nodes := os.environ.get("NODES"):
@@ -80,6 +84,16 @@ def _warm_up_stages() -> None:
         return determine(self)
 
     CPUWorker.determine_available_memory = wrapper
+
+
+def _fork_workers() -> None:
+    """Let the driver fork its workers, though vLLM sets on CPUs that it spawns them."""
+    from vllm.v1.executor import multiproc_executor
+
+    def forking() -> Any:
+        return multiprocessing.get_context("fork")
+
+    multiproc_executor.get_mp_context = forking
 
 
 def _read_from_nodes(nodes: list[str]) -> None:

@@ -1,0 +1,68 @@
+"""What `inspect` and `trace info` print as text. Decides nothing."""
+
+from __future__ import annotations
+
+from ..commands.inspect import Inspection
+from ..commands.trace_info import TraceInfo
+from ..placement.permutations import describe_ranks
+from .render import bytes_text, serve_command
+
+
+def describe_inspection(inspection: Inspection) -> list[str]:
+    """The lines of `inspect`."""
+    groups = (
+        f", {inspection.n_group} groups, {inspection.topk_group} chosen"
+        if inspection.n_group > 1
+        else ", no expert groups"
+    )
+    layers = inspection.moe_layers
+    rest = inspection.size - inspection.expert_size - inspection.router_size
+    lines = [
+        f"{inspection.path}: {'resharded ' if inspection.resharded else ''}{inspection.family} "
+        f"({inspection.model_type})",
+        f"  MoE layers   {len(layers)}: {layers[0]} … {layers[-1]}",
+        f"  routing      {inspection.num_experts} experts, top {inspection.top_k}, {inspection.scoring}{groups}",
+        f"  tensors      {inspection.tensors} in {inspection.files} files, {bytes_text(inspection.size)}",
+        f"    experts    {bytes_text(inspection.expert_size)}",
+        f"    routers    {bytes_text(inspection.router_size)}",
+        f"    the rest   {bytes_text(rest)}",
+    ]
+    lines.append(f"  plugin       {inspection.plugin}")
+    lines += [f"  note         {note}" for note in inspection.notes]
+    if inspection.ep_size is None:
+        return lines
+    lines.append(f"  placement    {inspection.strategy} for {inspection.ep_size} EP ranks" + _uniformity(inspection))
+    if inspection.staged_ranks is not None:
+        here = describe_ranks(inspection.staged_ranks)
+        lines.append(f"  staged       EP ranks {here}; the other ranks' files are not here")
+    lines.append("    rank   expert bytes   logical experts, in physical order")
+    for rank in inspection.ranks:
+        experts = " ".join(map(str, rank.experts))
+        lines.append(f"    {rank.rank:4}   {bytes_text(rank.size):>12}   {experts}")
+    if not inspection.resharded:
+        command = serve_command(inspection.path, inspection.ep_size, inspection.strategy)
+        lines.append(f"  serve it so, with nothing rewritten:  {command}")
+    return lines
+
+
+def _uniformity(inspection: Inspection) -> str:
+    return ", the same in every layer" if inspection.uniform else f"; layers differ, this is {inspection.moe_layers[0]}"
+
+
+def describe_trace(info: TraceInfo) -> list[str]:
+    """The lines of `reshard trace info`."""
+    lines = [f"{info.path}: {info.tokens} tokens in {len(info.streams)} recordings"]
+    for stream in info.streams:
+        experts = f" of {stream.num_experts}" if stream.num_experts else ""
+        lines += [
+            f"  {stream.where}",
+            f"    recorded by {stream.by}",
+            f"    {stream.tokens} tokens, {len(stream.busiest)} MoE layers, top {stream.top_k}{experts} experts",
+        ]
+        if stream.busiest:
+            layer, highest = max(stream.busiest.items(), key=lambda item: item[1])
+            median = sorted(stream.busiest.values())[len(stream.busiest) // 2]
+            lines.append(
+                f"    busiest expert over mean: {median:.2f} in the median layer, at most {highest:.2f} ({layer})"
+            )
+    return lines

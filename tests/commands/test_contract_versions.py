@@ -1,0 +1,126 @@
+"""What config.json of a group-limited output says to an engine without the plugin, in both versions of the contract.
+
+Version 2 has a text in the place of the group counts. What published remote code computes with them is followed here;
+Transformers' and vLLM's own routers are tried in tests/serving.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import FAMILIES, Spec, build
+from command_line import run, run_well
+from forgery import forge, record
+from oracle import assert_identical_trees
+from torch import Tensor
+from version_1 import to_version_1
+
+GROUP_LIMITED = [name for name, family in FAMILIES.items() if family.group_limited]
+
+
+@pytest.fixture(scope="module", params=GROUP_LIMITED)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a `source`, its `output`, and `old`, the same output with a contract of version 1."""
+    directory = tmp_path_factory.mktemp(request.param)
+    build(Spec(request.param, experts=8, layers=2), directory / "source")
+    run_well("zigzag", "--src", directory / "source", "--ep", 2, "--out", directory / "output")
+    shutil.copytree(directory / "output", directory / "old")
+    to_version_1(directory / "source", directory / "old")
+    return directory
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    """The language model's part of config.json."""
+    config: dict[str, Any] = json.loads((directory / "config.json").read_bytes())
+    return config.get("text_config", config)  # type: ignore[no-any-return]
+
+
+def published_v2(config: dict[str, Any], scores: Tensor) -> Tensor:
+    """The experts that `modeling_deepseek.py` of DeepSeek-V2 chooses."""
+    n, n_group, experts = len(scores), config["n_group"], scores.shape[1]
+    group_scores = scores.view(n, n_group, -1).max(dim=-1).values
+    return _within_best_groups(scores, group_scores, experts, config)
+
+
+def published_v3(config: dict[str, Any], scores: Tensor) -> Tensor:
+    """The experts that `modeling_deepseek.py` of V3 to V3.2 and `modeling_bailing_moe_v2.py` of Ling 2.0 choose."""
+    n, n_group, experts = len(scores), config["n_group"], scores.shape[1]
+    group_scores = scores.view(n, n_group, -1).topk(2, dim=-1)[0].sum(dim=-1)
+    return _within_best_groups(scores, group_scores, experts, config)
+
+
+def _within_best_groups(scores: Tensor, group_scores: Tensor, experts: int, config: dict[str, Any]) -> Tensor:
+    n, n_group = len(scores), config["n_group"]
+    group_idx = torch.topk(group_scores, k=config["topk_group"], dim=-1, sorted=False)[1]
+    group_mask = torch.zeros_like(group_scores).scatter_(1, group_idx, 1)
+    score_mask = group_mask.unsqueeze(-1).expand(n, n_group, experts // n_group).reshape(n, -1)
+    masked = scores.masked_fill(~score_mask.bool(), 0.0)
+    return torch.topk(masked, k=config["num_experts_per_tok"], dim=-1)[1]
+
+
+@pytest.mark.parametrize("choose", [published_v2, published_v3])
+def test_published_code_raises_for_an_output_and_did_not_for_one_of_version_1(
+    choose: Callable[[dict[str, Any], Tensor], Tensor], made: Path
+) -> None:
+    scores = torch.rand(5, 8, generator=torch.Generator().manual_seed(0))
+    for name in ("source", "old"):
+        assert choose(config_of(made / name), scores).shape[0] == 5
+    with pytest.raises(TypeError):
+        choose(config_of(made / "output"), scores)
+    half_open = {**config_of(made / "output"), "n_group": config_of(made / "source")["n_group"]}
+    with pytest.raises(TypeError):
+        choose(half_open, scores)
+
+
+def test_an_output_of_version_1_is_read_verified_staged_and_restored(made: Path, tmp_path: Path) -> None:
+    source, old = made / "source", made / "old"
+    assert config_of(old)["n_group"] == config_of(source)["n_group"]
+    found = {name: json.loads(run_well("inspect", made / name, "--json")) for name in ("output", "old")}
+    assert {**found["old"], "path": ""} == {**found["output"], "path": ""}
+    run_well("export", old, "--to", "vllm", "--out", tmp_path / "placement.json")
+    run_well("verify", old)
+    run_well("verify", old, "--src", source)
+    run_well("stage", old, "--ranks", "0", "--out", tmp_path / "staged")
+    run_well("verify", tmp_path / "staged")
+    run_well("restore", old, "--out", tmp_path / "restored")
+    assert_identical_trees(source, tmp_path / "restored")
+
+
+def opened(config: dict[str, Any]) -> None:
+    config["n_group"] = 4
+
+
+def emptied(config: dict[str, Any]) -> None:
+    config["topk_group"] = None
+
+
+@pytest.mark.parametrize("edit", [opened, emptied])
+def test_verify_finds_a_lock_that_was_opened_by_hand(edit: Callable[[dict[str, Any]], None], made: Path) -> None:
+    output = made / edit.__name__
+    shutil.copytree(made / "output", output)
+    config = json.loads((output / "config.json").read_bytes())
+    edit(config)
+    (output / "config.json").write_text(json.dumps(config))
+    record(output, "config.json")
+    result = run("verify", output)
+    assert result.exit_code == 1
+    assert "group is" in result.output
+    assert "expected 'resharded: needs the reshard plugin'" in result.output
+
+
+def test_verify_finds_a_contract_that_would_put_back_other_groups(made: Path) -> None:
+    output = shutil.copytree(made / "output", made / "other groups")
+    config = json.loads((output / "config.json").read_bytes())
+    config["expert_placement"]["original"]["n_group"] = 2
+    (output / "config.json").write_text(json.dumps(config))
+    forge(output, lambda manifest: manifest.update(contract=config["expert_placement"]))
+    record(output, "config.json")
+    result = run("verify", output)
+    assert result.exit_code == 1
+    assert "expert_placement.original makes n_group 2, but the contract has 4" in result.output
