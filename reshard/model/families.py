@@ -208,6 +208,7 @@ REFUSED: Mapping[str, str] = {
     "longcat_flash": "has rows for zero experts, after those of the experts",
     "longcat_flash_ngram": "has rows for zero experts, after those of the experts",
     "ernie4_5_moe_vl": "chooses among some experts for text, and among others for images",
+    "ernie4_5_vl_moe": "chooses among some experts for text, and among others for images",
     "nemotron_h_puzzle": "has another number of experts in each layer",
 }
 

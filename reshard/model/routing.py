@@ -74,7 +74,9 @@ def routing_section(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for _, section in config_sections(config):
         for key in ROUTING_KEYS:
-            if section.get(key) is not None and found.setdefault(key, section[key]) != section[key]:
+            if section.get(key) is None or (key in GROUP_KEYS and section[key] is False):
+                continue
+            if found.setdefault(key, section[key]) != section[key]:
                 raise CheckpointError(
                     f"{where}: {key} is {found[key]!r:.80} in one place and {section[key]!r:.80} in another"
                 )

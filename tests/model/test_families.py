@@ -188,6 +188,14 @@ def test_expert_groups_under_another_key_are_refused(tmp_path: Path) -> None:
     assert "num_expert_group = 4 may limit" in refused("kimi_linear", tmp_path / "source", num_expert_group=4)
 
 
+def test_false_means_no_groups_but_not_where_engines_assume_some(tmp_path: Path) -> None:
+    no_groups = {"n_group": False, "topk_group": False, "group_limited_greedy": False}
+    build(Spec("hunyuan_v1_moe", experts=8), tmp_path / "hunyuan")
+    change_config(tmp_path / "hunyuan", lambda config: config.update(no_groups))
+    assert describe(tmp_path / "hunyuan")["n_group"] == 1
+    assert "expected a value for n_group" in refused("bailing_moe", tmp_path / "ling", **no_groups)
+
+
 def test_a_layer_with_another_number_of_experts_is_refused(tmp_path: Path) -> None:
     """As the drafts of DeepSeek-V4.1 may have (`dspark_n_routed_experts`)."""
     source = tmp_path / "source"
