@@ -57,8 +57,10 @@ ROUTER_TENSORS: Mapping[str, RouterTensor] = {
     "router.scale": RouterTensor(Role.INPUT, ("hidden",)),
     "gate.tid2eid": RouterTensor(Role.IDS, ("vocab", "top_k")),
 }
-GATE = ("gate.weight", "gate.bias", "gate.bias_vl", "gate.e_score_correction_bias", "gate.expert_bias", "gate.tid2eid")
-ROUTER = ("router.weight", "router.bias")
+GATE = ("gate.weight",)
+DEEPSEEK_GATE = ("gate.weight", "gate.e_score_correction_bias")
+DEEPSEEK_V4_GATE = ("gate.weight", "gate.bias", "gate.bias_vl", "gate.tid2eid")
+LING_GATE = ("gate.weight", "gate.expert_bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,8 @@ class Family:
         group_limited: whether the published models are; for the documentation, since config.json decides
         assumes_groups: if config.json does not give the number of expert groups, some engine assumes several, so
             reshard insists that config.json gives it
-        router: names of router tensors below the block, of `ROUTER_TENSORS`. Anything else there is an error
+        router: names of the router's tensors below the block, of `ROUTER_TENSORS`. Anything else there is an error; a
+            layer may lack all but those with the logits
         fused: modules of the block that each hold all experts, beside `experts`: dimension 0 is the expert
         beside: modules that every token goes through, in addition to `SHARED_MODULES`: not indexed by expert
         score_names: what config.json calls a scoring, if it is none of `SCORINGS`
@@ -101,39 +104,46 @@ class Family:
 _VLLM = "vLLM 0.33 "
 _BOTH = "vLLM 0.33 and Transformers 5.19 "
 FAMILIES = (
-    Family("DeepSeek-V2", "mlp", ("deepseek_v2",), "softmax", _VLLM + "deepseek_v2", group_limited=True),
+    Family(
+        "DeepSeek-V2", "mlp", ("deepseek_v2",), "softmax", _VLLM + "deepseek_v2", group_limited=True,
+        router=DEEPSEEK_GATE,
+    ),
     Family(
         "DeepSeek-V3, R1, V3.1", "mlp", ("deepseek_v3",), "sigmoid", _VLLM + "deepseek_v2",
-        group_limited=True, assumes_groups=True,
+        group_limited=True, assumes_groups=True, router=DEEPSEEK_GATE,
     ),
     Family(
         "DeepSeek-V3.2", "mlp", ("deepseek_v32",), "sigmoid", _VLLM + "deepseek_v2",
-        group_limited=True, assumes_groups=True,
+        group_limited=True, assumes_groups=True, router=DEEPSEEK_GATE,
     ),
     Family(
         "DeepSeek-V4, V4.1", "ffn", ("deepseek_v4", "deepseek_v41"), "sqrtsoftplus",
-        _VLLM + "deepseek_v4, deepseek_v41",
+        _VLLM + "deepseek_v4, deepseek_v41", router=DEEPSEEK_V4_GATE,
     ),
-    Family("Kimi-K2", "mlp", ("kimi_k2", "kimi_k25"), "sigmoid", _VLLM + "deepseek_v2, kimi_k25", assumes_groups=True),
+    Family(
+        "Kimi-K2", "mlp", ("kimi_k2", "kimi_k25"), "sigmoid", _VLLM + "deepseek_v2, kimi_k25", assumes_groups=True,
+        router=DEEPSEEK_GATE,
+    ),
     Family(
         "Kimi-Linear, Kimi-K3", "block_sparse_moe", ("kimi_linear", "kimi_k3"), "sigmoid", _VLLM + "kimi_k3",
-        beside=("routed_expert_down_proj", "routed_expert_norm", "routed_expert_up_proj"),
+        beside=("routed_expert_down_proj", "routed_expert_norm", "routed_expert_up_proj"), router=DEEPSEEK_GATE,
     ),
     Family(
         "GLM-4.5 and later", "mlp", ("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa"), "sigmoid",
-        _VLLM + "glm4_moe, deepseek_v2",
+        _VLLM + "glm4_moe, deepseek_v2", router=DEEPSEEK_GATE,
     ),
     Family(
         "Ling 2.0", "mlp", ("bailing_moe:BailingMoeV2ForCausalLM", "bailing_moe_v2"), "sigmoid", _VLLM + "bailing_moe",
-        group_limited=True, assumes_groups=True,
+        group_limited=True, assumes_groups=True, router=LING_GATE,
     ),
     Family("Ling 1.x", "mlp", ("bailing_moe:BailingMoeForCausalLM",), "softmax", _VLLM + "bailing_moe"),
     Family(
         "Ling 2.5 to 3.0", "mlp", ("bailing_hybrid",), "sigmoid", _VLLM + "bailing_moe_linear, bailing_moe_v3",
-        group_limited=True, assumes_groups=True,
+        group_limited=True, assumes_groups=True, router=LING_GATE,
     ),
     Family(
-        "A.X-K1", "mlp", ("AXK1", "axk1"), "sigmoid", _BOTH + "axk1", group_limited=True, assumes_groups=True
+        "A.X-K1", "mlp", ("AXK1", "axk1"), "sigmoid", _BOTH + "axk1", group_limited=True, assumes_groups=True,
+        router=DEEPSEEK_GATE,
     ),
     Family(
         "Qwen3-MoE", "mlp", ("qwen3_moe", "qwen3_next", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text"), "softmax",
@@ -141,24 +151,29 @@ FAMILIES = (
     ),
     Family("Qwen2-MoE", "mlp", ("qwen2_moe",), "softmax", _BOTH + "qwen2_moe", normalizes=False),
     Family(
-        "Qwen3-Omni", "thinker.model.layers.*.mlp", ("qwen3_omni_moe",), "softmax", _VLLM + "qwen3_omni_moe_thinker"
+        "Qwen3-Omni", "thinker.model.layers.*.mlp", ("qwen3_omni_moe",), "softmax",
+        _VLLM + "qwen3_omni_moe_thinker, qwen3_moe",
     ),
-    Family("Qwen4-Exp", "mlp", ("qwen4_exp", "qwen4_exp_text"), "softmax", _BOTH + "qwen4_exp"),
+    Family("Qwen4-Exp", "mlp", ("qwen4_exp", "qwen4_exp_text"), "softmax", "Transformers 5.19 qwen4_exp"),
     Family("Mixtral", "block_sparse_moe", ("mixtral",), "softmax", _VLLM + "mixtral"),
     Family(
         "MiniMax-M2", "block_sparse_moe", ("minimax_m2",), "sigmoid", _BOTH + "minimax_m2",
         router=("gate.weight", "e_score_correction_bias"),
     ),
-    Family("gpt-oss", "mlp", ("gpt_oss",), "softmax of the chosen", _VLLM + "gpt_oss", router=ROUTER),
     Family(
-        "Llama 4", "feed_forward", ("llama4", "llama4_text"), "sigmoid of the chosen", _VLLM + "llama4", router=ROUTER
+        "gpt-oss", "mlp", ("gpt_oss",), "softmax of the chosen", _VLLM + "gpt_oss",
+        router=("router.weight", "router.bias"),
+    ),
+    Family(
+        "Llama 4", "feed_forward", ("llama4", "llama4_text"), "sigmoid of the chosen", _VLLM + "llama4",
+        router=("router.weight",),
     ),
     Family("OLMoE", "mlp", ("olmoe",), "softmax", _BOTH + "olmoe", normalizes=False),
     Family(
         "dots.llm1", "mlp", ("dots1",), "sigmoid", "Transformers 5.19 dots1", normalizes=False,
-        score_names={"noaux_tc": "sigmoid"},
+        score_names={"noaux_tc": "sigmoid"}, router=DEEPSEEK_GATE,
     ),
-    Family("MiMo-V2-Flash", "mlp", ("mimo_v2_flash",), "sigmoid", _BOTH + "mimo_v2"),
+    Family("MiMo-V2-Flash", "mlp", ("mimo_v2_flash",), "sigmoid", _BOTH + "mimo_v2", router=DEEPSEEK_GATE),
     Family(
         "Hunyuan 3", "mlp", ("hy_v3",), "sigmoid", _BOTH + "hy_v3", router=("router.gate.weight", "expert_bias"),
         beside=("shared_mlp",),
@@ -174,7 +189,7 @@ FAMILIES = (
     Family("Trinity", "mlp", ("afmoe",), "sigmoid", _BOTH + "afmoe", router=("router.gate.weight", "expert_bias")),
     Family(
         "Nemotron-H", "mixer", ("nemotron_h",), "sigmoid", _BOTH + "nemotron_h",
-        beside=("fc1_latent_proj", "fc2_latent_proj"),
+        beside=("fc1_latent_proj", "fc2_latent_proj"), router=DEEPSEEK_GATE,
     ),
     Family(
         "Step-3.5, Step-3.7", "moe", ("step3p5", "step3p7"), "sigmoid", _VLLM + "step3p5",
