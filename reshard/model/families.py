@@ -80,6 +80,8 @@ class Family:
             layer may lack all but those with the logits
         fused: modules of the block that each hold all experts, beside `experts`: dimension 0 is the expert
         beside: modules that every token goes through, in addition to `SHARED_MODULES`: not indexed by expert
+        apart: parts of the checkpoint, by the beginning of their names, that route by a config of their own: their
+            experts keep their ids
         score_names: what config.json calls a scoring, if it is none of `SCORINGS`
         normalizes: whether the weights of the chosen experts sum to 1 if config.json does not say
         lists: whether config.json may give numbers of experts as lists, one for each layer
@@ -96,6 +98,7 @@ class Family:
     router: tuple[str, ...] = GATE
     fused: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     score_names: Mapping[str, str] | None = None
     normalizes: bool = True
     lists: bool = False
@@ -152,7 +155,7 @@ FAMILIES = (
     Family("Qwen2-MoE", "mlp", ("qwen2_moe",), "softmax", _BOTH + "qwen2_moe", normalizes=False),
     Family(
         "Qwen3-Omni", "thinker.model.layers.*.mlp", ("qwen3_omni_moe",), "softmax",
-        _VLLM + "qwen3_omni_moe_thinker, qwen3_moe",
+        _VLLM + "qwen3_omni_moe_thinker, qwen3_moe", apart=("talker.",),
     ),
     Family("Qwen4-Exp", "mlp", ("qwen4_exp", "qwen4_exp_text"), "softmax", "Transformers 5.19 qwen4_exp"),
     Family("Mixtral", "block_sparse_moe", ("mixtral",), "softmax", _VLLM + "mixtral"),

@@ -136,6 +136,8 @@ def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
     pattern = re.escape(family.block).replace(r"\*", "[0-9]+")
     is_block = cache(re.compile(rf"(?:.*\.)?{pattern}", re.DOTALL).fullmatch)  # most tensors share their block
     for name, tensor in checkpoint.tensors.items():
+        if name.startswith(family.apart):
+            continue
         block, found, rest = name.partition(".experts.")
         if found:
             if not is_block(block):

@@ -218,19 +218,29 @@ def test_a_layer_with_another_number_of_experts_is_refused(tmp_path: Path) -> No
     assert "8 experts" in result.output
 
 
-def test_the_talker_of_qwen3_omni_is_refused_because_it_routes_by_another_config(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    build(Spec("qwen3_omni_moe", experts=8, files=1), source)
-    talker = [
-        Tensor(name.replace("thinker.", "talker.", 1), "U8", (len(data),), data)
-        for name, (_, _, data) in located(source).items()
-        if ".mlp." in name
-    ]
-    add(source, *talker)
-    result = run("inspect", source)
+def test_the_talker_of_qwen3_omni_routes_by_another_config_and_keeps_its_experts(tmp_path: Path) -> None:
+    source, output = tmp_path / "source", tmp_path / "output"
+    build(Spec("qwen3_omni_moe", experts=8), source)
+    named = [f"{part}.model.layers.0.mlp.experts.1.down_proj" for part in ("thinker", "talker")]
+    change_config(source, lambda config: config.update(quantization_config={"ignore": [*named, "re:.*mlp.experts.*"]}))
+    assert all(layer.startswith("thinker.") for layer in describe(source)["moe_layers"])
+    run_well("zigzag", "--src", source, "--ep", RANKS, "--out", output)
+    old, new = located(source), located(output)
+    talker = {name: found[2] for name, found in old.items() if name.startswith("talker.")}
+    assert any(".experts.7." in name for name in talker)
+    assert talker == {name: found[2] for name, found in new.items() if name.startswith("talker.")}
+    thinker, *kept = json.loads((output / "config.json").read_bytes())["quantization_config"]["ignore"]
+    assert thinker != named[0]
+    assert kept == [named[1], "re:.*mlp.experts.*"]
+
+
+@pytest.mark.parametrize("text", ["mlp.experts.1.down_proj", "re:.*mlp.experts.1.down_proj", "*.mlp.experts.1.*"])
+def test_an_id_that_may_be_of_thinker_or_talker_is_refused(text: str, tmp_path: Path) -> None:
+    build(Spec("qwen3_omni_moe", experts=8), tmp_path / "source")
+    change_config(tmp_path / "source", lambda config: config.update(quantization_config={"ignore": [text]}))
+    result = run("zigzag", "--src", tmp_path / "source", "--ep", RANKS, "--out", tmp_path / "output")
     assert result.exit_code == 1
-    assert "talker.model.layers" in result.output
-    assert "thinker.model.layers.*.mlp" in result.output
+    assert "cannot tell which experts this means" in result.output
 
 
 @pytest.mark.parametrize(

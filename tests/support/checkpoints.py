@@ -68,6 +68,7 @@ class Family:
     others: tuple[str, ...] = ()
     in_layers: tuple[str, ...] = ()  # more tensors in each layer
     in_moe: tuple[str, ...] = ()  # more tensors in each module that holds experts
+    apart: str | None = None  # a layer with experts that are routed by another config
     fused: str | None = None
     native: str = "none"
     text_model_type: str | None = None
@@ -626,6 +627,7 @@ FAMILIES: dict[str, Family] = {
         "Qwen3OmniMoeForConditionalGeneration",
         {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
         root="thinker.model.",
+        apart="talker.model.layers.0",
         head="thinker.lm_head",
         experts_key="num_experts",
         others=("thinker.visual.blocks.0.attn.qkv.weight", "thinker.audio_tower.layers.0.fc1.weight"),
@@ -763,6 +765,8 @@ class _Model:
         self.raw(f"{family.root}{family.embedding}.weight", "BF16", VOCAB, self.spec.hidden)
         for layer in range(spec.layers):
             self.layer(f"{family.root}layers.{layer}", spec.is_moe(layer), hashed=self.is_hashed(layer))
+        if family.apart:
+            self.layer(family.apart, moe=True)
         if family.mtp:
             self.next_token_layer(family.mtp.format(0 if family.mtp.startswith("mtp") else spec.layers))
         for name in family.others:
@@ -1016,6 +1020,8 @@ def _config(spec: Spec, model: _Model) -> dict[str, Any]:
         text["model_type"] = family.text_model_type
         for key in reversed(family.text_keys):
             text = {key: text, "vision_config": {"depth": 1}}
+        if family.apart:
+            text["talker_config"] = {"text_config": {family.experts_key: spec.experts, family.top_k_key: 1}}
         return top | {"model_type": family.model_type, **text}
     return top | {"model_type": family.model_type, **text}
 

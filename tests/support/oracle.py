@@ -56,6 +56,7 @@ ROWS_BY_EXPERT = {  # names below the module that holds the experts
 }
 EXPERT_IDS = "gate.tid2eid"
 OF_HIDDEN_SIZE = "router.scale"
+KEPT = "talker."  # Qwen3-Omni's second model, which routes by another config
 OUTPUT_FILE = re.compile(
     r"(?P<series>model-(?:shared|ep(?P<rank>\d{2,})-of-(?P<ranks>\d{2,})))"
     r"-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors"
@@ -190,6 +191,8 @@ def _wanted_tensors(source: Path, ranks: int, placement: Placement) -> tuple[dic
         tensors |= read_safetensors(path)[1]
     counts: dict[str, int] = defaultdict(int)
     for name, tensor in tensors.items():
+        if name.startswith(KEPT):
+            continue
         if match := EXPERT.fullmatch(name):
             counts[match["module"]] = max(counts[match["module"]], int(match["id"]) + 1)
         elif module := _fused_module(name):
@@ -201,7 +204,9 @@ def _wanted_tensors(source: Path, ranks: int, placement: Placement) -> tuple[dic
     wanted = {}
     for name, tensor in tensors.items():
         new_name, data, rank = name, tensor.data, None
-        if match := EXPERT.fullmatch(name):
+        if name.startswith(KEPT):
+            pass
+        elif match := EXPERT.fullmatch(name):
             module = match["module"]
             physical = placements[module].index(int(match["id"]))
             new_name = f"{module}.experts.{physical}.{match['rest']}"
