@@ -111,21 +111,22 @@ def _family(checkpoint: Checkpoint) -> tuple[Family, str]:
 def _known(model_type: str, architectures: Any, where: Path) -> Family:
     """The family of that model type; families that share one are told apart by architecture."""
     names = architectures if isinstance(architectures, list) else []
-    for known in (*(f"{model_type}:{name}" for name in names), model_type):
-        if known in BY_MODEL_TYPE:
-            return BY_MODEL_TYPE[known]
+    for key in (*(f"{model_type}:{name}" for name in names), model_type):
+        if key in BY_MODEL_TYPE:
+            return BY_MODEL_TYPE[key]
     if model_type in REFUSED:
         raise UnsupportedError(
             f"{where}: model type {model_type} cannot be renumbered exactly: its router {REFUSED[model_type]}"
         )
-    if shared := [known.partition(":")[2] for known in BY_MODEL_TYPE if known.startswith(f"{model_type}:")]:
+    if shared := [key.partition(":")[2] for key in BY_MODEL_TYPE if key.startswith(f"{model_type}:")]:
         raise UnsupportedError(
             f"{where}: model type {model_type} has several routers; expected architectures to name "
             f"{' or '.join(shared)}, found {architectures!r:.80}"
         )
+    known = ", ".join(dict.fromkeys(name.partition(":")[0] for name in BY_MODEL_TYPE))
     raise UnsupportedError(
-        f"{where}: reshard does not know the router of model type {model_type!r:.80}; it knows "
-        f"{', '.join(dict.fromkeys(known.partition(':')[0] for known in BY_MODEL_TYPE))}"
+        f"{where}: reshard does not know the router of model type {model_type!r:.80}, so it cannot rewrite this model; "
+        f"serve it placed instead (RESHARD_PLACEMENT=zigzag). It knows {known}"
     )
 
 
