@@ -265,6 +265,16 @@ def test_a_tensor_that_the_table_does_not_have_is_refused_by_name(family: str, n
     assert name in result.output
 
 
+def test_a_table_of_expert_ids_that_are_no_integers_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    build(Spec("deepseek_v4", experts=8, files=1), source)
+    add(source, Tensor("layers.1.ffn.gate.tid2eid", "F32", (64, 2), b"\0" * 512))
+    result = run("inspect", source)
+    assert result.exit_code == 1
+    assert "layers.1.ffn.gate.tid2eid" in result.output
+    assert "expected one of I64, I32, I16, I8, U8, found F32" in result.output
+
+
 # The table
 
 

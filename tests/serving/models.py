@@ -97,13 +97,30 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
-    "minimax_m2": (  # its bias lies beside the gate
-        "minimax_m2",
+    "afmoe": (  # its gate lies below the router, and its bias beside that
+        "afmoe",
         {
-            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32},
-            **{"num_local_experts": 16, "intermediate_size": 32, "rotary_dim": 16},
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 16},
+            **{"num_shared_experts": 1, "num_dense_layers": 1, "route_scale": 2.5},
+            **{"layer_types": ["full_attention"] * 3, "sliding_window": 128},
         },
-        {"scoring_func": "sigmoid", "use_routing_bias": True},
+        {"n_group": 1, "topk_group": 1, "score_func": "sigmoid", "route_norm": True},
+    ),
+    "hy_v3": (
+        "hy_v3",
+        {
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 16},
+            **{"num_shared_experts": 1, "router_scaling_factor": 2.5, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        },
+        {"expert_hidden_dim": 32, "route_norm": True, "first_k_dense_replace": 1, "qk_norm": True},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 16},
+            "shared_expert_intermediate_size": 32,
+        },
+        {},
     ),
     "qwen3_moe": ("qwen3_moe", {**COMMON, "num_experts": 16, "head_dim": 32, "norm_topk_prob": True}, {}),
 }
@@ -142,9 +159,9 @@ def enlarge(model: torch.nn.Module) -> None:
     """Scale routers, experts and output embeddings up, so that routing decides the tokens."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if name.endswith("mlp.gate.weight"):
+            if name.endswith(".gate.weight"):
                 tensor.normal_(std=GATE_STD)
-            elif name.endswith("e_score_correction_bias"):
+            elif name.endswith(("e_score_correction_bias", "expert_bias")):
                 tensor.normal_(std=BIAS_STD)
             elif ".experts." in name or name == "lm_head.weight":
                 tensor.mul_(WEIGHT_FACTOR)
