@@ -21,7 +21,7 @@ from ..checkpoint.directory import CONFIG, read_json_object
 from ..checkpoint.source import find_source
 from ..errors import CheckpointError, OutputError, UnsupportedError
 from ..execute.new_file import write_new_file
-from ..model.families import TEXT_CONFIG_KEYS
+from ..model.routing import config_sections
 from ..placement.layer_names import layer_key
 from ..placement.permutations import Placement
 from ..placement.strategies import Strategy, Zigzag
@@ -157,9 +157,8 @@ def _number_layers(model: PlacedModel, root: Path, by_layer: Placement, config: 
 
 def _num_layers(config: Mapping[str, Any], root: Path) -> int:
     """The number of layers of the model, without MTP layers."""
-    texts = [config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict)]
-    values = [section["num_hidden_layers"] for section in (*texts, config) if "num_hidden_layers" in section]
-    value = values[0] if values else None
+    values = [section["num_hidden_layers"] for _, section in config_sections(config) if "num_hidden_layers" in section]
+    value = values[-1] if values else None
     if type(value) is not int or not 1 <= value <= MAX_LAYERS:
         raise CheckpointError(
             f"{root / CONFIG}: num_hidden_layers must be a whole number from 1 to {MAX_LAYERS}, found {value!r:.80}"

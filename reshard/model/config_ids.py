@@ -98,9 +98,18 @@ class _Mapper:
         self._layers = model.layers
         self._num_experts = model.routing.num_experts
         self._logical_to_physical = {layer: invert(order) for layer, order in placement.items()}
+        self._apart = model.family.apart
         self._where = where
 
     def __call__(self, text: str) -> str:
+        if text.startswith(self._apart):
+            return text
+        mapped = self._map(text)
+        if self._apart and mapped != text and text.partition(".experts.")[0] not in self._logical_to_physical:
+            raise self._unclear(text)  # it may mean experts that keep their ids, too
+        return mapped
+
+    def _map(self, text: str) -> str:
         if _PLAIN.fullmatch(text):
             mapped = self._map_literal_ids(text)
             if self._means_more_as_a_part(text) or self._means_more_as_a_part(mapped):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..checkpoint.directory import CONFIG, Checkpoint
 from ..checkpoint.header import Tensor
@@ -21,16 +22,15 @@ from ..errors import CheckpointError, UnsupportedError
 from .families import (
     BY_MODEL_TYPE,
     EXPERT_ID_DTYPES,
+    REFUSED,
     ROUTER_DTYPES,
-    ROUTER_MODULES,
     ROUTER_TENSORS,
     SHARED_MODULES,
-    TEXT_CONFIG_KEYS,
     Family,
-    Indexed,
+    Role,
 )
 from .names import EXPERT_ID, natural_key
-from .routing import Routing, read_routing
+from .routing import Routing, config_sections, read_routing
 
 _NAMES_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 _NUMBER = re.compile(r"[0-9]{1,9}")
@@ -44,7 +44,7 @@ class MoeLayer:
     name: str
     experts: tuple[tuple[Tensor, ...], ...]  # [E] or empty: the tensors of each logical expert
     fused: tuple[Tensor, ...]  # dimension 0 is the logical expert
-    router: tuple[Tensor, ...]  # dimension 0 is the logical expert
+    router: tuple[Tensor, ...]  # one row for each logical expert
     expert_ids: tuple[Tensor, ...]  # tensors whose values are logical expert ids
 
 
@@ -72,14 +72,21 @@ def read_model(checkpoint: Checkpoint) -> MoeModel:
         UnsupportedError: no experts, an unknown model type, or a tensor that may depend on expert ids in an unknown way
         CheckpointError: config.json contradicts the tensors, or an expert is incomplete
     """
-    if not any(_NAMES_EXPERTS.search(name) for name in checkpoint.tensors):
-        raise UnsupportedError(f"{checkpoint.root}: not a MoE model: no tensor is named ….experts.…")
+    named = any(_NAMES_EXPERTS.search(name) for name in checkpoint.tensors)
+    if not named and checkpoint.config.get("model_type") not in BY_MODEL_TYPE:
+        raise _no_experts(checkpoint)
     family, model_type = _family(checkpoint)
-    routing = read_routing(checkpoint.config, family, str(checkpoint.root / CONFIG))
     blocks = _collect(checkpoint, family)
-    layers = [_layer(checkpoint, name, block, routing.num_experts) for name, block in blocks.items()]
+    if not blocks:
+        raise _no_experts(checkpoint)
+    routing = read_routing(checkpoint.config, family, str(checkpoint.root / CONFIG))
+    layers = [_layer(checkpoint, family, name, block, routing.num_experts) for name, block in blocks.items()]
     layers.sort(key=lambda layer: natural_key(layer.name))
     return MoeModel(family, model_type, routing, tuple(layers))
+
+
+def _no_experts(checkpoint: Checkpoint) -> UnsupportedError:
+    return UnsupportedError(f"{checkpoint.root}: not a MoE model: no tensor is named ….experts.…")
 
 
 def _family(checkpoint: Checkpoint) -> tuple[Family, str]:
@@ -88,33 +95,53 @@ def _family(checkpoint: Checkpoint) -> tuple[Family, str]:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(f"{where}: expected model_type to name the model's family, found {model_type!r:.80}")
-    family = _known(model_type, where)
-    for key in TEXT_CONFIG_KEYS:
-        inner = config[key].get("model_type") if isinstance(config.get(key), dict) else None
-        if inner is not None and _known(str(inner).removesuffix("_text"), where) is not family:
+    family = _known(model_type, config.get("architectures"), where)
+    for key, section in config_sections(config):
+        inner = section.get("model_type")
+        if inner is None or section is config:
+            continue
+        inner = str(inner).removesuffix("_text").removesuffix("_thinker")
+        if _known(inner, section.get("architectures"), where) is not family:
             raise UnsupportedError(
                 f"{where}: model type {model_type} is known as {family.name}, but {key} has model type {inner!r:.80}"
             )
     return family, model_type
 
 
-def _known(model_type: str, where: Path) -> Family:
-    if model_type not in BY_MODEL_TYPE:
+def _known(model_type: str, architectures: Any, where: Path) -> Family:
+    """The family of that model type; families that share one are told apart by architecture."""
+    names = architectures if isinstance(architectures, list) else []
+    for key in (*(f"{model_type}:{name}" for name in names), model_type):
+        if key in BY_MODEL_TYPE:
+            return BY_MODEL_TYPE[key]
+    if model_type in REFUSED:
         raise UnsupportedError(
-            f"{where}: reshard does not know the router of model type {model_type!r:.80}; it knows "
-            f"{', '.join(BY_MODEL_TYPE)}"
+            f"{where}: model type {model_type} cannot be renumbered exactly: its router {REFUSED[model_type]}"
         )
-    return BY_MODEL_TYPE[model_type]
+    if shared := [key.partition(":")[2] for key in BY_MODEL_TYPE if key.startswith(f"{model_type}:")]:
+        raise UnsupportedError(
+            f"{where}: model type {model_type} has several routers; expected architectures to name "
+            f"{' or '.join(shared)}, found {architectures!r:.80}"
+        )
+    known = ", ".join(dict.fromkeys(name.partition(":")[0] for name in BY_MODEL_TYPE))
+    raise UnsupportedError(
+        f"{where}: reshard does not know the router of model type {model_type!r:.80}, so it cannot rewrite this model; "
+        f"serve it placed instead (RESHARD_PLACEMENT=zigzag). It knows {known}"
+    )
 
 
 def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
     """The tensors of each MoE block, by the block's name. Experts and routers anywhere else are refused."""
     blocks: dict[str, _Block] = defaultdict(_Block)
     others: list[Tensor] = []
+    pattern = re.escape(family.block).replace(r"\*", "[0-9]+")
+    is_block = cache(re.compile(rf"(?:.*\.)?{pattern}", re.DOTALL).fullmatch)  # most tensors share their block
     for name, tensor in checkpoint.tensors.items():
+        if name.startswith(family.apart):
+            continue
         block, found, rest = name.partition(".experts.")
         if found:
-            if not f".{block}".endswith(f".{family.block}"):
+            if not is_block(block):
                 _unknown(checkpoint, tensor, f"{family.name} keeps its experts in ….{family.block}.experts.…")
             if match := EXPERT_ID.fullmatch(rest):
                 blocks[block].experts[int(match[1])][match[2]] = tensor
@@ -122,15 +149,25 @@ def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
                 _unknown(checkpoint, tensor, "an expert's tensor is named ….experts.<id>.<anything>")
             else:
                 blocks[block].fused.append(tensor)
-        else:
+        elif (parts := _below_block(name, family, is_block)) is None:
             others.append(tensor)
+        elif parts[1] in family.router:
+            blocks[parts[0]].router[parts[1]] = tensor
+        else:
+            blocks[parts[0]].fused.append(tensor)
     for tensor in others:
-        block, _, module = tensor.name.rpartition(".")[0].rpartition(".")
-        if module in ROUTER_MODULES and f".{block}".endswith(f".{family.block}"):
-            blocks[block].router[tensor.name.removeprefix(f"{block}.")] = tensor
-    for tensor in others:
-        _check_other(checkpoint, tensor, blocks)
+        _check_other(checkpoint, family, tensor, blocks)
     return dict(blocks)
+
+
+def _below_block(name: str, family: Family, is_block: Callable[[str], object]) -> tuple[str, str] | None:
+    """Block and name below it of a router tensor or of fused experts; None for any other tensor."""
+    for known in family.router:
+        if name.endswith(f".{known}") and is_block(block := name.removesuffix(f".{known}")):
+            return block, known
+    block, _, leaf = name.rpartition(".")
+    block, _, module = block.rpartition(".")
+    return (block, f"{module}.{leaf}") if module in family.fused and is_block(block) else None
 
 
 def _refuse_ids_in_names(checkpoint: Checkpoint, fused: Iterable[Tensor], num_experts: int) -> None:
@@ -144,51 +181,47 @@ def _refuse_ids_in_names(checkpoint: Checkpoint, fused: Iterable[Tensor], num_ex
                 _unknown(checkpoint, tensor, "there is one for each expert, and not named ….experts.<id>.<anything>")
 
 
-def _check_other(checkpoint: Checkpoint, tensor: Tensor, blocks: Mapping[str, _Block]) -> None:
+def _check_other(checkpoint: Checkpoint, family: Family, tensor: Tensor, blocks: Mapping[str, _Block]) -> None:
     """Refuse a tensor that belongs to no expert but may depend on expert ids in a way that we do not know."""
+    shared = (*SHARED_MODULES, *family.beside)
     parts = tensor.name.split(".")
     for length in range(1, len(parts)):
         if (block := ".".join(parts[:length])) in blocks:
-            router = tensor.name.removeprefix(f"{block}.") in blocks[block].router
-            if not router and parts[length] not in SHARED_MODULES:
-                known = ", ".join(SHARED_MODULES)
-                _unknown(checkpoint, tensor, f"beside the experts of {block} it knows only the router and {known}")
+            if parts[length] not in shared:
+                known = ", ".join((*family.router, *shared))
+                _unknown(checkpoint, tensor, f"beside the experts of {block} it knows only {known}")
             return
-    if _MAY_ROUTE.search(tensor.name):
+    if _MAY_ROUTE.search(tensor.name) and not set(parts) & set(family.beside):
         _unknown(checkpoint, tensor, "it is named like a router's or an expert's, but there are no experts beside it")
 
 
-def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -> MoeLayer:
+def _layer(checkpoint: Checkpoint, family: Family, name: str, block: _Block, num_experts: int) -> MoeLayer:
     if not block.experts and not block.fused:
         tensor = next(iter(block.router.values()))
         raise CheckpointError(
             f"{checkpoint.where(tensor)}: {name} has a router, but no experts; download the checkpoint again"
         )
-    if not any(f"{module}.weight" in block.router for module in ROUTER_MODULES):
+    if not any(ROUTER_TENSORS[leaf].role is Role.LOGITS for leaf in block.router):
         tensors = next(iter(block.experts.values()), {}).values() or block.fused
         tensor = next(iter(tensors))
         raise CheckpointError(
-            f"{checkpoint.where(tensor)}: {name} has experts, but no router: expected {name}.gate.weight or "
-            f"{name}.router.weight; download the checkpoint again"
+            f"{checkpoint.where(tensor)}: {name} has experts, but no router: expected {name}.{family.router[0]}; "
+            "download the checkpoint again"
         )
-    if len({leaf.partition(".")[0] for leaf in block.router}) > 1:
-        _unknown(checkpoint, next(iter(block.router.values())), f"{name} has both a gate and a router")
     rows, ids = [], []
     for leaf, tensor in block.router.items():
-        known = ROUTER_TENSORS.get(leaf.partition(".")[2])
-        if known is None:
-            _unknown(checkpoint, tensor, f"the router tensors it knows are {', '.join(ROUTER_TENSORS)}")
-        if len(tensor.shape) != known.dimensions:
+        known = ROUTER_TENSORS[leaf]
+        if len(tensor.shape) != len(known.shape):
             raise CheckpointError(
-                f"{checkpoint.where(tensor)}: expected {known.dimensions} dimensions, found shape {list(tensor.shape)}"
+                f"{checkpoint.where(tensor)}: expected {len(known.shape)} dimensions, found shape {list(tensor.shape)}"
             )
-        dtypes = ROUTER_DTYPES if known.indexed is Indexed.ROWS else EXPERT_ID_DTYPES
+        dtypes = EXPERT_ID_DTYPES if known.role is Role.IDS else ROUTER_DTYPES
         if tensor.dtype not in dtypes:
             _unknown(checkpoint, tensor, f"expected one of {', '.join(dtypes)}, found {tensor.dtype}")
-        if known.indexed is Indexed.ROWS:
-            rows.append(_check_rows(checkpoint, tensor, num_experts))
-        else:
+        if known.role is Role.IDS:
             ids.append(tensor)
+        elif "E" in known.shape:
+            rows.append(_check_rows(checkpoint, tensor, num_experts, known.shape.index("E")))
     _refuse_ids_in_names(checkpoint, block.fused, num_experts)
     # a scalar beside fused experts applies to all of them
     fused = [_check_rows(checkpoint, tensor, num_experts) for tensor in block.fused if math.prod(tensor.shape) != 1]
@@ -196,8 +229,9 @@ def _layer(checkpoint: Checkpoint, name: str, block: _Block, num_experts: int) -
     return MoeLayer(name, experts, tuple(fused), tuple(rows), tuple(ids))
 
 
-def _check_rows(checkpoint: Checkpoint, tensor: Tensor, num_experts: int) -> Tensor:
-    if not tensor.shape or tensor.shape[0] != num_experts:
+def _check_rows(checkpoint: Checkpoint, tensor: Tensor, num_experts: int, dimension: int = 0) -> Tensor:
+    """The tensor, if it has one row for each expert along `dimension`, and is 1 long along those before."""
+    if tensor.shape[: dimension + 1] != (*[1] * dimension, num_experts):
         raise CheckpointError(
             f"{checkpoint.where(tensor)}: expected one row for each of the {num_experts} experts that {CONFIG} "
             f"gives, found shape {list(tensor.shape)}"

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from .families import ROUTER_MODULES
+from .families import FUSED_MODULES, ROUTER_TENSORS
 
 EXPERT_ID = re.compile(r"(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
 _NUMBER = re.compile(r"[0-9]{1,9}")
@@ -53,8 +53,13 @@ def kind_of(name: str, layers: Container[str]) -> Kind:
     layer, _, rest = name.partition(".experts.")
     if rest and layer in layers:
         return Kind.EXPERT
-    layer, _, leaf = name.rpartition(".")[0].rpartition(".")
-    return Kind.ROUTER if leaf in ROUTER_MODULES and layer in layers else Kind.SHARED
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        if ".".join(parts[:length]) in layers:
+            if parts[length] in FUSED_MODULES:
+                return Kind.EXPERT
+            return Kind.ROUTER if ".".join(parts[length:]) in ROUTER_TENSORS else Kind.SHARED
+    return Kind.SHARED
 
 
 def natural_key(name: str) -> list[tuple[bool, int, str]]:

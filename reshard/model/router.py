@@ -8,10 +8,11 @@ carry their shape in their name: T tokens, H hidden size, E experts, G groups, M
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .families import ROUTER_TENSORS, Role
 from .layers import MoeLayer
 from .routing import Routing
 
@@ -21,11 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """A layer's router tensors. `logit_bias_E` is added to the logits, `correction_E` to the scores for ranking."""
+    """A layer's router tensors.
+
+    `logit_bias_E` is added to the logits, `correction_E` to the scores for ranking; a chosen expert's weight is
+    multiplied with `weight_scale_E`.
+    """
 
     weight_EH: Tensor
     logit_bias_E: Tensor | None
     correction_E: Tensor | None
+    weight_scale_E: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,10 @@ def route(hidden_TH: Tensor, router: Router, routing: Routing, group_order: Sequ
     logits_TE = torch.stack([(router.weight_EH * hidden_H).sum(dim=1) for hidden_H in hidden_TH])
     if router.logit_bias_E is not None:
         logits_TE = logits_TE + router.logit_bias_E
-    return choose(logits_TE, router.correction_E, routing, group_order)
+    chosen = choose(logits_TE, router.correction_E, routing, group_order)
+    if router.weight_scale_E is None:
+        return chosen
+    return replace(chosen, weights_TK=chosen.weights_TK * router.weight_scale_E[chosen.experts_TK])
 
 
 def choose(
@@ -86,17 +95,17 @@ def read_routers(layer: MoeLayer, files: Mapping[str, Path], wanted: dtype) -> I
     """Yield the layer's router once for each correction bias it has, or once; `files` has the file of each tensor."""
     from safetensors import safe_open
 
-    tensors = {}
+    by_role: dict[Role, list[Tensor]] = {role: [] for role in Role}
     for tensor in layer.router:
         with safe_open(files[tensor.name], framework="pt") as file:
-            leaf = tensor.name.removeprefix(f"{layer.name}.")
-            tensors[leaf] = file.get_tensor(tensor.name).to(wanted)
-    weight = tensors.pop("gate.weight", None)
-    if weight is None:
-        weight = tensors.pop("router.weight")
-    logit_bias = tensors.pop("router.bias", None)
-    for correction in tensors.values() or [None]:
-        yield Router(weight, logit_bias, correction)
+            known = ROUTER_TENSORS[tensor.name.removeprefix(f"{layer.name}.")]
+            value = file.get_tensor(tensor.name).to(wanted)
+            by_role[known.role].append(value if known.role is Role.LOGITS else value.flatten())
+    (weight,) = by_role[Role.LOGITS]
+    logit_bias, weight_scale = (next(iter(by_role[role]), None) for role in (Role.LOGIT_BIAS, Role.WEIGHT_SCALE))
+    corrections: list[Tensor | None] = [*by_role[Role.CORRECTION]]
+    for correction in corrections or [None]:
+        yield Router(weight, logit_bias, correction, weight_scale)
 
 
 def _scores(logits_TE: Tensor, scoring: str) -> Tensor:

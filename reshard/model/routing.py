@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
 from ..placement.contract import GROUP_KEYS
 from .families import (
+    NORMALIZE_KEYS,
     NUM_EXPERTS_KEYS,
     ROUTING_KEYS,
+    SCALING_KEYS,
     SCORING_KEYS,
     SCORINGS,
     TEXT_CONFIG_KEYS,
@@ -55,17 +57,26 @@ def why_plugin(routing: Routing) -> str:
     return "not needed: the router treats every expert alike, so any engine serves the output as it is"
 
 
+def config_sections(config: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """`config` itself and the language model's configs inside, each with the keys that lead to it."""
+    yield name, config
+    for key in TEXT_CONFIG_KEYS:
+        if isinstance(config.get(key), dict):
+            yield from config_sections(config[key], f"{name}.{key}".removeprefix("."))
+
+
 def routing_section(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The routing keys of `config`, from its top level and from the language model's config inside.
 
     Raises CheckpointError if two places disagree, since engines differ in which they read, and UnsupportedError if an
     unknown key may limit which groups of experts a token can reach.
     """
-    sections = [config, *(config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict))]
     found: dict[str, Any] = {}
-    for section in sections:
+    for _, section in config_sections(config):
         for key in ROUTING_KEYS:
-            if section.get(key) is not None and found.setdefault(key, section[key]) != section[key]:
+            if section.get(key) is None or (key in GROUP_KEYS and section[key] is False):
+                continue
+            if found.setdefault(key, section[key]) != section[key]:
                 raise CheckpointError(
                     f"{where}: {key} is {found[key]!r:.80} in one place and {section[key]!r:.80} in another"
                 )
@@ -82,8 +93,8 @@ def read_routing(whole_config: Mapping[str, Any], family: Family, where: str) ->
     """The routing that a config.json describes; `where` names the file in errors."""
     config = routing_section(whole_config, where)
     limited = config.get("topk_method") == "group_limited_greedy"
-    num_experts = _count(config, NUM_EXPERTS_KEYS, where)
-    top_k = _count(config, TOP_K_KEYS, where)
+    num_experts = _count(config, NUM_EXPERTS_KEYS, where, lists=family.lists)
+    top_k = _count(config, TOP_K_KEYS, where, lists=family.lists)
     n_group = _count(config, ("n_group",), where, default=None if family.assumes_groups or limited else 1)
     topk_group = _count(config, ("topk_group",), where, default=n_group if n_group == 1 else None)
     if top_k > num_experts:
@@ -103,7 +114,7 @@ def read_routing(whole_config: Mapping[str, Any], family: Family, where: str) ->
         num_experts=num_experts,
         top_k=top_k,
         scoring=_scoring(config, family, where),
-        norm_topk_prob=bool(config.get("norm_topk_prob", True)),
+        norm_topk_prob=bool(_one(config, NORMALIZE_KEYS, where, family.normalizes)),
         routed_scaling_factor=_scaling_factor(config, where),
         n_group=n_group,
         topk_group=topk_group,
@@ -111,34 +122,47 @@ def read_routing(whole_config: Mapping[str, Any], family: Family, where: str) ->
 
 
 def _scoring(config: Mapping[str, Any], family: Family, where: str) -> str:
-    for keys, known in ((SCORING_KEYS, SCORINGS), (("topk_method",), TOPK_METHODS)):
+    names = dict(zip(SCORINGS, SCORINGS, strict=True)) | dict(family.score_names or {})
+    for keys, known in ((SCORING_KEYS, tuple(names)), (("topk_method",), TOPK_METHODS)):
         for key in keys:
             if config.get(key) is not None and config[key] not in known:
                 raise UnsupportedError(
                     f"{where}: reshard does not know {key} = {config[key]!r:.80} as a way to choose experts; it knows "
                     f"{', '.join(known)}"
                 )
-    return next((config[key] for key in SCORING_KEYS if config.get(key) is not None), family.scoring)
+    name = _one(config, SCORING_KEYS, where, None)
+    return family.scoring if name is None else names[name]
 
 
 def _scaling_factor(config: Mapping[str, Any], where: str) -> float:
-    value = config.get("routed_scaling_factor")
-    if value is None:
-        return 1.0
+    value = _one(config, SCALING_KEYS, where, 1.0)
     if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise CheckpointError(f"{where}: routed_scaling_factor must be a number, found {str(value)[:80]!r}")
+        raise CheckpointError(f"{where}: {' or '.join(SCALING_KEYS)} must be a number, found {str(value)[:80]!r}")
     return float(value)
 
 
-def _count(config: Mapping[str, Any], keys: Sequence[str], where: str, default: int | None = None) -> int:
+def _one(config: Mapping[str, Any], keys: Sequence[str], where: str, default: Any) -> Any:
+    """The value that `config` has under any of `keys`. Raises CheckpointError if two of them disagree."""
     found = {key: config[key] for key in keys if config.get(key) is not None}
-    if not found and default is not None:
-        return default
-    if not found:
+    if any(value != other for value in found.values() for other in found.values()):
+        raise CheckpointError(f"{where}: " + " but ".join(f"{key} = {value!r:.80}" for key, value in found.items()))
+    return next(iter(found.values()), default)
+
+
+def _count(
+    config: Mapping[str, Any], keys: Sequence[str], where: str, default: int | None = None, *, lists: bool = False
+) -> int:
+    """A whole number of at least 1; with `lists` also a list of numbers, one for each layer, that are all the same."""
+    value = _one(config, keys, where, default)
+    if value is None:
         raise CheckpointError(f"{where}: expected a value for {' or '.join(keys)}, found none")
-    for key, value in found.items():
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"{where}: {key} must be a whole number of at least 1, found {value!r:.80}")
-    if len(set(found.values())) > 1:
-        raise CheckpointError(f"{where}: " + " but ".join(f"{key} = {value}" for key, value in found.items()))
-    return int(next(iter(found.values())))
+    key = next((key for key in keys if config.get(key) is not None), keys[0])
+    if lists and isinstance(value, list) and value:
+        if any(item != value[0] for item in value):
+            raise UnsupportedError(
+                f"{where}: {key} differs by layer, found {value!r:.80}; all MoE layers must have the same number"
+            )
+        value = value[0]
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{where}: {key} must be a whole number of at least 1, found {value!r:.80}")
+    return value

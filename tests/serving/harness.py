@@ -407,6 +407,7 @@ class Serving:
             "TMPDIR": str(self.directory),  # killed processes leave their sockets behind
             "PATH": f"{BIN}:{os.environ.get('PATH', '')}",
             "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(self.directory / "modules"),  # classes that come with a checkpoint
             "OMP_NUM_THREADS": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "FORK_WORKERS": "1",  # they need not import vLLM again; SPAWNED undoes it

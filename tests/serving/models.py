@@ -2,9 +2,9 @@
 
     python models.py KIND DIRECTORY [--config JSON] [--mtp] [--seed N]
 
-KIND is one of `KINDS`; `--config` overrides keys of its config.json, `--mtp` adds a draft layer like DeepSeek-V3's.
-As in published checkpoints, each expert has its own tensors, and tensors are spread over several files. Weights of
-routers and experts are so large that another choice of experts gives other tokens.
+KIND is one of `KINDS` or `ling`; `--config` overrides keys of its config.json, `--mtp` adds a draft layer like
+DeepSeek-V3's. As in published checkpoints, each expert has its own tensors, and tensors are spread over several files.
+Weights of routers and experts are so large that another choice of experts gives other tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ling import make_ling
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -79,14 +80,61 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
-    "olmoe": ("olmoe", {**COMMON, "num_experts": 16, "num_attention_heads": 2, "num_key_value_heads": 2}, {}),
+    "exaone_moe": (  # a model type that reshard does not know
+        "exaone_moe",
+        {
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 16},
+            **{"layer_types": ["full_attention"] * 3, "sliding_window": 128},
+        },
+        {},
+    ),
+    "ernie4_5_moe": (  # its bias has the shape [1, E]
+        "ernie4_5_moe",
+        {
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32},
+            **{"moe_num_experts": 16, "moe_k": 4, "moe_num_shared_experts": 1},
+            **{"moe_layer_start_index": 1, "moe_layer_end_index": 2, "moe_layer_interval": 1},
+        },
+        {},
+    ),
+    "afmoe": (  # its gate lies below the router, and its bias beside that
+        "afmoe",
+        {
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 16},
+            **{"num_shared_experts": 1, "num_dense_layers": 1, "route_scale": 2.5},
+            **{"layer_types": ["full_attention"] * 3, "sliding_window": 128},
+        },
+        {"n_group": 1, "topk_group": 1, "score_func": "sigmoid", "route_norm": True},
+    ),
+    "hy_v3": (
+        "hy_v3",
+        {
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 16},
+            **{"num_shared_experts": 1, "router_scaling_factor": 2.5, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        },
+        {"expert_hidden_dim": 32, "route_norm": True, "first_k_dense_replace": 1, "qk_norm": True},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 16},
+            "shared_expert_intermediate_size": 32,
+        },
+        {},
+    ),
     "qwen3_moe": ("qwen3_moe", {**COMMON, "num_experts": 16, "head_dim": 32, "norm_topk_prob": True}, {}),
 }
+LING_KIND = "ling"
 
 
 def make(kind: str, directory: Path, overrides: dict[str, Any], mtp: bool, seed: int) -> None:
     """Write a checkpoint with a tokenizer into `directory`, which is created or replaced."""
     torch.manual_seed(seed)
+    if kind == LING_KIND:
+        shutil.rmtree(directory, ignore_errors=True)
+        make_ling(directory, overrides)
+        save_tokenizer(directory)
+        return
     model_type, values, published = KINDS[kind]
     config = AutoConfig.for_model(model_type, **{**values, **overrides})
     if mtp:  # a draft layer is one more MoE layer with a few extra tensors
@@ -111,9 +159,9 @@ def enlarge(model: torch.nn.Module) -> None:
     """Scale routers, experts and output embeddings up, so that routing decides the tokens."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if name.endswith("mlp.gate.weight"):
+            if name.endswith(".gate.weight"):
                 tensor.normal_(std=GATE_STD)
-            elif name.endswith("e_score_correction_bias"):
+            elif name.endswith(("e_score_correction_bias", "expert_bias")):
                 tensor.normal_(std=BIAS_STD)
             elif ".experts." in name or name == "lm_head.weight":
                 tensor.mul_(WEIGHT_FACTOR)
@@ -154,12 +202,12 @@ def check(directory: Path, fused: bool) -> None:
     """Check that the checkpoint is laid out like published ones."""
     names = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(names.values())) >= 2, "one file only"
-    assert fused or any(name.endswith(".mlp.experts.0.gate_proj.weight") for name in names), "experts are fused"
+    assert fused or any(".experts.0." in name for name in names), "experts are fused"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=[*KINDS, LING_KIND])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--config", type=json.loads, default={})
     parser.add_argument("--mtp", action="store_true")

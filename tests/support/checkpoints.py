@@ -55,18 +55,24 @@ class Family:
     embedding: str = "embed_tokens"
     head: str = "lm_head"
     moe: str = "mlp"
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     router: str = "gate"
     router_biases: tuple[str, ...] = ()
+    beside_router: tuple[tuple[str, str], ...] = ()  # names below the module, and shapes: E, 1E or H
     experts_key: str = "n_routed_experts"
+    top_k_key: str = "num_experts_per_tok"
     shared: str | None = None
     dense_layers: int = 0
     attention: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     others: tuple[str, ...] = ()
+    in_layers: tuple[str, ...] = ()  # more tensors in each layer
+    in_moe: tuple[str, ...] = ()  # more tensors in each module that holds experts
+    apart: str | None = None  # a layer with experts that are routed by another config
     fused: str | None = None
     native: str = "none"
     text_model_type: str | None = None
+    text_keys: tuple[str, ...] = ("text_config",)
     mtp: str | None = None
     groups: int | None = None
     remote_code: str | None = None
@@ -100,6 +106,25 @@ DEEPSEEK_V2_CONFIG = DEEPSEEK_CONFIG | {
     "routed_scaling_factor": 16.0,
     "scoring_func": "softmax",
     "topk_method": "group_limited_greedy",
+}
+LING_CONFIG = {
+    "first_k_dense_replace": 1,
+    "num_shared_experts": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+}
+KIMI_LINEAR_CONFIG = {
+    "first_k_dense_replace": 0,
+    "moe_layer_freq": 1,
+    "moe_renormalize": True,
+    "moe_router_activation_func": "sigmoid",
+    "num_expert_group": 1,
+    "num_shared_experts": 1,
+    "routed_scaling_factor": 1.0,
+    "topk_group": 1,
+    "use_grouped_topk": True,
 }
 
 FAMILIES: dict[str, Family] = {
@@ -220,14 +245,7 @@ FAMILIES: dict[str, Family] = {
     "bailing_moe_v2": Family(
         "bailing_moe_v2",
         "BailingMoeV2ForCausalLM",
-        {
-            "first_k_dense_replace": 1,
-            "num_shared_experts": 1,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "score_function": "sigmoid",
-            "moe_router_enable_expert_bias": True,
-        },
+        LING_CONFIG,
         embedding="word_embeddings",
         router_biases=("expert_bias",),
         experts_key="num_experts",
@@ -292,6 +310,340 @@ FAMILIES: dict[str, Family] = {
         others=("model.visual.blocks.0.attn.qkv.weight",),
         fused="plain",
         text_model_type="qwen3_5_moe_text",
+        mtp="mtp.layers.{}",
+    ),
+    "bailing_moe": Family(  # Ling and Ring 2.0 as published
+        "bailing_moe",
+        "BailingMoeV2ForCausalLM",
+        LING_CONFIG | {"num_nextn_predict_layers": 0, "router_dtype": "fp32"},
+        embedding="word_embeddings",
+        router_biases=("expert_bias",),
+        experts_key="num_experts",
+        shared="shared_experts",
+        dense_layers=1,
+        attention=("attention.query_key_value", "attention.dense"),
+        groups=4,
+        remote_code="BailingMoeV2",
+    ),
+    "ling_lite": Family(  # the same model type, and another router
+        "bailing_moe",
+        "BailingMoeForCausalLM",
+        {"num_shared_experts": 2, "norm_topk_prob": True, "first_k_dense_replace": 0},
+        embedding="word_embeddings",
+        experts_key="num_experts",
+        shared="shared_experts",
+        attention=("attention.query_key_value", "attention.dense"),
+        remote_code="BailingMoe",
+    ),
+    "bailing_hybrid": Family(
+        "bailing_hybrid",
+        "BailingMoeV3ForCausalLM",
+        LING_CONFIG | {"topk_method": "noaux_tc", "layer_group_size": 2, "group_norm_size": 4, "q_lora_rank": None},
+        embedding="word_embeddings",
+        router_biases=("expert_bias",),
+        experts_key="num_experts",
+        shared="shared_experts",
+        dense_layers=1,
+        attention=("attention.q_proj", "attention.g_proj", "attention.dense"),
+        mtp="model.layers.{}",
+        groups=4,
+        remote_code="BailingMoeV3",
+    ),
+    "axk1": Family(
+        "AXK1",
+        "AXK1ForCausalLM",
+        DEEPSEEK_CONFIG,
+        attention=MLA,
+        norms=("input_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+        router_biases=("e_score_correction_bias",),
+        shared="shared_experts",
+        dense_layers=1,
+        groups=4,
+    ),
+    "qwen3_5_moe_text": Family(
+        "qwen3_5_moe_text",
+        "Qwen3_5MoeForCausalLM",
+        {"layer_types": ["linear_attention", "full_attention"], "mtp_num_hidden_layers": 0},
+        experts_key="num_experts",
+        shared="shared_expert",
+        in_moe=("shared_expert_gate.weight",),
+        fused="plain",
+    ),
+    "llama4_text": Family(
+        "llama4_text",
+        "Llama4ForCausalLM",
+        {"interleave_moe_layer_step": 1, "router_aux_loss_coef": 0.001, "no_rope_layers": []},
+        moe="feed_forward",
+        router="router",
+        experts_key="num_local_experts",
+        shared="shared_expert",
+        fused="transposed",
+    ),
+    "minimax_m2": Family(
+        "minimax_m2",
+        "MiniMaxM2ForCausalLM",
+        {"scoring_func": "sigmoid", "use_routing_bias": True, "num_mtp_modules": 3, "shared_intermediate_size": 0},
+        moe="block_sparse_moe",
+        projections=("w1", "w3", "w2"),
+        beside_router=(("e_score_correction_bias", "E"),),
+        experts_key="num_local_experts",
+        native="fp8",
+    ),
+    "qwen2_moe": Family(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        {"decoder_sparse_step": 1, "norm_topk_prob": False, "shared_expert_intermediate_size": EXPERT_WIDTH},
+        experts_key="num_experts",
+        shared="shared_expert",
+        in_moe=("shared_expert_gate.weight",),
+    ),
+    "olmoe": Family(
+        "olmoe",
+        "OlmoeForCausalLM",
+        {"norm_topk_prob": False, "router_aux_loss_coef": 0.01, "clip_qkv": None},
+        experts_key="num_experts",
+        norms=("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"),
+    ),
+    "dots1": Family(
+        "dots1",
+        "Dots1ForCausalLM",
+        {"n_shared_experts": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc"},
+        router_biases=("e_score_correction_bias",),
+        shared="shared_experts",
+        dense_layers=1,
+    ),
+    "kimi_linear": Family(
+        "kimi_linear",
+        "KimiLinearForCausalLM",
+        KIMI_LINEAR_CONFIG | {"routed_scaling_factor": 2.446},
+        moe="block_sparse_moe",
+        projections=("w1", "w3", "w2"),
+        router_biases=("e_score_correction_bias",),
+        experts_key="num_experts",
+        top_k_key="num_experts_per_token",
+        shared="shared_experts",
+        attention=("self_attn.q_proj", "self_attn.f_a_proj", "self_attn.g_b_proj", "self_attn.o_proj"),
+        remote_code="KimiLinear",
+    ),
+    "kimi_k3": Family(
+        "kimi_k3",
+        "KimiK3ForConditionalGeneration",
+        KIMI_LINEAR_CONFIG | {"routed_expert_hidden_size": HIDDEN, "latent_moe_use_norm": True},
+        root="language_model.model.",
+        head="language_model.lm_head",
+        moe="block_sparse_moe",
+        projections=("w1", "w3", "w2"),
+        router_biases=("e_score_correction_bias",),
+        experts_key="num_experts",
+        top_k_key="num_experts_per_token",
+        shared="shared_experts",
+        in_moe=("routed_expert_down_proj.weight", "routed_expert_norm.weight", "routed_expert_up_proj.weight"),
+        attention=("self_attn.q_proj", "self_attn.f_a_proj", "self_attn.g_proj", "self_attn.o_proj"),
+        others=("vision_tower.encoder.blocks.0.wqkv.weight", "mm_projector.proj.0.weight"),
+        native="compressed-tensors",
+        text_model_type="kimi_linear",
+    ),
+    "mimo_v2_flash": Family(
+        "mimo_v2_flash",
+        "MiMoV2FlashForCausalLM",
+        {
+            "moe_layer_freq": [0, 1, 1],
+            "n_shared_experts": None,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": None,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        },
+        router_biases=("e_score_correction_bias",),
+        dense_layers=1,
+        native="fp8",
+        groups=1,
+        remote_code="MiMoV2Flash",
+    ),
+    "hy_v3": Family(
+        "hy_v3",
+        "HYV3ForCausalLM",
+        {
+            "expert_hidden_dim": EXPERT_WIDTH,
+            "first_k_dense_replace": 1,
+            "num_shared_experts": 1,
+            "route_norm": True,
+            "router_scaling_factor": 2.826,
+        },
+        router="router.gate",
+        beside_router=(("expert_bias", "E"),),
+        experts_key="num_experts",
+        shared="shared_mlp",
+        dense_layers=1,
+        mtp="model.layers.{}",
+    ),
+    "hunyuan_v1_moe": Family(
+        "hunyuan_v1_moe",
+        "HunYuanMoEV1ForCausalLM",
+        {"moe_topk": [2, 2, 2], "num_shared_expert": [1, 1, 1], "use_mixed_mlp_moe": True, "moe_layer_num_skipped": 0},
+        router="gate.wg",
+        experts_key="num_experts",
+        top_k_key="",
+        shared="shared_mlp",
+    ),
+    "ernie4_5_moe": Family(
+        "ernie4_5_moe",
+        "Ernie4_5_MoeForCausalLM",
+        {"moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_interval": 1, "moe_use_aux_free": True},
+        beside_router=(("moe_statics.e_score_correction_bias", "1E"),),
+        experts_key="moe_num_experts",
+        top_k_key="moe_k",
+        shared="shared_experts",
+        dense_layers=1,
+    ),
+    "afmoe": Family(
+        "afmoe",
+        "AfmoeForCausalLM",
+        {
+            "num_dense_layers": 1,
+            "num_expert_groups": 1,
+            "num_limited_groups": 1,
+            "num_shared_experts": 1,
+            "route_norm": True,
+            "route_scale": 2.826,
+            "score_func": "sigmoid",
+        },
+        router="router.gate",
+        beside_router=(("expert_bias", "E"),),
+        experts_key="num_experts",
+        shared="shared_experts",
+        dense_layers=1,
+        attention=("self_attn.q_proj", "self_attn.gate_proj", "self_attn.o_proj"),
+        groups=1,
+        remote_code="Afmoe",
+    ),
+    "nemotron_h": Family(
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        {
+            "hybrid_override_pattern": "-EE",
+            "moe_latent_size": HIDDEN,
+            "n_shared_experts": 1,
+            "n_groups": 8,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+        },
+        root="backbone.",
+        embedding="embeddings",
+        moe="mixer",
+        projections=("up_proj", "down_proj"),
+        router_biases=("e_score_correction_bias",),
+        shared="shared_experts",
+        in_moe=("fc1_latent_proj.weight", "fc2_latent_proj.weight"),
+        dense_layers=1,
+        attention=(),
+        norms=("norm",),
+        mtp="mtp.layers.{}",
+        groups=1,
+        remote_code="NemotronH",
+    ),
+    "deepseek_v41": Family(
+        "deepseek_v41",
+        "DeepseekV41ForCausalLM",
+        {
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.5,
+            "scoring_func": "sqrtsoftplus",
+            "topk_method": "noaux_tc",
+        },
+        root="",
+        embedding="embed",
+        head="head",
+        moe="ffn",
+        projections=("w1", "w3", "w2"),
+        router_biases=("bias", "bias_vl"),
+        shared="shared_experts",
+        attention=("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b"),
+        norms=("attn_norm", "ffn_norm"),
+        in_layers=("engram.embed.weight",),
+        others=("vision.layers.0.wqkv.weight", "aligner.weight"),
+        native="fp4",
+        text_model_type="deepseek_v41",
+        mtp="mtp.{}",
+    ),
+    "step3p5": Family(
+        "step3p5",
+        "Step3p5ForCausalLM",
+        {
+            "moe_layers_enum": "1,2",
+            "moe_router_activation": "sigmoid",
+            "moe_router_scaling_factor": 3.0,
+            "norm_expert_weight": True,
+            "share_expert_dim": EXPERT_WIDTH,
+            "use_moe_router_bias": True,
+        },
+        moe="moe",
+        beside_router=(("router_bias", "E"),),
+        experts_key="moe_num_experts",
+        top_k_key="moe_top_k",
+        in_layers=("share_expert.gate_proj.weight", "share_expert.down_proj.weight"),
+        fused="step",
+        remote_code="Step3p5",
+    ),
+    "granitemoehybrid": Family(
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
+        {"layer_types": ["mamba", "mamba", "attention"], "mamba_n_groups": 1, "shared_intermediate_size": DENSE_WIDTH},
+        moe="block_sparse_moe",
+        router="router.layer",
+        experts_key="num_local_experts",
+        in_layers=("shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight"),
+        fused="granite",
+    ),
+    "jamba": Family(
+        "jamba",
+        "JambaForCausalLM",
+        {"expert_layer_offset": 1, "expert_layer_period": 1, "attn_layer_period": 8, "router_aux_loss_coef": 0.001},
+        moe="feed_forward",
+        router="router",
+        experts_key="num_experts",
+        dense_layers=1,
+        norms=("input_layernorm", "pre_ff_layernorm"),
+    ),
+    "gemma4": Family(
+        "gemma4",
+        "Gemma4ForConditionalGeneration",
+        {"enable_moe_block": True, "hidden_size_per_layer_input": 0},
+        root="model.language_model.",
+        moe="",
+        router="router.proj",
+        beside_router=(("router.scale", "H"), ("router.per_expert_scale", "E")),
+        experts_key="num_experts",
+        top_k_key="top_k_experts",
+        norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm_2"),
+        in_layers=("layer_scalar", "mlp.gate_proj.weight", "mlp.down_proj.weight"),
+        others=("model.vision_tower.encoder.layers.0.mlp.gate_proj.weight",),
+        fused="plain",
+        text_model_type="gemma4_text",
+    ),
+    "qwen3_omni_moe": Family(
+        "qwen3_omni_moe",
+        "Qwen3OmniMoeForConditionalGeneration",
+        {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+        root="thinker.model.",
+        apart="talker.model.layers.0",
+        head="thinker.lm_head",
+        experts_key="num_experts",
+        others=("thinker.visual.blocks.0.attn.qkv.weight", "thinker.audio_tower.layers.0.fc1.weight"),
+        text_model_type="qwen3_omni_moe_text",
+        text_keys=("thinker_config", "text_config"),
+    ),
+    "qwen4_exp": Family(
+        "qwen4_exp",
+        "Qwen4ExpForConditionalGeneration",
+        {"norm_topk_prob": True, "layer_types": ["linear_attention", "full_attention"], "split_ngram_parts": 2},
+        root="model.language_model.",
+        experts_key="num_experts",
+        shared="shared_expert",
+        in_moe=("shared_expert_gate.weight",),
+        others=("model.visual.blocks.0.attn.qkv.weight", "model.language_model.ngram_embedding.shard_0.weight"),
+        text_model_type="qwen4_exp_text",
         mtp="mtp.layers.{}",
     ),
 }
@@ -413,6 +765,8 @@ class _Model:
         self.raw(f"{family.root}{family.embedding}.weight", "BF16", VOCAB, self.spec.hidden)
         for layer in range(spec.layers):
             self.layer(f"{family.root}layers.{layer}", spec.is_moe(layer), hashed=self.is_hashed(layer))
+        if family.apart:
+            self.layer(family.apart, moe=True)
         if family.mtp:
             self.next_token_layer(family.mtp.format(0 if family.mtp.startswith("mtp") else spec.layers))
         for name in family.others:
@@ -435,24 +789,29 @@ class _Model:
                 self.spec.hidden,
                 "fp8-e8m0" if plain_style == "fp4" else plain_style,
             )
+        for name in family.in_layers:
+            self.raw(f"{prefix}.{name}", "BF16", self.spec.hidden, self.spec.hidden)
         if self.spec.family == "gpt_oss":
             self.raw(f"{prefix}.self_attn.sinks", "BF16", HEADS)
+        block = f"{prefix}.{family.moe}".removesuffix(".")
         if not moe:
-            self.feed_forward(f"{prefix}.{family.moe}", self.spec.dense_width, plain_style)
+            self.feed_forward(block, self.spec.dense_width, plain_style)
             return
-        self.router(f"{prefix}.{family.moe}.{family.router}", hashed)
+        self.router(block, hashed)
+        for name in family.in_moe:
+            self.raw(f"{block}.{name}", "BF16", self.spec.experts, self.spec.hidden)
         if family.fused:
-            self.fused_experts(f"{prefix}.{family.moe}.experts", family.fused)
+            self.fused_experts(block, family.fused)
         else:
             for expert in range(self.spec.experts):
-                self.expert(f"{prefix}.{family.moe}.experts.{expert}")
+                self.expert(f"{block}.experts.{expert}")
         if family.shared:
             # As wide as there are experts in Qwen3.5: a first dimension of E does not make a router tensor.
             width = self.spec.experts if self.spec.family == "qwen3_5_moe" else self.spec.expert_width
             style = "fp8-e8m0" if plain_style == "fp4" else plain_style
-            self.feed_forward(f"{prefix}.{family.moe}.{family.shared}", width, style)
+            self.feed_forward(f"{block}.{family.shared}", width, style)
         if self.spec.family == "qwen3_5_moe":
-            self.raw(f"{prefix}.{family.moe}.shared_expert_gate.weight", "BF16", 1, self.spec.hidden)
+            self.raw(f"{block}.shared_expert_gate.weight", "BF16", 1, self.spec.hidden)
 
     def next_token_layer(self, prefix: str) -> None:
         """The layer past the last one, which predicts one token more."""
@@ -465,8 +824,9 @@ class _Model:
         self.raw(f"{prefix}.enorm.weight", "BF16", self.spec.hidden)
         self.raw(f"{prefix}.hnorm.weight", "BF16", self.spec.hidden)
 
-    def router(self, prefix: str, hashed: bool) -> None:
+    def router(self, block: str, hashed: bool) -> None:
         spec = self.spec
+        prefix = f"{block}.{spec.line.router}"
         self.normal(f"{prefix}.weight", spec.router_dtype, spec.experts, self.spec.hidden)
         if hashed:
             ids = [e for _ in range(VOCAB) for e in self.random.sample(range(spec.experts), spec.top_k)]
@@ -476,42 +836,52 @@ class _Model:
             return
         for bias in spec.line.router_biases:
             self.normal(f"{prefix}.{bias}", "BF16" if spec.line.fused else "F32", spec.experts)
+        for name, shape in spec.line.beside_router:
+            sizes = {"E": (spec.experts,), "1E": (1, spec.experts), "H": (spec.hidden,)}[shape]
+            self.normal(f"{block}.{name}", "F32", *sizes)
         if spec.bias_vl:
             self.normal(f"{prefix}.bias_vl", "F32", spec.experts)
 
     def expert(self, prefix: str) -> None:
-        gate, up, down = self.spec.line.projections
-        for name, rows, columns in (
-            (gate, self.spec.expert_width, self.spec.hidden),
-            (up, self.spec.expert_width, self.spec.hidden),
-            (down, self.spec.hidden, self.spec.expert_width),
-        ):
+        for name, rows, columns in self.matrices(self.spec.expert_width):
             style = self.spec.style
             if style in ("compressed-tensors", "modelopt") and self.random.random() < 0.1:
                 self.unquantized.append(f"{prefix}.{name}")
                 style = "none"
             self.linear(f"{prefix}.{name}", rows, columns, style)
 
-    def fused_experts(self, prefix: str, layout: str) -> None:
+    def matrices(self, width: int) -> list[tuple[str, int, int]]:
+        """Name, rows and columns of a feed-forward's matrices; the last one leads back to the hidden size."""
+        *wide, back = self.spec.line.projections
+        hidden = self.spec.hidden
+        return [*((name, width, hidden) for name in wide), (back, hidden, width)]
+
+    def fused_experts(self, block: str, layout: str) -> None:
         experts = self.spec.experts
+        if layout == "step":
+            for name, rows, columns in self.matrices(self.spec.expert_width):
+                self.raw(f"{block}.{name}.weight", "BF16", experts, rows, columns)
+            return
+        inside = layout == "granite"
         for name, rows, columns in (
-            ("gate_up_proj", 2 * self.spec.expert_width, self.spec.hidden),
-            ("down_proj", self.spec.hidden, self.spec.expert_width),
+            ("input_linear" if inside else "gate_up_proj", 2 * self.spec.expert_width, self.spec.hidden),
+            ("output_linear" if inside else "down_proj", self.spec.hidden, self.spec.expert_width),
         ):
-            if layout == "mxfp4":
-                self.raw(f"{prefix}.{name}_blocks", "U8", experts, rows, columns // 16, 8)
-                self.raw(f"{prefix}.{name}_scales", "U8", experts, rows, columns // 16)
-                self.raw(f"{prefix}.{name}_bias", "BF16", experts, rows)
+            prefix = f"{block}.experts.{name}"
+            if inside:
+                self.raw(f"{block}.{name}.weight", "BF16", experts, rows, columns)
+            elif layout == "mxfp4":
+                self.raw(f"{prefix}_blocks", "U8", experts, rows, columns // 16, 8)
+                self.raw(f"{prefix}_scales", "U8", experts, rows, columns // 16)
+                self.raw(f"{prefix}_bias", "BF16", experts, rows)
             elif layout == "transposed":
-                self.raw(f"{prefix}.{name}", "BF16", experts, columns, rows)
+                self.raw(prefix, "BF16", experts, columns, rows)
             else:
-                self.raw(f"{prefix}.{name}", "BF16", experts, rows, columns)
+                self.raw(prefix, "BF16", experts, rows, columns)
 
     def feed_forward(self, prefix: str, width: int, style: str) -> None:
-        gate, up, down = self.spec.line.projections
-        self.linear(f"{prefix}.{gate}", width, self.spec.hidden, style)
-        self.linear(f"{prefix}.{up}", width, self.spec.hidden, style)
-        self.linear(f"{prefix}.{down}", self.spec.hidden, width, style)
+        for name, rows, columns in self.matrices(width):
+            self.linear(f"{prefix}.{name}", rows, columns, style)
 
     def linear(self, name: str, rows: int, columns: int, style: str) -> None:
         """A linear layer [rows, columns] in one of the storage styles."""
@@ -621,7 +991,6 @@ def _config(spec: Spec, model: _Model) -> dict[str, Any]:
         "intermediate_size": spec.dense_width,
         "moe_intermediate_size": spec.expert_width,
         "num_attention_heads": HEADS,
-        "num_experts_per_tok": spec.top_k,
         "num_hidden_layers": spec.layers,
         "num_key_value_heads": HEADS,
         "rms_norm_eps": 1e-06,
@@ -631,6 +1000,8 @@ def _config(spec: Spec, model: _Model) -> dict[str, Any]:
         family.experts_key: spec.experts,
         **family.config,
     }
+    if family.top_k_key:
+        text[family.top_k_key] = spec.top_k
     if family.group_limited:
         text |= {"n_group": spec.n_group, "topk_group": spec.topk_group}
     elif family.groups:
@@ -647,7 +1018,11 @@ def _config(spec: Spec, model: _Model) -> dict[str, Any]:
         }
     if family.text_model_type:
         text["model_type"] = family.text_model_type
-        return top | {"model_type": family.model_type, "text_config": text, "vision_config": {"depth": 1}}
+        for key in reversed(family.text_keys):
+            text = {key: text, "vision_config": {"depth": 1}}
+        if family.apart:
+            text["talker_config"] = {"text_config": {family.experts_key: spec.experts, family.top_k_key: 1}}
+        return top | {"model_type": family.model_type, **text}
     return top | {"model_type": family.model_type, **text}
 
 

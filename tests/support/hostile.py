@@ -804,10 +804,8 @@ EXPERT_ATTACKS = [
         (SHARD, "model.experts.layers.1"),
     ),
     Attack("gate of a dtype that is not computed with", with_tensor(GATE, (8, 16), "U8"), (SHARD, GATE, "U8")),
-    Attack(
-        "token table of floats", with_tensor(f"{LAYER}.mlp.gate.tid2eid", (32, 2), "F32"), (SHARD, "tid2eid", "F32")
-    ),
-    Attack("two routers", with_tensor(f"{LAYER}.mlp.router.weight", (8, 16)), (SHARD, "mlp.gate", "router")),
+    Attack("token table of floats", with_tensor(f"{LAYER}.mlp.gate.tid2eid", (32, 2), "F32"), (SHARD, "tid2eid")),
+    Attack("two routers", with_tensor(f"{LAYER}.mlp.router.weight", (8, 16)), (SHARD, "router.weight", "gate.weight")),
     Attack("router with a scale", with_tensor(f"{LAYER}.mlp.gate.weight_scale", (8, 1)), (SHARD, "gate.weight_scale")),
     Attack("router packed", with_tensor(f"{LAYER}.mlp.gate.qweight", (2, 8)), (SHARD, "gate.qweight")),
     Attack("unknown tensor of experts", with_tensor(f"{LAYER}.mlp.statics_bias", (8,)), (SHARD, "mlp.statics_bias")),

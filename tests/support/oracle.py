@@ -44,8 +44,19 @@ DTYPE_BYTES = {
 }
 EXPERT = re.compile(r"(?P<module>.*)\.experts\.(?P<id>\d+)\.(?P<rest>.+)")
 FUSED = re.compile(r"(?P<module>.*)\.experts\.[a-z_]+")
-ROUTER = re.compile(r"(?P<module>.*)\.(gate|router)\.(?P<kind>[a-z0-9_]+)")
-ROWS_BY_EXPERT = {"weight", "bias", "bias_vl", "e_score_correction_bias", "expert_bias"}
+FUSED_BESIDE_ROUTER = re.compile(  # Granite's and Step's
+    r"(?P<module>.*\.block_sparse_moe)\.(?:input|output)_linear\.weight"
+    r"|(?P<step>.*\.moe)\.(?:gate|up|down)_proj\.weight"
+)
+ROWS_BY_EXPERT = {  # names below the module that holds the experts
+    *("gate.weight", "gate.bias", "gate.bias_vl", "gate.e_score_correction_bias", "gate.expert_bias", "gate.wg.weight"),
+    *("router.weight", "router.bias", "router.gate.weight", "router.layer.weight", "router.proj.weight"),
+    *("router.per_expert_scale", "e_score_correction_bias", "expert_bias", "router_bias"),
+    "moe_statics.e_score_correction_bias",
+}
+EXPERT_IDS = "gate.tid2eid"
+OF_HIDDEN_SIZE = "router.scale"
+KEPT = "talker."  # Qwen3-Omni's second model, which routes by another config
 OUTPUT_FILE = re.compile(
     r"(?P<series>model-(?:shared|ep(?P<rank>\d{2,})-of-(?P<ranks>\d{2,})))"
     r"-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors"
@@ -180,10 +191,12 @@ def _wanted_tensors(source: Path, ranks: int, placement: Placement) -> tuple[dic
         tensors |= read_safetensors(path)[1]
     counts: dict[str, int] = defaultdict(int)
     for name, tensor in tensors.items():
+        if name.startswith(KEPT):
+            continue
         if match := EXPERT.fullmatch(name):
             counts[match["module"]] = max(counts[match["module"]], int(match["id"]) + 1)
-        elif match := FUSED.fullmatch(name):
-            counts[match["module"]] = tensor.shape[0]
+        elif module := _fused_module(name):
+            counts[module] = tensor.shape[0]
     placements = {
         module: placement[module] if isinstance(placement, dict) else placement(count, ranks)
         for module, count in counts.items()
@@ -191,22 +204,39 @@ def _wanted_tensors(source: Path, ranks: int, placement: Placement) -> tuple[dic
     wanted = {}
     for name, tensor in tensors.items():
         new_name, data, rank = name, tensor.data, None
-        if match := EXPERT.fullmatch(name):
+        if name.startswith(KEPT):
+            pass
+        elif match := EXPERT.fullmatch(name):
             module = match["module"]
             physical = placements[module].index(int(match["id"]))
             new_name = f"{module}.experts.{physical}.{match['rest']}"
             rank = owner(physical, counts[module], ranks)
-        elif match := FUSED.fullmatch(name):
-            data = _permuted(data, placements[match["module"]])
-        elif (match := ROUTER.fullmatch(name)) and match["module"] in placements:
-            physical_to_logical = placements[match["module"]]
-            if match["kind"] == "tid2eid":
-                data = _mapped_ids(tensor, physical_to_logical)
+        elif module := _fused_module(name):
+            data = _permuted(data, placements[module])
+        elif below := _below_module(name, placements):
+            module, rest = below
+            if rest == EXPERT_IDS:
+                data = _mapped_ids(tensor, placements[module])
+            elif rest in ROWS_BY_EXPERT:
+                data = _permuted(data, placements[module])
             else:
-                assert match["kind"] in ROWS_BY_EXPERT, f"no rule for {name}"
-                data = _permuted(data, physical_to_logical)
+                router = rest.split(".")[0] in ("gate", "router")
+                assert not router or rest == OF_HIDDEN_SIZE, f"no rule for {name}"
         wanted[new_name] = Wanted(tensor.dtype, tensor.shape, data, rank)
     return wanted, placements
+
+
+def _fused_module(name: str) -> str | None:
+    """The module whose experts the tensor `name` holds, all of them."""
+    if match := FUSED.fullmatch(name):
+        return match["module"]
+    match = FUSED_BESIDE_ROUTER.fullmatch(name)
+    return match and (match["module"] or match["step"])
+
+
+def _below_module(name: str, modules: Iterable[str]) -> tuple[str, str] | None:
+    """The one of `modules` that the tensor `name` is in, and its name below that."""
+    return next(((module, name[len(module) + 1 :]) for module in modules if name.startswith(f"{module}.")), None)
 
 
 def _permuted(data: bytes, physical_to_logical: list[int]) -> bytes:
