@@ -31,6 +31,7 @@ PREFILL = (256, 2048, 8192)  # tokens of one prompt
 PROMPT, STEPS = 16, 48  # for decoding: tokens in the prompt, and timed steps after the first generated token
 ENGINE: dict[str, Any] = {
     "dtype": "bfloat16",
+    "enable_expert_parallel": True,  # on one rank: placements want it
     "enable_prefix_caching": False,
     "skip_tokenizer_init": True,
     "max_model_len": max(PREFILL) + 1,

@@ -45,7 +45,9 @@ EXPERT_PARALLEL: dict[str, Any] = {
 }
 # PyTorch's compiler decides by timing whether to combine kernels, and how a combined kernel sums. So two compilations
 # may give different bits. With `combo_kernels` off and TORCHINDUCTOR_DETERMINISTIC set, it decides without timing.
+# A placement that moves experts wants expert parallelism on one rank, too.
 GRAPHS: dict[str, Any] = {
+    "enable_expert_parallel": True,
     "gpu_memory_utilization": MIN_FREE,
     "kv_cache_memory_bytes": 1 << 30,
     "compilation_config": {
@@ -53,7 +55,12 @@ GRAPHS: dict[str, Any] = {
         "inductor_compile_config": {"combo_kernels": False},
     },
 }
-EAGER: dict[str, Any] = {"gpu_memory_utilization": MIN_FREE, "kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
+EAGER: dict[str, Any] = {
+    "enable_expert_parallel": True,
+    "gpu_memory_utilization": MIN_FREE,
+    "kv_cache_memory_bytes": 1 << 30,
+    "enforce_eager": True,
+}
 
 
 @dataclass(frozen=True)
