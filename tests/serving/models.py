@@ -80,6 +80,14 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
+    "exaone_moe": (  # a model type that reshard does not know
+        "exaone_moe",
+        {
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 16},
+            **{"layer_types": ["full_attention"] * 3, "sliding_window": 128},
+        },
+        {},
+    ),
     "olmoe": ("olmoe", {**COMMON, "num_experts": 16, "num_attention_heads": 2, "num_key_value_heads": 2}, {}),
     "ernie4_5_moe": (  # its bias has the shape [1, E]
         "ernie4_5_moe",

@@ -32,6 +32,8 @@ from test_serving import (
     v3,
 )
 
+from reshard.model.families import BY_MODEL_TYPE
+
 ZIGZAG = {"RESHARD_PLACEMENT": "zigzag"}
 WORKER = {"worker_cls": "other.worker.Worker"}  # as a platform plugin of another package sets it
 
@@ -137,11 +139,15 @@ def test_the_control_a_router_that_ignores_the_placement_gives_other_tokens(serv
     assert largest_difference(wrong, serving.generate(source, plugins=SHIM_ONLY)) > 0.1
 
 
-def test_a_placement_needs_nothing_of_the_table_of_families(serving: Serving) -> None:
-    source = serving.model("olmoe")
+@pytest.mark.parametrize(("kind", "known", "layers"), [("exaone_moe", False, 2), ("olmoe", True, 3)])
+def test_a_placement_needs_nothing_of_the_table_of_families(
+    kind: str, known: bool, layers: int, serving: Serving
+) -> None:
+    source = serving.model(kind)
+    assert (kind in BY_MODEL_TYPE) == known
     answer = serving.generate(source, ranks=2, environment=by(random_file(serving, source, 2)))
     assert_close(answer, serving.generate(source, ranks=2, plugins=SHIM_ONLY))
-    assert "3 MoE layers are placed" in answer.log
+    assert f"{layers} MoE layers are placed" in answer.log
 
 
 def test_compiled_code_answers_the_same_and_is_cached_per_placement(serving: Serving) -> None:
