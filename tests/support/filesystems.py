@@ -40,6 +40,11 @@ class Mounted:
     def unmount(self) -> None:
         """Take it away; what was not on disk of a dead one is gone."""
         subprocess.run(["umount", self.path], check=True)
+        deadline = time.monotonic() + 30
+        while subprocess.run(["losetup", "-j", self.image], check=True, capture_output=True).stdout:
+            # a process that was started meanwhile may hold it for a moment; mounted again, it would still be dead
+            assert time.monotonic() < deadline, f"{self.image} is still in use"
+            time.sleep(0.05)
 
     def used(self) -> int:
         """Bytes taken, when all that was written is on disk and all that was removed is gone."""
