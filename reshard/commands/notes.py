@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.directory import Checkpoint, File
+from ..checkpoint.directory import INDEX, Checkpoint, File
 from ..checkpoint.header import read_header
 from ..checkpoint.lfs import MAX_POINTER_SIZE, is_pointer
 from ..checkpoint.source import find_checksums
-from ..checkpoint.weights import MIN_COPY, is_other_format
+from ..checkpoint.weights import MIN_COPY, SINGLE, is_other_format
 from ..errors import CheckpointError
 from ..model.layers import MoeModel
 
@@ -20,6 +20,14 @@ def notes(checkpoint: Checkpoint, model: MoeModel) -> list[str]:
     found = []
     if checkpoint.left_out:
         found.append(f"left out, and not brought back by restore: {', '.join(checkpoint.left_out)}")
+    for index in checkpoint.indices:
+        if index != INDEX:
+            found.append(f"{index} is not in the output, whose index is {INDEX}; restore brings it back")
+    if not checkpoint.indices and checkpoint.shards.keys() != {SINGLE}:
+        found.append(
+            f"no index: its {len(checkpoint.shards)} safetensors files are taken as the whole model, as vLLM takes "
+            "them; nobody can tell whether one is missing"
+        )
     pointers = [file.name for file in checkpoint.other_files if _is_pointer(checkpoint.root, file)]
     if pointers:
         found.append(f"copied unchanged, but only Git LFS pointers: {', '.join(pointers)}; run `git lfs pull`")

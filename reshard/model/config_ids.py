@@ -45,7 +45,7 @@ def map_config_files(checkpoint: Checkpoint, model: MoeModel, placement: Placeme
     """
     changed = {}
     for name in checkpoint.files:
-        if not CONFIG_FILES.fullmatch(name):
+        if not CONFIG_FILES.fullmatch(name) or name in checkpoint.indices:
             continue
         path = checkpoint.root / name
         try:
