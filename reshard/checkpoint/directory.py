@@ -182,8 +182,8 @@ def _read_index(path: Path, weights: list[str]) -> tuple[dict[str, str], dict[st
     for name in weights:
         if name not in named:
             raise CheckpointError(
-                f"{path.parent / name}: {path.name} does not name this file; reshard would not renumber its experts, and an "
-                "engine might load it instead of the output's weights: move it away or correct the index"
+                f"{path.parent / name}: {path.name} does not name this file; reshard would not renumber its experts, "
+                "and an engine might load it instead of the output's weights: move it away or correct the index"
             )
     return weight_map, metadata
 

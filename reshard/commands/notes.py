@@ -15,9 +15,15 @@ from ..model.layers import MoeModel
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT, beside an adapter's weights
 
 
-def notes(checkpoint: Checkpoint, model: MoeModel) -> list[str]:
-    """What the user should know of the source and its output."""
+def notes(checkpoint: Checkpoint, model: MoeModel, ep_size: int) -> list[str]:
+    """What the user should know of the source and its output for `ep_size` EP ranks."""
     found = []
+    num_experts = model.routing.num_experts
+    if model.family.even_ranks and num_experts % ep_size:
+        found.append(
+            f"vLLM's MegaMoE kernels need as many experts on every rank, and {num_experts} experts cannot be dealt "
+            f"evenly to {ep_size}: choose another --ep, or serve the output without these kernels"
+        )
     if checkpoint.left_out:
         found.append(f"left out, and not brought back by restore: {', '.join(checkpoint.left_out)}")
     for index in checkpoint.indices:

@@ -76,8 +76,8 @@ class Resharding:
     """All that is decided before the first byte is written.
 
     `index` and `config` are the bytes of the two files that are written last. `originals` has the source's bytes of
-    each small file that is rewritten, and of its indices, in whose place the output has `index`. `checksums` are those that source files are compared with, {} if the user did not
-    ask for that.
+    each small file that is rewritten, and of its indices, in whose place the output has `index`. `checksums` are those
+    that source files are compared with, {} if the user did not ask for that.
     """
 
     checkpoint: Checkpoint
@@ -162,7 +162,7 @@ def plan_resharding(
         index=rewritten[INDEX],
         config=rewritten.get(CONFIG) or (checkpoint.root / CONFIG).read_bytes(),
         originals={name: (checkpoint.root / name).read_bytes() for name in replaced if name in checkpoint.files},
-        notes=(*placed.notes, *notes(checkpoint, model)),
+        notes=(*placed.notes, *notes(checkpoint, model, ep_size)),
         checksums=checksums,
     )
 

@@ -439,8 +439,8 @@ def no_moe_layers(folder: Path) -> None:
 
 
 def is_moe(name: str) -> bool:
-    """Whether this tensor of the base model is an expert's or a router's."""
-    return ".experts." in name or ".gate." in name
+    """Whether this tensor of the base model is an expert's, a shared one's too, or a router's."""
+    return "experts." in name or ".gate." in name
 
 
 def dense_model(folder: Path) -> None:
