@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 from .header import Header, Tensor, read_header
 from .lfs import refuse_pointer
 from .weights import INDEX as INDEX
-from .weights import SINGLE, is_weights, no_index, refuse_second_copy
+from .weights import indices_among, is_weights, refuse_second_copy, refuse_without_index
 
 CONFIG = "config.json"
 MAX_NESTING = 100  # levels of JSON; Python's own limit depends on how deep the caller is
@@ -43,6 +43,7 @@ class Checkpoint:
     """The contents of a checkpoint directory. Files are sorted by name, tensors by file and offset.
 
     `left_out` names what lies in the directory and is no part of the checkpoint: .git and a downloader's records.
+    `indices` are the files that say which shard has which tensor: `INDEX`, msModelSlim's, both, or none.
     """
 
     root: Path
@@ -51,6 +52,7 @@ class Checkpoint:
     left_out: tuple[str, ...]
     shards: dict[str, Header]
     tensors: dict[str, Tensor]
+    indices: tuple[str, ...]
     index_metadata: dict[str, Any]
     config: dict[str, Any]
 
@@ -75,23 +77,23 @@ def read_checkpoint(root: Path, absent: Container[str] = ()) -> Checkpoint:
     files, directories, left_out = _walk(root)
     config = read_json_object(root / CONFIG)
     weights = [name for name in files if is_weights(name)]
-    if INDEX in files:
-        weight_map, index_metadata = _read_index(root, weights)
-        weight_map = {tensor: name for tensor, name in weight_map.items() if name in files or name not in absent}
-        if missing := next(((tensor, name) for tensor, name in weight_map.items() if name not in files), None):
-            tensor, name = missing
-            raise CheckpointError(f"{root / INDEX}: tensor {tensor}: its file {name} is missing; download it again")
-        shards = {name: read_header(root / name) for name in weights}
-        tensors = _by_name(root, shards)
-        _compare(root / INDEX, weight_map, tensors)
-    elif weights == [SINGLE]:
-        index_metadata = {}
-        shards = {SINGLE: read_header(root / SINGLE)}
-        tensors = _by_name(root, shards)
-    else:
-        raise no_index(root, files)
+    indices = indices_among(files)
+    if INDEX in directories:
+        raise CheckpointError(f"{root / INDEX}: is a directory, expected a file; an output needs this name")
+    if not indices:
+        refuse_without_index(root, files)
+    maps = {root / name: _read_index(root / name, weights) for name in indices}
+    for path, (weight_map, _) in maps.items():
+        for tensor, name in weight_map.items():
+            if name not in files and name not in absent:
+                raise CheckpointError(f"{path}: tensor {tensor}: its file {name} is missing; download it again")
+    shards = {name: read_header(root / name) for name in weights}
+    tensors = _by_name(root, shards)
+    for path, (weight_map, _) in maps.items():
+        _compare(path, {tensor: name for tensor, name in weight_map.items() if name in files}, tensors)
+    metadata = next((metadata for _, metadata in maps.values()), {})
     refuse_second_copy(root, {name: file.size for name, file in files.items()})
-    return Checkpoint(root, files, directories, left_out, shards, tensors, index_metadata, config)
+    return Checkpoint(root, files, directories, left_out, shards, tensors, indices, metadata, config)
 
 
 def is_left_out(name: str) -> bool:
@@ -163,8 +165,8 @@ def _entries(root: Path) -> Iterator[tuple[str, os.stat_result]]:
                 pending.append((f"{name}/", (*parents, status)))
 
 
-def _read_index(root: Path, weights: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    path = root / INDEX
+def _read_index(path: Path, weights: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The weight_map and the metadata of the index at `path`, which must name every file of `weights`."""
     index = read_json_object(path)
     weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map:
@@ -180,8 +182,8 @@ def _read_index(root: Path, weights: list[str]) -> tuple[dict[str, str], dict[st
     for name in weights:
         if name not in named:
             raise CheckpointError(
-                f"{root / name}: {INDEX} does not name this file; reshard would not renumber its experts, and an "
-                "engine might load it instead of the output's weights: move it away or correct the index"
+                f"{path.parent / name}: {path.name} does not name this file; reshard would not renumber its experts, "
+                "and an engine might load it instead of the output's weights: move it away or correct the index"
             )
     return weight_map, metadata
 

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from ..checkpoint.header import Tensor, parse_header
 from ..checkpoint.source import find_source
-from ..errors import OutputError
+from ..errors import CheckpointError, OutputError, UnsupportedError
 from ..execute.holes import find_hole
 from ..model.names import Kind, kind_of, parse_expert_name
 from ..model.routing import Routing, why_plugin
 from ..placement.permutations import Placement, invert, rank_slots
-from ..placement.strategies import Zigzag
+from ..placement.strategies import Placed, Zigzag
 from ..record.manifest import read_manifest, unpack
 from .original import Original, check_ep_size, is_output, read_original, refuse_unfinished
+from .resharding import plan_resharding
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class Inspection:
     For an output, `strategy`, `ep_size` and `ranks` are its own. For a source, they are what `zigzag` would make of it
     for the requested `ep_size`, or None and empty without one. If `uniform`, every MoE layer has the same placement;
     otherwise `ranks` shows the first layer's. `staged_ranks` is None unless the directory is staged; all else then
-    describes the whole output that it was staged from.
+    describes the whole output that it was staged from. With `ep_size`, `notes` has what `zigzag` would say of a source,
+    also if it would refuse it.
     """
 
     path: str
@@ -94,8 +96,10 @@ class _Facts:
 
 def _of_original(original: Original, ep_size: int | None) -> Inspection:
     checkpoint, model = original.checkpoint, original.model
+    placed = None
     if ep_size is not None:
         check_ep_size(ep_size, original)
+        placed = Zigzag(ep_size).place(original.shape)
     return _describe(
         _Facts(
             root=original.root,
@@ -105,19 +109,24 @@ def _of_original(original: Original, ep_size: int | None) -> Inspection:
             layers=original.shape.layers,
             tensors=tuple(checkpoint.tensors.values()),
             files=len(checkpoint.shards),
-            placement={} if ep_size is None else Zigzag(ep_size).place(original.shape).placement,
-            strategy=None if ep_size is None else Zigzag.name,
+            placement={} if placed is None else placed.placement,
+            strategy=None if placed is None else Zigzag.name,
             ep_size=ep_size,
-            notes=tuple(_notes(original)),
+            notes=tuple(_notes(original, ep_size, placed)),
         )
     )
 
 
-def _notes(original: Original) -> Iterator[str]:
-    """What stands in the way of writing an output, or would not be in it."""
+def _notes(original: Original, ep_size: int | None, placed: Placed | None) -> Iterator[str]:
+    """What stands in the way of writing an output, or would not be in it. With `placed`, what `zigzag` would say."""
     if hole := find_hole(original.root, original.checkpoint.shards):
         yield f"{hole.tensor.name} in {hole.tensor.file} was not all written: a hole; download the file again"
-    if original.checkpoint.left_out:
+    if ep_size is not None and placed is not None:
+        try:
+            yield from plan_resharding(original, Zigzag.name, ep_size, placed).notes
+        except (CheckpointError, UnsupportedError) as error:
+            yield f"zigzag would refuse it: {error}"
+    elif original.checkpoint.left_out:
         yield f"no part of the checkpoint, and not copied: {', '.join(original.checkpoint.left_out)}"
 
 

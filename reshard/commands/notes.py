@@ -4,22 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.directory import Checkpoint, File
+from ..checkpoint.directory import INDEX, Checkpoint, File
 from ..checkpoint.header import read_header
 from ..checkpoint.lfs import MAX_POINTER_SIZE, is_pointer
 from ..checkpoint.source import find_checksums
-from ..checkpoint.weights import MIN_COPY, is_other_format
+from ..checkpoint.weights import MIN_COPY, SINGLE, is_other_format
 from ..errors import CheckpointError
 from ..model.layers import MoeModel
 
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT, beside an adapter's weights
 
 
-def notes(checkpoint: Checkpoint, model: MoeModel) -> list[str]:
-    """What the user should know of the source and its output."""
+def notes(checkpoint: Checkpoint, model: MoeModel, ep_size: int) -> list[str]:
+    """What the user should know of the source and its output for `ep_size` EP ranks."""
     found = []
+    num_experts = model.routing.num_experts
+    if model.family.even_ranks and num_experts % ep_size:
+        found.append(
+            f"vLLM's MegaMoE kernels need as many experts on every rank, and {num_experts} experts cannot be dealt "
+            f"evenly to {ep_size}: choose another --ep, or serve the output without these kernels"
+        )
     if checkpoint.left_out:
         found.append(f"left out, and not brought back by restore: {', '.join(checkpoint.left_out)}")
+    for index in checkpoint.indices:
+        if index != INDEX:
+            found.append(f"{index} is not in the output, whose index is {INDEX}; restore brings it back")
+    if not checkpoint.indices and checkpoint.shards.keys() != {SINGLE}:
+        found.append(
+            f"no index: its {len(checkpoint.shards)} safetensors files are taken as the whole model, as vLLM takes "
+            "them; nobody can tell whether one is missing"
+        )
     pointers = [file.name for file in checkpoint.other_files if _is_pointer(checkpoint.root, file)]
     if pointers:
         found.append(f"copied unchanged, but only Git LFS pointers: {', '.join(pointers)}; run `git lfs pull`")

@@ -76,8 +76,8 @@ class Resharding:
     """All that is decided before the first byte is written.
 
     `index` and `config` are the bytes of the two files that are written last. `originals` has the source's bytes of
-    each small file that is rewritten. `checksums` are those that source files are compared with, {} if the user did not
-    ask for that.
+    each small file that is rewritten, and of its indices, in whose place the output has `index`. `checksums` are those
+    that source files are compared with, {} if the user did not ask for that.
     """
 
     checkpoint: Checkpoint
@@ -131,10 +131,11 @@ def plan_resharding(
     refuse_adapters(checkpoint)
     rewritten = _rewritten_configs(checkpoint, model, placement, contract)
     rewritten[INDEX] = plan_index(weights, checkpoint.index_metadata)
+    replaced = {*rewritten, *checkpoint.indices}
     copied = [
         literal_file(file.name, rewritten[file.name]) if file.name in rewritten else whole_file(file.name, file.size)
         for file in checkpoint.other_files
-        if file.name not in (INDEX, CONFIG)
+        if file.name not in (*checkpoint.indices, CONFIG)
     ]
     checksums = known_checksums(checkpoint) if writing.check_source else {}
     files, read_first = assign_checksums((*weights, *copied), checksums)
@@ -160,8 +161,8 @@ def plan_resharding(
         ),
         index=rewritten[INDEX],
         config=rewritten.get(CONFIG) or (checkpoint.root / CONFIG).read_bytes(),
-        originals={name: (checkpoint.root / name).read_bytes() for name in rewritten if name in checkpoint.files},
-        notes=(*placed.notes, *notes(checkpoint, model)),
+        originals={name: (checkpoint.root / name).read_bytes() for name in replaced if name in checkpoint.files},
+        notes=(*placed.notes, *notes(checkpoint, model, ep_size)),
         checksums=checksums,
     )
 

@@ -2,7 +2,10 @@
 
 A string that names one expert (`model.layers.3.mlp.experts.5.down_proj`) gets that expert's new id. A pattern (a glob
 or a regular expression) is tested against the names of this checkpoint's experts. After renumbering it must match the
-same experts as before, either unchanged or with its literal ids mapped. If neither does, an error shows the string.
+same experts as before, either unchanged or with its literal ids mapped. If it matches none, it must treat all alike by
+the names that other checkpoints would give them. If nothing of this is so, an error shows the string. Prose is no
+pattern: no name has a space, or a hyphen behind `experts`.
+
 Numbers under a key that speaks of experts are refused, unless the key is known to count something.
 """
 
@@ -17,16 +20,17 @@ from typing import Any
 from ..checkpoint.directory import Checkpoint, refuse_nesting
 from ..errors import CheckpointError, UnsupportedError
 from ..placement.permutations import Placement, invert
-from .config_patterns import ExpertNames
+from .config_patterns import ExpertNames, names_all_elsewhere, shorten
 from .layers import MoeModel
 
 # Top-level files of a checkpoint in which engines look up modules by name.
 CONFIG_FILES = re.compile(r"config\.json|.*quant.*\.json", re.IGNORECASE)
 MAX_PATTERN = 1000
 
-_EXPERT_ID = re.compile(r"(?<![A-Za-z0-9_])experts(?:\\?\.|\[\.\])(?P<id>0|[1-9][0-9]{0,8})(?![0-9])")
+_EXPERT_ID = re.compile(r"(?<![A-Za-z0-9_])experts(?:\\?\.|\[\.\])(?P<id>0|[1-9][0-9]{0,8})(?!\w)")
 _PLAIN = re.compile(r"[\w.\-/]*")
-_MAY_NAME_ONE = re.compile(r"experts\W{0,8}[0-9]")
+_MAY_NAME_ONE = re.compile(r"experts(?!-)[^\w\s]{0,8}[0-9]+(?!\w)")
+_PROSE_KEYS = re.compile(r"(.*_)?(name_or_path|description|notes?|comments?)")
 # Some engines look for a text anywhere in a name (AWQ in vLLM), and then `experts.1` is also 10 to 19.
 _ENDS_IN_ID = re.compile(r"experts\.([0-9]{1,9})$")
 _BEGINS_BEFORE_ID = re.compile(r"(?:x?p?e?r?t?s?\.)?[0-9]+(?P<tail>\.[A-Za-z_].*)")
@@ -45,7 +49,7 @@ def map_config_files(checkpoint: Checkpoint, model: MoeModel, placement: Placeme
     """
     changed = {}
     for name in checkpoint.files:
-        if not CONFIG_FILES.fullmatch(name):
+        if not CONFIG_FILES.fullmatch(name) or name in checkpoint.indices:
             continue
         path = checkpoint.root / name
         try:
@@ -75,7 +79,12 @@ def map_strings(value: Any, mapper: Callable[[str], str], where: str) -> Any:
                     f"{where}: {key!r:.200} contains numbers that may be expert ids, in a form that reshard does not "
                     "know; write out the full names of the modules, or remove what no engine reads"
                 )
-        return {mapper(key): map_strings(item, mapper, where) for key, item in value.items()}
+        return {
+            mapper(key): item
+            if _PROSE_KEYS.fullmatch(key) and isinstance(item, str)
+            else map_strings(item, mapper, where)
+            for key, item in value.items()
+        }
     return value
 
 
@@ -118,8 +127,9 @@ class _Mapper:
                     "anywhere in a name; write out the full names of the modules, with what follows the expert's id"
                 )
             return mapped
-        if len(text) > MAX_PATTERN:
-            if "experts" in text:
+        if len(shorten(text, self._num_experts)) > MAX_PATTERN:
+            is_prose = any(map(str.isspace, text)) and not _MAY_NAME_ONE.search(text)
+            if "experts" in text and not is_prose:
                 raise self._unclear(text)
             return text
         return self._map_pattern(text)
@@ -154,8 +164,15 @@ class _Mapper:
         return tables.pop()
 
     def _map_pattern(self, text: str) -> str:
-        unchanged, any_matched = self._names.compare(text, text)
+        short = shorten(text, self._num_experts)
+        unchanged, any_matched = self._names.compare(short, short)
         if unchanged and (any_matched or not _MAY_NAME_ONE.search(text)):
+            return text
+        if (
+            unchanged
+            and not _EXPERT_ID.search(text)
+            and names_all_elsewhere(short, self._logical_to_physical, self._num_experts)
+        ):
             return text
         mapped = self._mapped_or_none(text)
         if mapped is not None and any_matched and self._names.compare(text, mapped)[0]:

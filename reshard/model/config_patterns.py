@@ -1,9 +1,11 @@
 """Which experts a pattern in a config means: a glob or a regular expression, before and after renumbering.
 
 Engines read the same text in different ways, so a pattern has several readings. Each must match an expert's new name
-exactly if it matched the old one. A checkpoint has 200,000 such names and its config hundreds of patterns, so most
-names are not tried: a `Reading` knows the pieces of text that a name must contain, and a layer is tried only if its
-names can contain them.
+exactly if it matched the old one. Quantizers also write patterns of all experts in the words of another checkpoint
+(`mlp.experts.[0-9]+.gate_proj` where this one has `block_sparse_moe` and `w1`): `names_all_elsewhere` knows them.
+
+A checkpoint has 200,000 such names and its config hundreds of patterns, so most names are not tried: a `Reading` knows
+the pieces of text that a name must contain, and a layer is tried only if its names can contain them.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from __future__ import annotations
 import fnmatch
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from .families import FAMILIES
 from .layers import MoeLayer
 
 REGEX_PREFIXES = ("re:", "+:", "-:")
@@ -28,6 +32,11 @@ _REGEX_TOKEN = re.compile(
 )
 _INSIDE_GROUP = re.compile(rf"{_CLASS}|\\.|.", re.DOTALL)
 _ID = f"0123456789{_ANY}"  # what a piece may have in the place of an expert's id
+# How checkpoints and engines call what is before and behind `.experts.<id>`.
+_STEMS = ("model.", "model.language_model.", "language_model.model.")
+_BLOCKS = tuple(dict.fromkeys(family.block for family in FAMILIES if "*" not in family.block))
+_TAILS = ("", ".gate_proj", ".up_proj", ".down_proj", ".gate_up_proj", ".w1", ".w2", ".w3", ".down_proj.weight")
+_IDS = re.compile(r"(?P<before>experts(?:\\?\.|\[\.\])\((?:\?:)?)(?P<ids>[0-9]{1,9}(?:\|[0-9]{1,9})+)\)")
 _NO_ID = str.maketrans(dict.fromkeys("0123456789", _ANY))
 
 
@@ -53,6 +62,49 @@ def readings(text: str) -> list[Reading]:
         return found
     pieces = _pieces_of_regex(pattern)
     return [*found, Reading(compiled.match, pieces), Reading(compiled.search, ("", *pieces))]
+
+
+def shorten(text: str, num_experts: int) -> str:
+    """The pattern `text` with `[0-9]+` for each alternation over all ids.
+
+    It matches the same names: an id has no leading zeros, so all digits that an id begins with are an id too.
+    """
+
+    def short(match: re.Match[str]) -> str:
+        ids = match["ids"].split("|")
+        return f"{match['before']}[0-9]+)" if set(ids) == set(map(str, range(num_experts))) else match[0]
+
+    return _IDS.sub(short, text)
+
+
+def names_all_elsewhere(text: str, layers: Iterable[str], num_experts: int) -> bool:
+    """Whether the pattern `text` means all experts alike, by names that other checkpoints give those of `layers`.
+
+    False if it means none. Layers differ by their number only, so all ids are tried in one layer that it means.
+    """
+    found = False
+    for reading in readings(text):
+        for heads in _heads_elsewhere(layers):
+            named = (head for head in heads if any(reading.matches(f"{head}0{tail}") for tail in _TAILS))
+            head = next(named, heads[0])
+            for tail in _TAILS:
+                matched = {bool(reading.matches(f"{head}{expert}{tail}")) for expert in range(num_experts)}
+                if len(matched) > 1:
+                    return False
+                found = found or True in matched
+    return found
+
+
+def _heads_elsewhere(layers: Iterable[str]) -> Iterable[list[str]]:
+    """What is before the ids of the experts of `layers`, in each way to write it."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for layer in layers:
+        parent, _, block = layer.rpartition(".")
+        before, stack, number = (parent if block in _BLOCKS else layer).rpartition("layers.")
+        for stem in (before, *_STEMS) if before in _STEMS else (before,):
+            for block in _BLOCKS:
+                found[stem, block].append(f"{stem}{stack}{number}.{block}.experts.")
+    return found.values()
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,7 @@ class Family:
         score_names: what config.json calls a scoring, if it is none of `SCORINGS`
         normalizes: whether the weights of the chosen experts sum to 1 if config.json does not say
         lists: whether config.json may give numbers of experts as lists, one for each layer
+        even_ranks: whether some of vLLM's kernels need the same number of experts on every EP rank
 
     """
 
@@ -102,6 +103,7 @@ class Family:
     score_names: Mapping[str, str] | None = None
     normalizes: bool = True
     lists: bool = False
+    even_ranks: bool = False
 
 
 _VLLM = "vLLM 0.33 "
@@ -121,7 +123,7 @@ FAMILIES = (
     ),
     Family(
         "DeepSeek-V4, V4.1", "ffn", ("deepseek_v4", "deepseek_v41"), "sqrtsoftplus",
-        _VLLM + "deepseek_v4, deepseek_v41", router=DEEPSEEK_V4_GATE,
+        _VLLM + "deepseek_v4, deepseek_v41", router=DEEPSEEK_V4_GATE, even_ranks=True,
     ),
     Family(
         "Kimi-K2", "mlp", ("kimi_k2", "kimi_k25"), "sigmoid", _VLLM + "deepseek_v2, kimi_k25", assumes_groups=True,

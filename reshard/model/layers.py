@@ -22,6 +22,7 @@ from ..errors import CheckpointError, UnsupportedError
 from .families import (
     BY_MODEL_TYPE,
     EXPERT_ID_DTYPES,
+    NUM_EXPERTS_KEYS,
     REFUSED,
     ROUTER_DTYPES,
     ROUTER_TENSORS,
@@ -32,7 +33,7 @@ from .families import (
 from .names import EXPERT_ID, natural_key
 from .routing import Routing, config_sections, read_routing
 
-_NAMES_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+_OF_MLX = re.compile(r"\.switch_(mlp|glu)\.")
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _MAY_ROUTE = re.compile(r"expert|router|(^|\.)gate\.(weight|bias)$", re.IGNORECASE)
 
@@ -72,21 +73,37 @@ def read_model(checkpoint: Checkpoint) -> MoeModel:
         UnsupportedError: no experts, an unknown model type, or a tensor that may depend on expert ids in an unknown way
         CheckpointError: config.json contradicts the tensors, or an expert is incomplete
     """
-    named = any(_NAMES_EXPERTS.search(name) for name in checkpoint.tensors)
-    if not named and checkpoint.config.get("model_type") not in BY_MODEL_TYPE:
-        raise _no_experts(checkpoint)
+    if mlx := next((tensor for name, tensor in checkpoint.tensors.items() if _OF_MLX.search(name)), None):
+        raise UnsupportedError(
+            f"{checkpoint.where(mlx)}: experts in MLX's form, which vLLM does not load either; give the checkpoint "
+            "that this one was converted from"
+        )
+    count = _number_of_experts(checkpoint)
+    if not count and not any(map(_MAY_ROUTE.search, checkpoint.tensors)):
+        raise UnsupportedError(
+            f"{checkpoint.root}: not a MoE model: {CONFIG} gives no number of experts, and no tensor is named like an "
+            "expert's or a router's"
+        )
     family, model_type = _family(checkpoint)
     blocks = _collect(checkpoint, family)
     if not blocks:
-        raise _no_experts(checkpoint)
+        raise CheckpointError(
+            f"{checkpoint.root}: {CONFIG} says {count or model_type}, but no tensor is an expert's: expected "
+            f"….{family.block}.{(*family.fused, 'experts')[0]}.…; download the checkpoint again"
+        )
     routing = read_routing(checkpoint.config, family, str(checkpoint.root / CONFIG))
     layers = [_layer(checkpoint, family, name, block, routing.num_experts) for name, block in blocks.items()]
     layers.sort(key=lambda layer: natural_key(layer.name))
     return MoeModel(family, model_type, routing, tuple(layers))
 
 
-def _no_experts(checkpoint: Checkpoint) -> UnsupportedError:
-    return UnsupportedError(f"{checkpoint.root}: not a MoE model: no tensor is named ….experts.…")
+def _number_of_experts(checkpoint: Checkpoint) -> str:
+    """The key of config.json that gives a number of experts, with it; empty if it gives none, or none but 0 and 1."""
+    for _, section in config_sections(checkpoint.config):
+        for key in NUM_EXPERTS_KEYS:
+            if section.get(key) not in (None, 0, 1):
+                return f"{key} = {section[key]!r:.80}"
+    return ""
 
 
 def _family(checkpoint: Checkpoint) -> tuple[Family, str]:
@@ -146,7 +163,11 @@ def _collect(checkpoint: Checkpoint, family: Family) -> dict[str, _Block]:
             if match := EXPERT_ID.fullmatch(rest):
                 blocks[block].experts[int(match[1])][match[2]] = tensor
             elif any(part[:1].isdigit() for part in rest.split(".")):
-                _unknown(checkpoint, tensor, "an expert's tensor is named ….experts.<id>.<anything>")
+                _unknown(
+                    checkpoint,
+                    tensor,
+                    "an expert's tensor is named ….experts.<id>.<anything>; export the model under such names",
+                )
             else:
                 blocks[block].fused.append(tensor)
         elif (parts := _below_block(name, family, is_block)) is None:

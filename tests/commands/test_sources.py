@@ -11,10 +11,10 @@ import hostile
 import pytest
 from checkpoints import Spec, build
 from command_line import run, run_well
-from oracle import assert_identical_trees
+from oracle import assert_identical_trees, assert_resharded
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-MODELSLIM = "quant_model_weights.safetensors.index.json"
+MODELSLIM = ("quant_model_weights", "quant_model_weight_w8a8_dynamic")  # stems of its files, of newer and older ones
 
 
 @pytest.fixture
@@ -176,29 +176,10 @@ def test_an_output_is_no_original(command: str, with_manifest: bool, src: Path) 
     assert "already resharded" in refused(*arguments)
 
 
-@pytest.mark.parametrize("other", [MODELSLIM, "quant_model_weight_w8a8_dynamic.safetensors.index.json"])
-def test_msmodelslim_s_index_is_called_by_its_name(other: str, src: Path) -> None:
-    (src / hostile.INDEX).rename(src / other)
+def test_an_index_that_engines_do_not_read_is_refused(src: Path) -> None:
+    (src / hostile.INDEX).rename(src / "weights.safetensors.index.json")
     line = refused(*zigzag(src))
-    assert other in line
-    assert "msModelSlim's index" in line
-    (src / other).rename(src / hostile.INDEX)  # what the line says to do
-    run_well(*zigzag(src))
-
-
-def test_shards_without_an_index_get_the_line_that_helps(src: Path) -> None:
-    (src / hostile.INDEX).unlink()
-    line = refused(*zigzag(src))
-    assert "3 safetensors files" in line
-    assert "no index" in line
-    assert "save_pretrained" in line
-
-
-def test_one_file_of_another_name_gets_the_line_that_helps(tmp_path: Path) -> None:
-    build(Spec("qwen3_moe", files=1), tmp_path / "src")
-    (tmp_path / "src" / "model.safetensors").rename(tmp_path / "src" / "weights.safetensors")
-    line = refused(*zigzag(tmp_path / "src"))
-    assert "weights.safetensors" in line
+    assert "weights.safetensors.index.json" in line
     assert "rename" in line
 
 
@@ -209,3 +190,115 @@ def test_a_checkpoint_in_another_format_is_called_one(src: Path) -> None:
     line = refused(*zigzag(src))
     assert "pytorch_model.bin" in line
     assert "safetensors" in line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# msModelSlim's index, and none at all: vLLM then loads every safetensors file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def as_msmodelslim_writes_it(src: Path, stem: str) -> None:
+    """Rename shards and index, and describe each tensor's quantization: all of it, but for one expert."""
+    index = json.loads((src / hostile.INDEX).read_text())
+    for number, name in enumerate(hostile.SHARDS, start=1):
+        (src / name).rename(src / f"{stem}-{number:05}-of-00003.safetensors")
+    files = {name: f"{stem}-{number:05}-of-00003.safetensors" for number, name in enumerate(hostile.SHARDS, start=1)}
+    index["weight_map"] = {name: files[file] for name, file in index["weight_map"].items()}
+    (src / hostile.INDEX).unlink()
+    (src / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    float_expert = "model.layers.1.mlp.experts.5."
+    described = {name: "FLOAT" if name.startswith(float_expert) else "W8A8_DYNAMIC" for name in index["weight_map"]}
+    (src / "quant_model_description.json").write_text(json.dumps(described | {"group_size": 256}))
+
+
+@pytest.mark.parametrize("layout", ["ranks", "source"])
+@pytest.mark.parametrize("stem", MODELSLIM)
+def test_msmodelslim_s_checkpoints_are_resharded_and_restored(stem: str, layout: str, src: Path) -> None:
+    as_msmodelslim_writes_it(src, stem)
+    out, back = src.with_name("out"), src.with_name("back")
+    said = run_well(*zigzag(src, "--layout", layout))
+    assert f"note: {stem}.safetensors.index.json is not in the output" in said
+    assert [path.name for path in out.glob("*.index.json")] == [hostile.INDEX]  # the only one that vLLM reads
+    assert_resharded(src, out, 2, by_rank=layout == "ranks")
+    described = json.loads((out / "quant_model_description.json").read_text())
+    assert described["model.layers.1.mlp.experts.6.up_proj.weight"] == "FLOAT"  # 0 2 4 6 | 1 3 5 7
+    run_well("verify", out, "--src", src)
+    run_well("restore", out, "--out", back)
+    assert_identical_trees(src, back)
+
+
+def test_a_damaged_index_of_msmodelslim_is_refused_by_its_name(src: Path) -> None:
+    as_msmodelslim_writes_it(src, MODELSLIM[0])
+    path = src / f"{MODELSLIM[0]}.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"][hostile.EXPERT]
+    path.write_text(json.dumps(index))
+    line = refused(*zigzag(src))
+    assert path.name in line
+    assert hostile.EXPERT in line
+
+
+def test_two_indices_must_say_the_same(src: Path) -> None:
+    """vLLM reads only one of them. Both are the source's, and both come back."""
+    both, out, back = src / f"{MODELSLIM[0]}.safetensors.index.json", src.with_name("out"), src.with_name("back")
+    shutil.copy(src / hostile.INDEX, both)
+    run_well(*zigzag(src))
+    assert not (out / both.name).exists()
+    run_well("restore", out, "--out", back)
+    assert_identical_trees(src, back)
+    index = json.loads(both.read_text())
+    index["weight_map"][hostile.EXPERT] = hostile.SHARDS[0]
+    both.write_text(json.dumps(index))
+    line = refused(*zigzag(src, "--restart"))
+    assert both.name in line
+    assert hostile.EXPERT in line
+
+
+def test_msmodelslim_s_checkpoint_is_exported_for_vllm_ascend(src: Path) -> None:
+    plain, renamed = src.with_name("plain.json"), src.with_name("renamed.json")
+    arguments = ("export", src, "--to", "vllm-ascend", "--ep", 2, "--out")
+    run_well(*arguments, plain)
+    as_msmodelslim_writes_it(src, MODELSLIM[0])
+    run_well(*arguments, renamed)
+    assert renamed.read_text() == plain.read_text()
+
+
+@pytest.mark.parametrize("names", [hostile.SHARDS, ("model-bf16-00001", "layer-1-experts", "layer-2")])
+@pytest.mark.parametrize("layout", ["ranks", "source"])
+def test_files_without_an_index_are_taken_as_the_whole_model(layout: str, names: tuple[str, ...], src: Path) -> None:
+    (src / hostile.INDEX).unlink()
+    for old, new in zip(hostile.SHARDS, names, strict=True):
+        (src / old).rename(src / f"{new.removesuffix('.safetensors')}.safetensors")
+    out, back = src.with_name("out"), src.with_name("back")
+    assert "no index: its 3 safetensors files are taken as the whole model" in run_well(
+        *zigzag(src, "--layout", layout)
+    )
+    assert_resharded(src, out, 2, by_rank=layout == "ranks")
+    run_well("verify", out, "--src", src)
+    run_well("restore", out, "--out", back)
+    assert_identical_trees(src, back)
+
+
+def test_one_file_of_another_name_is_the_whole_model(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    build(Spec("qwen3_moe", files=1), src)
+    (src / "model.safetensors").rename(src / "weights.safetensors")
+    run_well(*zigzag(src))
+    assert_resharded(src, tmp_path / "out", 2)
+
+
+def test_a_tensor_that_is_twice_in_files_without_an_index_is_refused(src: Path) -> None:
+    """Nobody can tell which one an engine would load last."""
+    (src / hostile.INDEX).unlink()
+    (src / "more.safetensors").write_bytes(hostile.pack({hostile.GATE: hostile.tensor(hostile.GATE, (8, 16))}))
+    line = refused(*zigzag(src))
+    assert hostile.GATE in line
+    assert "more.safetensors" in line
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_missing_file_is_noticed_by_the_numbers_of_the_others(number: int, src: Path) -> None:
+    (src / hostile.INDEX).unlink()
+    (src / hostile.SHARDS[number]).unlink()
+    line = refused(*zigzag(src))
+    assert f"{hostile.SHARDS[number]} is missing" in line

@@ -175,6 +175,110 @@ def test_a_pattern_of_one_expert_is_refused_where_experts_are_fused(text: str, t
         plan_placement(source, Zigzag(3), source.parent / "out")
 
 
+def ignored_by(family: str, text: str, tmp_path: Path, experts: int = 8) -> list[str]:
+    """The ignore list of one pattern as the output of a model of that family has it."""
+    source = tmp_path / "source"
+    build(Spec(family, experts=experts), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"ignore": [text]}}))
+    planned = json.loads(plan_placement(source, Zigzag(3), tmp_path / "out").config)
+    result: list[str] = planned["quantization_config"]["ignore"]
+    return result
+
+
+PROJECTIONS = r"re:.*mlp\.experts\.[0-9]+\.(gate|up|down)_proj$"  # as llm-compressor writes it for every model
+ALL = "|".join(map(str, range(8)))
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("mixtral", PROJECTIONS),  # its names: block_sparse_moe and w1
+        ("minimax_m2", PROJECTIONS),
+        ("gpt_oss", PROJECTIONS),  # fused
+        ("qwen3_5_moe", PROJECTIONS),  # fused
+        ("llama4", PROJECTIONS),
+        ("qwen3_moe", r"re:.*block_sparse_moe\.experts\.[0-9]+\.w[123]$"),
+        ("qwen3_moe", r"re:^model\.language_model\.layers\.[0-9]+\.mlp\.experts\.[0-9]+\..*"),
+        ("mixtral", rf"re:.*mlp\.experts\.({ALL})\.gate_proj$"),
+        ("mixtral", r"re:.*layers\.1\.mlp\.experts\.[0-7]\.gate_proj"),
+        ("mixtral", "*.mlp.experts.[0-9].up_proj"),
+    ],
+)
+def test_a_pattern_of_all_experts_stays_in_the_words_of_another_checkpoint(
+    family: str, text: str, tmp_path: Path
+) -> None:
+    assert ignored_by(family, text, tmp_path) == [text]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"re:.*mlp\.experts\.[0-6]\.(gate|up|down)_proj$",
+        r"re:.*mlp\.experts\.[5]\.gate_proj$",
+        r"re:.*mlp\.experts\.(0|1|2|3|4|5|6)\.gate_proj$",
+        r"re:.*mlp\.experts\.([0-9]+\.gate|[5]\.up)_proj$",
+        r"re:.*mlp\.experts\.[0-9]+\.gate_proj|.*other\.experts\.5\.x",
+        r"re:.*other\.experts\.[0-9]+\.x$",  # words of no checkpoint that we know
+        "re:.*mlp.experts.[0-9]+.gate_proj(",
+    ],
+)
+def test_a_pattern_of_some_experts_is_refused_in_other_words_too(family: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="cannot tell"):
+        ignored_by(family, text, tmp_path)
+
+
+def test_all_experts_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    """One digit names all of 8 experts, and not all of 16."""
+    text = r"re:.*mlp\.experts\.[0-9]\.gate_proj$"
+    with pytest.raises(UnsupportedError, match="cannot tell"):
+        ignored_by("mixtral", text, tmp_path, experts=16)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("group", ["(?:%s)", "(%s)"])
+def test_a_long_alternation_over_all_experts_is_read(group: str, family: str, tmp_path: Path) -> None:
+    """320 ids are more text than reshard tries out as a pattern. One id less, and it is refused."""
+    ids = list(map(str, range(320)))
+    whole, part = (rf"re:.*mlp\.experts\.{group % '|'.join(some)}\.down_proj$" for some in (ids, ids[:-1]))
+    assert len(part) > 1000
+    assert ignored_by(family, whole, tmp_path / "whole", experts=320) == [whole]
+    with pytest.raises(UnsupportedError, match="cannot tell"):
+        ignored_by(family, part, tmp_path / "part", experts=320)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("_name_or_path", "models/merged/clown-moe-experts-4x7b"),
+        ("_name_or_path", "/models/experts.4/merged"),
+        ("base_model_name_or_path", "experts/5"),
+        ("origin", "clown-moe-experts-4x7b"),
+        ("origin", "team/experts.4x7b"),
+        ("note", "16 experts. Keeps experts.5.down_proj as it was"),
+        ("summary", "16 experts, 8 active; experts 5 and 7 are the busiest"),
+        ("summary", "all experts: 16, in 8 groups. " * 50),
+    ],
+)
+def test_prose_that_mentions_experts_is_prose(key: str, text: str, tmp_path: Path) -> None:
+    assert mapped(tmp_path, {"nested": [{key: text}]}) == {"nested": [{key: text}]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{LAYER}.experts.5.down_proj, {LAYER}.experts.6.down_proj",
+        f"{LAYER}.experts.5.down_proj " * 50,
+        "*experts[5]*",
+        "experts:5",
+    ],
+)
+def test_what_may_name_experts_is_no_prose(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="cannot tell"):
+        mapped(tmp_path, {"summary": text})
+
+
 def test_tokens_and_indices_of_other_weights_are_not_touched(tmp_path: Path) -> None:
     source = tmp_path / "source"
     build(Spec("qwen3_moe", experts=8), source)

@@ -439,8 +439,8 @@ def no_moe_layers(folder: Path) -> None:
 
 
 def is_moe(name: str) -> bool:
-    """Whether this tensor of the base model is an expert's or a router's."""
-    return ".experts." in name or ".gate." in name
+    """Whether this tensor of the base model is an expert's, a shared one's too, or a router's."""
+    return "experts." in name or ".gate." in name
 
 
 def dense_model(folder: Path) -> None:
@@ -463,6 +463,12 @@ def replaced_by(name: str, make: Callable[[Path], object]) -> Damage:
 def removed(name: str) -> Damage:
     """Remove a file."""
     return lambda folder: (folder / name).unlink()
+
+
+def without_index_and_a_shard(folder: Path) -> None:
+    """Remove the index, and the last of three numbered files."""
+    (folder / INDEX).unlink()
+    (folder / SHARDS[2]).unlink()
 
 
 def stray_file(name: str, stray: str = "model-extra.safetensors") -> Damage:
@@ -629,7 +635,7 @@ FILE_ATTACKS = [
     Attack("shard is a named pipe", replaced_by(SHARD, os.mkfifo), (SHARD,)),
     Attack("shard is a dangling symlink", replaced_by(SHARD, lambda p: p.symlink_to("nowhere")), (SHARD,)),
     Attack("shard is a symlink to itself", replaced_by(SHARD, lambda p: p.symlink_to(p.name)), (SHARD,)),
-    Attack("several files and no index", removed(INDEX), ("index",)),
+    Attack("no index, and a file less than the names say", without_index_and_a_shard, (SHARDS[2], "index")),
     Attack("stray file with an unknown tensor", stray_file("x.weight"), ("model-extra.safetensors",)),
     Attack("stray file with a tensor of the model", stray_file(EXPERT), ("model-extra.safetensors",)),
     Attack(

@@ -24,7 +24,7 @@ Placement = Callable[[int, int], list[int]] | dict[str, list[int]]  # by experts
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "reshard_manifest.json"
-CONFIGS = ("config.json", "hf_quant_config.json")
+CONFIGS = ("config.json", "hf_quant_config.json", "quant_model_description.json")
 DTYPE_BYTES = {
     "F64": 8,
     "I64": 8,
@@ -419,7 +419,8 @@ def _check_other_files(source: Path, output: Path) -> None:
         return {
             name: digest
             for name, digest in tree(directory).items()
-            if name not in special and not ("/" not in name and name.endswith(".safetensors"))
+            if name not in special
+            and not ("/" not in name and name.endswith((".safetensors", ".safetensors.index.json")))
         }
 
     _compare_trees(others(source), others(output))
