@@ -25,8 +25,8 @@ from .outputs import (
     is_marked,
     is_output,
     note_output,
-    refuse_lost_contract,
     refuse_options,
+    refuse_other_contract,
     refuse_unknown_files,
 )
 from .patching import replace_if_there
@@ -279,6 +279,8 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
         by_rank = len(sizes) == 1
         contract = contract_in(Path(folder))
         if not (sizes or contract or Path(folder, MANIFEST).is_file() or any(map(is_marked, files[:1]))):
+            if is_building() and is_output(current_build().model_config):
+                refuse_other_contract(current_build().model_config, folder)
             return filter_files(files, folder, index_file)
         from vllm.logger import init_logger
 
@@ -286,9 +288,9 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
         parallel_config = build.vllm_config.parallel_config
         _refuse_originals(build, folder)
         refuse_options(build.vllm_config, folder, [format_of(build.load_config)])
-        refuse_lost_contract(build.model_config, folder)
         index = Path(folder, index_file)
         refuse_unknown_files(files, index, alone=not sizes and len(files) == 1)
+        refuse_other_contract(build.model_config, folder)
         note_output(build.model_config)
         if not (by_rank or contract) or not index.is_file():
             return filter_files(files, folder, index_file)

@@ -59,11 +59,15 @@ def read_placement(model: str, hf_config: Any = None) -> Placement | None:
         return contract_from_json(contract, model).physical_to_logical
     if (contract := contract_in(Path(model))) is not None:
         return contract.physical_to_logical
-    path = Path(model, MANIFEST)
-    if not path.is_file():
+    return _placement_in(Path(model, MANIFEST))
+
+
+def _placement_in(manifest: Path) -> Placement | None:
+    """The placement in a manifest; None if there is no such file."""
+    if not manifest.is_file():
         return None
-    status = path.stat()
-    return _in_manifest(path, (status.st_mtime_ns, status.st_ino, status.st_size))
+    status = manifest.stat()
+    return _in_manifest(manifest, (status.st_mtime_ns, status.st_ino, status.st_size))
 
 
 @functools.lru_cache(maxsize=1)  # a model's layers ask one by one
@@ -133,20 +137,39 @@ def refuse_placing_twice(output: str, strategy: str) -> None:
         )
 
 
-def refuse_lost_contract(model_config: Any, folder: str) -> None:
-    """UnsupportedError if `folder`, an output's, is loaded into a model with expert groups that has no contract.
+def refuse_other_contract(model_config: Any, folder: str) -> None:
+    """UnsupportedError unless a model routes as the weights in `folder`, an output or an original, need it.
 
-    That happens if the config is not the output's own, or if a server of an original is given new weights.
+    The config may be another one than lies there, and a server may be given new weights.
     """
-    if getattr(getattr(model_config, "hf_config", None), CONTRACT_KEY, None) is not None:
+    told = getattr(getattr(model_config, "hf_config", None), CONTRACT_KEY, None)
+    here = contract_in(Path(folder))
+    if told is not None:
+        contract = contract_from_json(told, str(model_config.model))
+        if here is None or _routing(here) != _routing(contract):
+            what = "no output of reshard with expert groups" if here is None else "another output of reshard"
+            raise UnsupportedError(
+                f"{folder}: {what}, but {CONTRACT_KEY} in the config of {model_config.model} says where other weights "
+                "have their experts; serve each output with its own config.json"
+            )
+        if _placement_in(Path(folder, MANIFEST)) not in (None, here.physical_to_logical):
+            raise UnsupportedError(
+                f"{folder}: the placement in config.json differs from that in {MANIFEST}; one of the two files belongs "
+                "to another output: run `reshard verify`"
+            )
         return
     text = getattr(model_config, "hf_text_config", None)
     n_group, topk_group = (getattr(text, key, None) or 1 for key in GROUP_KEYS)
-    if contract_in(Path(folder)) is not None or topk_group < n_group:
+    if here is not None or topk_group < n_group:
         raise UnsupportedError(
             f"{folder}: this is an output of reshard, and the model that it is loaded into has no routing contract, so "
             "it would choose other experts; serve the output with its own config.json, or load an original"
         )
+
+
+def _routing(contract: Contract) -> object:
+    """What has to be the same for weights of one output to fit the routers of another."""
+    return contract.n_group, contract.topk_group, contract.physical_to_logical
 
 
 def refuse_unknown_files(files: Sequence[str], index: Path, *, alone: bool) -> None:

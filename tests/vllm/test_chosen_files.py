@@ -122,7 +122,7 @@ def test_second_weights_of_mistrals_names_are_refused_beside_an_output(
 ) -> None:
     """vLLM prefers such files, and experts had the original's ids in a model that routes by the output's."""
     folder = checkpoint(tmp_path, family, layout)
-    if layout is not None:
+    if layout is not None and family == PLAIN:  # the other one is known by its contract
         (folder / MANIFEST).write_text("{}")
     shutil.copy(next((tmp_path / "source").glob("*.safetensors")), folder / "consolidated.safetensors")
     if layout is None:
@@ -188,3 +188,49 @@ def test_a_running_original_takes_no_files_of_an_output(layout: str | None, load
     chosen(loader, folder, own)
     with own_files():
         assert chosen(loader, folder, own) == weights(folder), "an output reloads its own files"
+
+
+def contract_of(folder: Path) -> dict[str, Any]:
+    """The contract in a directory's config.json."""
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())[CONTRACT_KEY]
+    return found
+
+
+def loaded(loader: Any, folder: Path, told: Build) -> list[str]:
+    """The files in `folder` that are loaded into the model `told`."""
+    with building(told):
+        files = sorted(map(str, folder.glob("*.safetensors")))
+        found: list[str] = loader.filter_duplicate_safetensors_files(files, str(folder), INDEX)
+        return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_are_loaded_by_the_contract_that_lies_beside_them_or_not_at_all(
+    layout: str, loader: Any, tmp_path: Path
+) -> None:
+    """With another output's config.json (`--hf-config-path`), tokens went to other experts."""
+    output = checkpoint(tmp_path / "one", LIMITED, layout)
+    assert loaded(loader, output, built(output)), "the control"
+    told = built(output)
+    other = json.loads(json.dumps(contract_of(output)))
+    order = other["physical_to_logical"]
+    (order if isinstance(order, list) else next(iter(order.values()))).reverse()
+    setattr(told.model_config.hf_config, CONTRACT_KEY, other)
+    with pytest.raises(UnsupportedError, match="another output of reshard, but expert_placement in the config"):
+        loaded(loader, output, told)
+    original = tmp_path / "one" / "source"
+    with pytest.raises(UnsupportedError, match="no output of reshard with expert groups, but expert_placement"):
+        loaded(loader, original, built(output))
+    assert loaded(loader, original, built(original)), "the control"
+
+
+def test_a_config_that_its_manifest_contradicts_is_refused(loader: Any, tmp_path: Path) -> None:
+    """A config.json copied from another output was served."""
+    build(Spec(LIMITED, experts=8, files=3), tmp_path / "source")
+    for ep in (2, 4):
+        run_well("zigzag", "--src", tmp_path / "source", "--out", tmp_path / f"{ep}", "--ep", ep, "--quiet")
+    output = tmp_path / "2"
+    assert loaded(loader, output, built(output)), "the control"
+    shutil.copy(tmp_path / "4" / "config.json", output)
+    with pytest.raises(UnsupportedError, match=r"differs from that in reshard_manifest\.json"):
+        loaded(loader, output, built(output))

@@ -188,6 +188,8 @@ def test_a_rank_reads_the_files_of_its_drafts_experts(
     def chosen(shape: tuple[int, int, int]) -> list[str]:
         load_config = SimpleNamespace(load_format="auto")
         config = model_config(shape, True, draft=True, model=tmp_path)
+        contract = config.hf_config.expert_placement
+        (tmp_path / "config.json").write_text(json.dumps({"expert_placement": contract}))
         with loading.building(loading.Build(vllm_config, config, load_config)):
             found = default_loader.filter_duplicate_safetensors_files(
                 [str(tmp_path / name) for name in names], str(tmp_path), INDEX

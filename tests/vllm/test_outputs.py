@@ -23,8 +23,8 @@ from reshard.vllm.outputs import (
     is_output,
     note_output,
     read_placement,
-    refuse_lost_contract,
     refuse_options,
+    refuse_other_contract,
     refuse_worker,
 )
 from reshard.vllm.placed import Placed
@@ -137,11 +137,15 @@ def test_an_output_with_another_config_than_its_own_is_refused(limited: bool, tm
     output = str(directory(tmp_path / "output", limited=limited))
     groups = {"n_group": 4, "topk_group": 2}
     with pytest.raises(UnsupportedError, match=r"no routing contract.*its own config"):
-        refuse_lost_contract(model_config("other", **groups), output)
-    refuse_lost_contract(model_config("other", expert_placement={}, **groups), output)
-    if not limited:
-        refuse_lost_contract(model_config("other", n_group=1, topk_group=1), output)
-        refuse_lost_contract(model_config("other"), output)
+        refuse_other_contract(model_config("other", **groups), output)
+    told = contract_to_json(CONTRACT)
+    if limited:
+        refuse_other_contract(model_config("other", expert_placement=told, **groups), output)
+    else:
+        with pytest.raises(UnsupportedError, match="no output of reshard with expert groups, but"):
+            refuse_other_contract(model_config("other", expert_placement=told, **groups), output)
+        refuse_other_contract(model_config("other", n_group=1, topk_group=1), output)
+        refuse_other_contract(model_config("other"), output)
 
 
 @pytest.mark.parametrize(

@@ -406,7 +406,7 @@ def test_a_model_with_a_placement_reads_no_output_whatever_names_it(
     loading.install_file_choice(module)  # type: ignore[arg-type]
     (tmp_path / "reshard_manifest.json").write_text("{}")
     serves_output = SimpleNamespace(
-        model_config=SimpleNamespace(model=str(tmp_path), hf_config=SimpleNamespace(expert_placement={})),
+        model_config=SimpleNamespace(model=str(tmp_path), hf_config=SimpleNamespace()),
         parallel_config=SimpleNamespace(expert_placement_strategy="linear"),
         load_config=SimpleNamespace(load_format="auto"),
     )

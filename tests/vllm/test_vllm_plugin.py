@@ -397,6 +397,8 @@ def test_round_robin_on_top_of_an_output_is_refused_when_its_files_are_chosen(
         expert_placement_strategy="round_robin",
     )
     vllm_config.model_config.get_num_experts = lambda: 8
+    contract = vllm_config.model_config.hf_config.expert_placement
+    (tmp_path / "config.json").write_text(json.dumps({"expert_placement": contract}))
     files = [str(tmp_path / Path(name).name) for name in NAMED]
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {name: Path(name).name for name in files}}))
     module = SimpleNamespace(filter_duplicate_safetensors_files=lambda files, folder, index: files)
