@@ -5,7 +5,8 @@ plugin replaces functions of vLLM as follows:
 
     configs    config.json of a group-limited output reads as the original's, to vLLM only, and keeps the contract
     routing    with a contract, routers score groups of logical experts and return physical ids
-    loading    a rank opens only the shared files and its own; every router is checked before the model serves
+    loading    a rank opens only the shared files and its own (`rank_files`); every router is checked before the model
+               serves
     outputs    options that bring in the original's expert ids, or skip that choice of files, are refused
     updates    so are new weights in the original's numbering, but for the output's own files
     lora       so are adapters of experts and routers

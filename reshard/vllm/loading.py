@@ -10,14 +10,12 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import OutputError, UnsupportedError
+from ..errors import UnsupportedError
 from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
-from ..placement.permutations import rank_slots
 from .outputs import (
     MANIFEST,
     contract_in,
@@ -30,6 +28,7 @@ from .outputs import (
     refuse_unknown_files,
 )
 from .patching import replace_if_there
+from .rank_files import RANK_FILE, Parallel, choose_files, placement_warnings
 from .returned import check_returning, returns_experts
 from .routing import LogicalOrder
 from .runners import foreign_part, lets_kernel_route, moe_runners
@@ -38,7 +37,6 @@ from .support import hook_fault
 from .updates import close, own_files_are_read
 from .worker import has_placement, mark_checked, mark_proved
 
-RANK_FILE = re.compile(r"model-ep(\d{2,})-of-(\d{2,})-(\d{5})-of-(\d{5})\.safetensors")
 # With these load formats, ranks divide all files among themselves and exchange tensors: all must name the same files.
 COOPERATIVE_FORMATS = ("fastsafetensors", "instanttensor")
 OUTPUT_UPDATE = (
@@ -52,15 +50,6 @@ DUMMY_UPDATE = (
 _ACTIVATION_SCALE = re.compile(r"\.experts\.\d+\..*\binput_\w+$")
 
 
-@dataclass(frozen=True, slots=True)
-class Parallel:
-    """How this process's EP group divides the experts, as far as that decides which files to read."""
-
-    ep_rank: int
-    ep_size: int  # 1 if expert parallelism is off
-    consecutive: bool  # whether a rank needs only its consecutive physical experts (vLLM's linear rule)
-
-
 def install_file_choice(default_loader: ModuleType) -> None:
     """Make vLLM's default loader open only the files that this rank needs."""
     replace_if_there(default_loader, "filter_duplicate_safetensors_files", _with_ranks)
@@ -71,58 +60,6 @@ def install_check(base_loader: ModuleType) -> None:
     replace_if_there(base_loader, "process_weights_after_loading", _with_check)
     replace_if_there(base_loader, "initialize_model", _with_agreement)
     replace_if_there(getattr(base_loader, "BaseModelLoader", None), "load_model", _as_build)
-
-
-def choose_files(named: list[str], present: list[str], num_experts: int, parallel: Parallel) -> list[str]:
-    """Choose the files that a rank needs, among those `named` by the index: shared files, and files with its experts.
-
-    Raises OutputError if a needed file is not `present`.
-    """
-    ranks = {file: _rank_of(file) for file in named}
-    sizes = {int(match[2]) for file in named if (match := RANK_FILE.fullmatch(Path(file).name))}
-    needed = needed_ranks(max(sizes), num_experts, parallel)
-    chosen = [file for file, rank in ranks.items() if rank is None or rank in needed]
-    absent = sorted(set(chosen) - set(present)) or [f"model-ep{rank:02}-…" for rank in needed - set(ranks.values())]
-    if absent:
-        raise OutputError(
-            f"{absent[0]}: absent, but EP rank {parallel.ep_rank} of {parallel.ep_size} needs it (EP ranks "
-            f"{', '.join(map(str, sorted(needed)))} of the output); copy them here with `reshard stage`"
-        )
-    return chosen
-
-
-def _rank_of(file: str) -> int | None:
-    match = RANK_FILE.fullmatch(Path(file).name)
-    return int(match[1]) if match else None
-
-
-def needed_ranks(ranks: int, num_experts: int, parallel: Parallel) -> set[int]:
-    """The ranks whose files hold experts of this process; the files were made for `ranks` EP ranks."""
-    if parallel.ep_size == 1 or not parallel.consecutive:
-        return set(range(ranks))
-    owned = rank_slots(num_experts, parallel.ep_size)[parallel.ep_rank]
-    made_for = rank_slots(num_experts, ranks)
-    return {rank for rank, slots in enumerate(made_for) if slots.start < owned.stop and owned.start < slots.stop}
-
-
-def placement_warnings(ranks: int, parallel: Parallel, redundant: int = 0) -> list[str]:
-    """Warnings for a user whose options make the placement of an output for `ranks` EP ranks useless."""
-    if parallel.ep_size == 1:
-        return [
-            f"resharded for {ranks} EP ranks, but expert parallelism is off: answers are right, but the placement has "
-            "no effect"
-        ]
-    if parallel.ep_size != ranks:
-        return [
-            f"resharded for {ranks} EP ranks, served on {parallel.ep_size}: answers are right, but the ranks do not "
-            f"own the experts as planned; reshard the original again with --ep {parallel.ep_size}"
-        ]
-    if redundant:
-        return [
-            f"{redundant} redundant experts: answers are right, but each rank has more slots, so experts lie on "
-            "other ranks than planned; serve the original with RESHARD_PLACEMENT, which counts redundant experts"
-        ]
-    return []
 
 
 def check_model(model: Any, contract: Contract, is_draft: bool, stage: range | None = None) -> None:

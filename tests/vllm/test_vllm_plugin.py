@@ -23,17 +23,10 @@ from reshard.placement.contract import Contract, contract_from_json, contract_to
 from reshard.placement.permutations import zigzag
 from reshard.vllm import configs, hooks, placed, support, worker
 from reshard.vllm.configs import read_config
-from reshard.vllm.loading import (
-    Parallel,
-    _parallel,
-    check_model,
-    choose_files,
-    install_file_choice,
-    needed_ranks,
-    placement_warnings,
-)
+from reshard.vllm.loading import _parallel, check_model, install_file_choice
 from reshard.vllm.outputs import INDEX
 from reshard.vllm.patching import replace_once
+from reshard.vllm.rank_files import Parallel, choose_files, needed_ranks, placement_warnings
 from reshard.vllm.routing import current_contract, in_logical_order, placement_of
 
 SHARED = ["/m/model-shared-00001-of-00002.safetensors", "/m/model-shared-00002-of-00002.safetensors"]
@@ -481,3 +474,14 @@ def test_the_check_after_loading_refuses_every_layer_that_does_not_route_by_the_
                 check_model(model(*[runner(exact)] * (expected - 1)), contract(layers), is_draft=False, stage=stage)
     with pytest.raises(UnsupportedError, match="only 0 of its 1 MoE layers"):
         check_model(model(), contract(layers), is_draft=True, stage=range(1))
+
+
+def test_a_row_of_files_that_lacks_a_number_is_refused() -> None:
+    """A rank's file that was gone from the directory and from the index was not missed."""
+    named = [f"model-ep00-of-01-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    everything = Parallel(ep_rank=0, ep_size=1, consecutive=True)
+    assert choose_files(named, named, 8, everything) == named, "the control"
+    for gone in named:
+        left = [name for name in named if name != gone]
+        with pytest.raises(OutputError, match=f"names no {gone}"):
+            choose_files(left, left, 8, everything)
