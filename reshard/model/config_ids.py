@@ -127,12 +127,13 @@ class _Mapper:
                     "anywhere in a name; write out the full names of the modules, with what follows the expert's id"
                 )
             return mapped
-        if len(shorten(text, self._num_experts)) > MAX_PATTERN:
+        short = shorten(text, self._num_experts)
+        if len(short) > MAX_PATTERN:
             is_prose = any(map(str.isspace, text)) and not _MAY_NAME_ONE.search(text)
             if "experts" in text and not is_prose:
                 raise self._unclear(text)
             return text
-        return self._map_pattern(text)
+        return self._map_pattern(text, short)
 
     def _means_more_as_a_part(self, text: str) -> bool:
         """Whether `text`, found anywhere in an expert's name, means other experts than as a name of its own."""
@@ -163,8 +164,7 @@ class _Mapper:
             raise self._unclear(text)
         return tables.pop()
 
-    def _map_pattern(self, text: str) -> str:
-        short = shorten(text, self._num_experts)
+    def _map_pattern(self, text: str, short: str) -> str:
         unchanged, any_matched = self._names.compare(short, short)
         if unchanged and (any_matched or not _MAY_NAME_ONE.search(text)):
             return text

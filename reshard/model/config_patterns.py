@@ -135,11 +135,12 @@ class ExpertNames:
 
         True only if every reading does, and there is one.
         """
-        old_readings, new_readings = readings(before), readings(after)
+        old_readings = readings(before)
+        new_readings = old_readings if after == before else readings(after)
         same, found = bool(old_readings) and len(old_readings) == len(new_readings), False
         for old, new in zip(old_readings, new_readings, strict=False):
             for head in self._layers:
-                if self._may_match(old, head) or self._may_match(new, head):
+                if self._may_match(old, head) or (new is not old and self._may_match(new, head)):
                     names = self._names(head)
                     matched = [*map(bool, map(old.matches, names.old))]
                     found = found or any(matched)

@@ -93,5 +93,4 @@ def test_a_list_of_121_globs_hardly_slows_planning_down(tmp_path: Path) -> None:
         {name: measure([*command, "--dry-run", "--quiet"]) for name, command in commands.items()} for _ in range(3)
     ]
     assert all(took.status == 0 for pair in pairs for took in pair.values())
-    # 1.2 is the aim, which a busy machine blurs; before, it was 5.8
-    assert statistics.median(pair["with"].cpu / pair["without"].cpu for pair in pairs) <= 1.6
+    assert statistics.median(pair["with"].cpu / pair["without"].cpu for pair in pairs) <= 1.2
