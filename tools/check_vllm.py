@@ -14,8 +14,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from reshard.vllm.hook_check import source_faults
 from reshard.vllm.hooks import VLLM_HOOKS
-from reshard.vllm.sources import source_faults
 
 
 def main(arguments: list[str]) -> int:

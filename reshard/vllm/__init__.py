@@ -12,7 +12,7 @@ plugin replaces functions of vLLM as follows:
     lora       so are adapters of experts and routers
     returned   the experts that vLLM returns have the original's ids
     recording  if RESHARD_TRACE names a directory: records which experts each token chose, for any MoE model;
-               `load_log` says now and then how evenly they load the ranks
+               `imbalance_log` says now and then how evenly they load the ranks
 
 For an original, if RESHARD_PLACEMENT is set:
 
@@ -25,8 +25,8 @@ For an original, if RESHARD_PLACEMENT is set:
     worker                refuses what a running model cannot do: load, sleep, reload or save in ways that lose it;
                           for outputs, reloads in another numbering
 
-`hooks` lists what the plugin replaces. `support` says whether the installed vLLM fits, by `sources` if it is newer than
-those that we read. `patching` replaces functions, and `runners` finds MoE layers.
+`hooks` lists what the plugin replaces. `support` says whether the installed vLLM fits; for one that is newer than those
+that we read, `hook_check` reads its sources. `patching` replaces functions, and `runners` finds MoE layers.
 
 Every other model loads as it does without the plugin. If the plugin does not support the installed vLLM, it says so
 only when a group-limited output is loaded or a placement is requested.

@@ -1,6 +1,6 @@
 """The functions of vLLM and Transformers that the plugin replaces or calls, as data, and what it needs of each.
 
-This is the one list of them. `support` checks the running vLLM against it, and `sources` checks vLLM's source files,
+This is the one list of them. `support` checks the running vLLM against it, and `hook_check` checks vLLM's source files,
 without importing them: so a version can be judged that is not installed.
 """
 

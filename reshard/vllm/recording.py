@@ -3,8 +3,8 @@
 It works for any MoE model. Unless RESHARD_TRACE is set, nothing of this is installed. If it is set, each layer copies
 its router's answer into a buffer on the device: some KiB, captured by CUDA graphs like any other copy. vLLM's own
 `RoutedExpertsCapturer` knows which rows belong to this rank. After each step, the rows of its tokens are copied to the
-CPU asynchronously, and a thread writes them; `load_log` counts some of them there. Recording never blocks serving: if
-it fails, it logs that once and stops.
+CPU asynchronously, and a thread writes them; `imbalance_log` counts some of them there. Recording never blocks serving:
+if it fails, it logs that once and stops.
 
 Each DP rank records its tokens, and each PP stage its layers; the first TP rank records for all TP ranks. MTP drafts
 are not recorded. RESHARD_TRACE_LIMIT is the maximum size of a rank's trace in bytes; the oldest part is deleted first.
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..placement.contract import placement_to_json
 from ..traffic.trace_file import DEFAULT_LIMIT, TRACE_VERSION, Header, TraceWriter
-from .load_log import LoadLog, load_log
+from .imbalance_log import ImbalanceLog, imbalance_log
 from .outputs import is_output, read_placement
 from .patching import replace_once
 from .routing import placement_of
@@ -166,7 +166,7 @@ class Recorder:
         )
         self._scribe: Scribe | None = None
         if get_tp_group().rank_in_group == 0:
-            log = _attempt("has no load to log", lambda: load_log(config, header.layers, _log().info))
+            log = _attempt("has no load to log", lambda: imbalance_log(config, header.layers, _log().info))
             self._scribe = _attempt("cannot begin", lambda: _scribe_in(directory, header, limit, log))
         for column, router in enumerate(routers.values()):
             if hasattr(router, "reshard_answers_logical_ids"):
@@ -256,7 +256,7 @@ class Scribe:
             self._thread.join(EXIT_TIMEOUT_SECONDS)
 
 
-def _scribe_in(directory: Path, header: Header, limit: int, log: LoadLog | None) -> Scribe:
+def _scribe_in(directory: Path, header: Header, limit: int, log: ImbalanceLog | None) -> Scribe:
     note = None if log is None else functools.partial(log.note, id_size=header.id_size, top_k=header.top_k)
     scribe = Scribe(TraceWriter(directory, header, limit), header.id_size, note)
     _log().info("%s: recording the experts that tokens choose in %s", VARIABLE, directory)

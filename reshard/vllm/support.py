@@ -78,7 +78,7 @@ def version_fault(purpose: str) -> str | None:
 
 @functools.cache  # vLLM reads a config several times in each process
 def _source_faults(root: Path, purpose: str) -> tuple[str, ...]:
-    from .sources import source_faults
+    from .hook_check import source_faults
 
     return source_faults(root, [hook for hook in VLLM_HOOKS if purpose in hook.needed_by])
 

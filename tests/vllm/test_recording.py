@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reshard.traffic.recordings import read_recordings
-from reshard.vllm.load_log import LoadLog, busiest_over_mean
+from reshard.vllm.imbalance_log import ImbalanceLog, busiest_over_mean
 from reshard.vllm.recording import MAX_WAITING_STEPS, Recorder, Scribe, attach, install_notice
 
 TOP_K, EXPERTS, MAX_TOKENS = 2, 8, 16
@@ -286,7 +286,7 @@ def test_a_step_is_counted_once_a_minute_from_rows_of_either_size(monkeypatch: p
     now, log = [100.0], Log()
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     for id_size, dtype in ((1, torch.uint8), (2, torch.uint16)):
-        counted = LoadLog(torch.tensor([[0, 0, 1, 1]]), 2, log._add)
+        counted = ImbalanceLog(torch.tensor([[0, 0, 1, 1]]), 2, log._add)
         rows = memoryview(torch.tensor([[0, 1], [0, 2]], dtype=dtype).view(torch.uint8).numpy().tobytes())
         for _ in range(3):
             counted.note(rows, id_size, top_k=2)

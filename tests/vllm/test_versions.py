@@ -13,8 +13,8 @@ import pytest
 from reshard import UnsupportedError
 from reshard.placement.contract import Contract, contract_to_json
 from reshard.vllm import configs, request, support, worker
+from reshard.vllm.hook_check import source_faults
 from reshard.vllm.hooks import OUTPUT, PLACEMENT, TRACE, VLLM_HOOKS, Hook
-from reshard.vllm.sources import source_faults
 
 
 def write_sources(root: Path, hooks: tuple[Hook, ...]) -> None:

@@ -22,7 +22,7 @@ EVERY_SECONDS = 60.0
 
 
 @dataclass
-class LoadLog:
+class ImbalanceLog:
     """Counts a step now and then. `ranks_LE` has the EP rank of each id that rows hold, by layer."""
 
     ranks_LE: Tensor
@@ -48,7 +48,7 @@ class LoadLog:
         )
 
 
-def load_log(config: Any, layers: Sequence[str], log: Callable[..., None]) -> LoadLog | None:
+def imbalance_log(config: Any, layers: Sequence[str], log: Callable[..., None]) -> ImbalanceLog | None:
     """The log for a VllmConfig and its MoE layers; None where a rank's rows do not tell the ranks' load."""
     import torch
 
@@ -62,7 +62,7 @@ def load_log(config: Any, layers: Sequence[str], log: Callable[..., None]) -> Lo
     served = served_placement(config)
     orders = [served.order(layer, num_experts) if served is not None else None for layer in layers]
     ranks_LE = torch.tensor([rank_of_each(order or range(num_experts), ep_size) for order in orders])
-    return LoadLog(ranks_LE, ep_size, log)
+    return ImbalanceLog(ranks_LE, ep_size, log)
 
 
 def busiest_over_mean(ids_TLK: Tensor, ranks_LE: Tensor, ep_size: int) -> tuple[float, float]:
