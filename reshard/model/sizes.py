@@ -26,13 +26,14 @@ _DTYPES = {"F8_E4M3": "fp8", "F8_E5M2": "fp8", "I8": "int8", "U8": "fp4"}  # oth
 class ModelSizes:
     """Sizes of a model, in bytes unless said otherwise.
 
-    `expert` is the mean expert. `layers` counts all layers of the model, dense ones too, without MTP layers. `rest` is
-    all that a token passes through beside experts, with `rest_parameters` in numbers multiplied as `rest_dtype`.
+    `expert` is the mean expert. `layers` counts all layers of the model and `moe_layers` those with experts; neither
+    counts MTP layers, which are no part of a step. `rest` is all that a token passes through beside experts, with `rest_parameters` in numbers multiplied as `rest_dtype`.
     `kv` is what attention keeps of a token in one layer, for `kv_heads` heads that ranks can share.
     """
 
     expert: ExpertShape
     layers: int
+    moe_layers: int
     rest: int
     rest_parameters: int
     rest_dtype: str
@@ -64,6 +65,7 @@ def read_sizes(checkpoint: Checkpoint, model: MoeModel) -> ModelSizes:
             dtype=_dtype(every),
         ),
         layers=layers,
+        moe_layers=sum(_computed(f"{layer.name}.", layers) for layer in model.layers),
         rest=sum(tensor.size for tensor in rest),
         rest_parameters=_parameters(rest),
         rest_dtype=_dtype(rest),

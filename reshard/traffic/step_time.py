@@ -1,6 +1,6 @@
 """How long a step takes under each placement: its MoE layers by the time model, and an estimate of the rest.
 
-The MoE layers are those of the trace. Every rank is given all tokens, as vLLM does without all-to-all kernels. Times
+Every rank is given all tokens, as vLLM does without all-to-all kernels. Times
 are in seconds. Tensors carry their shape in their name: T tokens, K experts chosen, E experts.
 """
 
@@ -80,7 +80,7 @@ def _moe_times(
     sizes: ModelSizes,
     gpu: GpuProfile,
 ) -> dict[str, float]:
-    """Seconds of all MoE layers of a step, by strategy: each layer's slowest rank."""
+    """Seconds of all MoE layers of a step, by strategy: each layer's slowest rank. One without traffic is a mean one."""
     import torch
 
     moe = dict.fromkeys(placements, 0.0)
@@ -91,7 +91,7 @@ def _moe_times(
         for name, placement in placements.items():
             rank_E = torch.tensor(rank_of_each(placement[layer], ep_size))
             time_BR = rank_times(count_BE, rank_E, ep_size, tokens_B, sizes.expert, gpu)
-            moe[name] += float(time_BR.amax(dim=1).mean())
+            moe[name] += float(time_BR.amax(dim=1).mean()) * sizes.moe_layers / len(ids)
     return moe
 
 
