@@ -27,8 +27,9 @@ class ModelSizes:
     """Sizes of a model, in bytes unless said otherwise.
 
     `expert` is the mean expert. `layers` counts all layers of the model and `moe_layers` those with experts; neither
-    counts MTP layers, which are no part of a step. `rest` is all that a token passes through beside experts, with `rest_parameters` in numbers multiplied as `rest_dtype`.
-    `kv` is what attention keeps of a token in one layer, for `kv_heads` heads that ranks can share.
+    counts MTP layers, which are no part of a step. `rest` is all that a token passes through beside experts, with
+    `rest_parameters` in numbers multiplied as `rest_dtype`. `kv` is what attention keeps of a token in one layer, for
+    `kv_heads` heads that ranks can share.
     """
 
     expert: ExpertShape

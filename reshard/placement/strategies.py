@@ -18,7 +18,8 @@ from .balance import balanced_layers
 from .permutations import Placement, is_permutation, node_zigzag, rank_slots, zigzag
 from .placement_file import PlacementFile
 from .steps import DEFAULT_MIX, Step, describe_mix
-from .time_model import DEFAULT_GPU, ExpertShape
+from .swaps import Aim
+from .time_model import DEFAULT_GPU, ExpertShape, read_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,7 +164,8 @@ class Balanced:
                 "traffic that the model serves"
             )
         recorded = [traffic[layer] for layer in model.layers if layer in traffic]
-        balanced = balanced_layers(recorded, model.num_experts, self.ep_size, self.nodes)
+        aim = Aim(self.mix, model.expert, read_gpu(self.gpu))
+        balanced = balanced_layers(recorded, model.num_experts, self.ep_size, aim, self.nodes)
         without = [layer for layer in model.layers if layer not in traffic]
         placement = {
             layer: next(balanced) if layer in traffic else zigzag(model.num_experts, self.ep_size)

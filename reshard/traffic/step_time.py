@@ -80,10 +80,11 @@ def _moe_times(
     sizes: ModelSizes,
     gpu: GpuProfile,
 ) -> dict[str, float]:
-    """Seconds of all MoE layers of a step, by strategy: each layer's slowest rank. One without traffic is a mean one."""
+    """Seconds of all MoE layers of a step, by strategy: each layer's slowest rank."""
     import torch
 
     moe = dict.fromkeys(placements, 0.0)
+    weight = sizes.moe_layers / len(ids)  # a layer without traffic counts as the mean of the others
     for layer, ids_TK in ids.items():
         num_experts = len(next(iter(placements.values()))[layer])
         count_BE = count_experts(ids_TK, num_experts, step, MAX_BATCHES)
@@ -91,7 +92,7 @@ def _moe_times(
         for name, placement in placements.items():
             rank_E = torch.tensor(rank_of_each(placement[layer], ep_size))
             time_BR = rank_times(count_BE, rank_E, ep_size, tokens_B, sizes.expert, gpu)
-            moe[name] += float(time_BR.amax(dim=1).mean()) * sizes.moe_layers / len(ids)
+            moe[name] += float(time_BR.amax(dim=1).mean()) * weight
     return moe
 
 

@@ -21,6 +21,7 @@ from traces import write_trace
 
 import reshard.traffic.effect
 from reshard.checkpoint.directory import read_checkpoint
+from reshard.errors import OutputError
 from reshard.model.layers import read_model
 from reshard.placement.permutations import zigzag
 from reshard.placement.strategies import STRATEGIES, Balanced, MoeShape, Offer, Placed, Zigzag
@@ -56,6 +57,11 @@ def test_one_hot_expert_is_one_rank_s_under_any_placement() -> None:
 def test_small_batches_are_less_even_than_large_ones() -> None:
     ids = [[token % EXPERTS] for token in range(64)]
     assert of(ids, LINEAR, (1, 4, 16, 64)).imbalance == (4.0, 4.0, 1.0, 1.0)
+
+
+def test_fewer_tokens_than_a_batch_are_refused() -> None:
+    with pytest.raises(OutputError, match="3 tokens are too few for a batch of 4"):
+        of([[0], [1], [2]], LINEAR, (1, 4))
 
 
 def test_a_token_s_nodes_are_those_of_its_ranks() -> None:
