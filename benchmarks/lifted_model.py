@@ -28,11 +28,14 @@ from small_moe import R1_ROUTING, choose
 from torch import Tensor
 
 from reshard.model.routing import Routing
+from reshard.placement.time_model import ExpertShape
 
 VARIABLE = "RESHARD_LIFTED"  # the path of lifted.safetensors; without it the plugin does nothing
 PLUGIN = {"lifted": "lifted_model:install"}
 FILE = "lifted.safetensors"
 COPIES = 3  # layers that share a router and read different places of the text
+SCALES = 3 * (7168 // 128) * (2048 // 128)  # of an expert of R1: FP8 in blocks, each with a scale of 4 bytes
+R1_EXPERT = ExpertShape(hidden=7168, intermediate=2048, top_k=8, size=3 * 7168 * 2048 + 4 * SCALES, dtype="fp8")
 TINY_SCALE = 1e-7  # of FP8 weights
 LARGEST_BYTE = 112  # of random FP8 values, without their sign: bytes from 127 are NaN
 

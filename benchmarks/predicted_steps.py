@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lifted_model import R1_EXPERT
 from reporting import write_json
 from safetensors.torch import load_file
 from step_times import BASE, Case, batches, orders_of, quartiles, ratios, shown
@@ -28,9 +29,6 @@ from torch import Tensor
 
 from reshard.placement.time_model import ExpertShape, GpuProfile, rank_times, read_gpu
 
-R1_EXPERT = ExpertShape(
-    hidden=7168, intermediate=2048, top_k=8, size=3 * 7168 * 2048 + 3 * 56 * 16 * 4, dtype="fp8"
-)  # FP8 in blocks of 128 x 128, each with a scale of 4 bytes
 FEW = 16  # up to so many tokens of a rank, DeepSeek's gate gives float32 logits
 
 

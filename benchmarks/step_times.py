@@ -44,7 +44,7 @@ from typing import Any, cast
 
 import torch
 from entry_points import announce, python_path
-from lifted_model import FILE, PLUGIN, VARIABLE, expected_choices, make, r1_config
+from lifted_model import FILE, PLUGIN, R1_EXPERT, VARIABLE, expected_choices, make, r1_config
 from reporting import gpus, installed, say, write_json
 from serve_ep import MULTICAST_OFF, ROOT, UNLESS_SET
 from torch import Tensor
@@ -159,17 +159,20 @@ def place(options: argparse.Namespace) -> None:
 
     from reshard.placement.balance import balanced_layers, packed
     from reshard.placement.permutations import zigzag
+    from reshard.placement.steps import DEFAULT_MIX
+    from reshard.placement.swaps import Aim
+    from reshard.placement.time_model import read_gpu
 
     texts = [text_GTK[:, HELD_OUT : HELD_OUT + options.tokens] for text_GTK in load_file(options.choices).values()]
     pieces = zip(*(text_GTK.split(WINDOW, dim=1) for text_GTK in texts), strict=True)
     traffic_GTK = torch.cat([piece for together in pieces for piece in together], dim=1).long()
-    experts, ranks = options.experts, options.ep
+    experts, ranks, aim = options.experts, options.ep, Aim(DEFAULT_MIX, R1_EXPERT, read_gpu(options.gpu))
     counts = [ids_TK.flatten().bincount(minlength=experts).tolist() for ids_TK in traffic_GTK]
     makers: dict[str, Callable[[], list[tuple[int, ...]]]] = {
         BASE: lambda: [tuple(range(experts))] * len(counts),
         "zigzag": lambda: [zigzag(experts, ranks)] * len(counts),
         "packing": lambda: [packed(count_E, ranks) for count_E in counts],
-        "balanced": lambda: list(balanced_layers(list(traffic_GTK), experts, ranks)),
+        "balanced": lambda: list(balanced_layers(list(traffic_GTK), experts, ranks, aim)),
     }
     config = json.loads((options.directory / "config.json").read_text())
     layers = range(config["first_k_dense_replace"], config["num_hidden_layers"])
@@ -640,6 +643,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     placing.add_argument("--ep", type=int, default=8, help="EP ranks (default 8)")
     placing.add_argument("--experts", type=int, default=256)
     placing.add_argument("--tokens", type=int, default=16384, help="of each kind (default 16384)")
+    placing.add_argument("--gpu", default="H200", help="for balanced: a GPU's name, or a JSON (default H200)")
     placing.add_argument("--prefix", default="", help="of the files' names")
     placing.add_argument("--strategies", nargs="+", help="only these")
     measuring.add_argument("--placements", type=Path, required=True, help="directory of placement files")

@@ -13,9 +13,11 @@ from ..commands.export import export, write_export
 from ..commands.inspect import inspect
 from ..commands.page import refuse_page, write_page
 from ..commands.trace_info import trace_info
+from ..placement.steps import DEFAULT_MIX
 from ..placement.strategies import STRATEGIES, Linear, Options, Zigzag
+from ..placement.time_model import DEFAULT_GPU
 from ..traffic.choices import MAX_TOKENS
-from ..traffic.report import describe_analysis
+from ..traffic.report import describe_analysis, recommendation
 from .options import json_option, make_strategy, quiet_option, strategy_options
 from .progress import layer_bar
 from .render import (
@@ -23,7 +25,6 @@ from .render import (
     describe_serving,
     fail,
     print_report,
-    serve_commands,
 )
 from .render_look import describe_inspection, describe_trace
 
@@ -87,7 +88,7 @@ def analyze_command(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare how placements would load the EP ranks.
+    """Compare how placements would load the EP ranks and how long steps would take, and recommend one.
 
     Reads only the gates of SRC, and writes no checkpoint. With --trace, measures placements on the recorded choices
     instead, and reads no gates. If a placement is made from the trace, it is made from the first half of every
@@ -111,15 +112,17 @@ def analyze_command(
         tokens=tokens,
         batch_sizes=sorted(set(batches)) or BATCH_SIZES,
         seed=seed,
+        gpu=placing.gpu or DEFAULT_GPU,
+        mix=placing.mix or DEFAULT_MIX,
     )
     if placements and analysis.unfit:
         fail(next(iter(analysis.unfit.values())), 1)
     if html is not None:
         write_page(analysis, html)
-    commands = serve_commands(analysis, placing)
-    lines = [*describe_analysis(analysis, by_layer=by_layer), *describe_serving(commands)]
+    lines = [*describe_analysis(analysis, by_layer=by_layer), *describe_serving(analysis)]
     lines += [f"wrote {html}"] * (html is not None)
-    print_report({**asdict(analysis), "serve": commands}, lines, quiet=False, as_json=as_json)
+    lines += ["", *recommendation(analysis)]
+    print_report(asdict(analysis), lines, quiet=False, as_json=as_json)
 
 
 @click.group("trace")

@@ -13,6 +13,7 @@ from .. import __version__
 from ..checkpoint.directory import CONFIG, INDEX
 from ..commands.place import plan_placement, room_for, write_resharding
 from ..commands.restore import restore
+from ..commands.serving import serve_command
 from ..commands.stage import plan_stage, write_staging
 from ..commands.verify import verify
 from ..errors import ReshardError
@@ -47,7 +48,6 @@ from .render import (
     outcome_json,
     plan_json,
     print_report,
-    serve_command,
 )
 
 EXIT_INTERRUPTED = 130

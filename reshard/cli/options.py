@@ -11,7 +11,10 @@ from typing import Any
 
 import click
 
+from ..errors import OutputError
+from ..placement.steps import DEFAULT_MIX, Step, describe_mix, parse_mix
 from ..placement.strategies import STRATEGIES, Options, Strategy
+from ..placement.time_model import DEFAULT_GPU, gpu_names
 from ..plan.files import Digests
 from ..plan.sharing import REFLINK
 from ..record.manifest import LAYOUTS
@@ -37,6 +40,14 @@ def parse_ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple
             raise click.BadParameter(f"{item!r} is not a rank or a range of ranks; write them like 0-3,6", ctx, param)
         ranks.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return tuple(sorted(ranks))
+
+
+def parse_batch_mix(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[Step, ...] | None:
+    """Batch sizes such as decode:8,32;prefill:8192."""
+    try:
+        return None if value is None else parse_mix(value)
+    except OutputError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
 
 
 quiet_option = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -105,10 +116,29 @@ def strategy_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of strategies; the command receives them as `placing`."""
 
     @functools.wraps(command)
-    def with_options(nodes: int | None, trace: Path | None, map_file: Path | None, **options: Any) -> None:
-        command(placing=Options(nodes, trace, map_file), **options)
+    def with_options(
+        nodes: int | None,
+        trace: Path | None,
+        map_file: Path | None,
+        gpu: str | None,
+        mix: tuple[Step, ...] | None,
+        **options: Any,
+    ) -> None:
+        command(placing=Options(nodes, trace, map_file, gpu, mix), **options)
 
     for option in (
+        click.option(
+            "--batch-mix",
+            "mix",
+            callback=parse_batch_mix,
+            help="Batch sizes that count, for balanced and for analyze: tokens that all ranks compute in one step.  "
+            f"[default: {describe_mix(DEFAULT_MIX)}]",
+        ),
+        click.option(
+            "--gpu",
+            help=f"GPU whose time counts, for balanced and for analyze: {', '.join(gpu_names())}, or a JSON file.  "
+            f"[default: {DEFAULT_GPU}]",
+        ),
         click.option(
             "--map",
             "map_file",
@@ -137,12 +167,13 @@ def make_strategy(name: str, options: Options, silent: bool) -> Callable[[int], 
     UsageError if an option that it needs is absent, or one that it does not take is given.
     """
     offer = STRATEGIES[name]
-    for option in ("nodes", "trace", "map"):
+    for option in ("nodes", "trace", "map", "gpu", "mix"):
         given = getattr(options, option) is not None
+        flag = "--batch-mix" if option == "mix" else f"--{option}"
         if option in offer.needs and not given:
-            raise click.UsageError(f"--strategy {name} needs --{option}")
+            raise click.UsageError(f"--strategy {name} needs {flag}")
         if given and option not in (*offer.needs, *offer.takes):
-            raise click.UsageError(f"--{option} does not go with --strategy {name}")
+            raise click.UsageError(f"{flag} does not go with --strategy {name}")
     return lambda ep_size: offer.make(ep_size, replace(options, progress=layer_bar(silent)))
 
 

@@ -12,6 +12,7 @@ import click
 
 from ..commands.export import Export
 from ..commands.resharding import Resharding
+from ..commands.serving import serve_command
 from ..commands.stage import Staging
 from ..commands.verify import Verification
 from ..execute.destination import free_space
@@ -19,7 +20,7 @@ from ..execute.ready import Room
 from ..execute.run import Outcome
 from ..model.routing import why_plugin
 from ..placement.permutations import describe_ranks
-from ..placement.strategies import STRATEGIES, Linear, NodeZigzag, Options, Zigzag
+from ..placement.strategies import Linear
 from ..traffic.analysis import Analysis
 
 MAX_LINE = 1600  # characters of an error message
@@ -88,42 +89,13 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def serve_command(model: str | Path, ep_size: int, placement: str | None = None) -> str:
-    """The command that serves an output, or with `placement` an original placed, on one node."""
-    command = ["vllm", "serve", str(model), "--tensor-parallel-size", str(ep_size), "--enable-expert-parallel"]
-    variable = "" if placement is None else f"RESHARD_PLACEMENT={shlex.quote(placement)} "
-    return variable + shlex.join(command)
-
-
-def serve_commands(analysis: Analysis, placing: Options) -> dict[str, list[str]]:
-    """For each placement that was analyzed, the commands that serve the original by it. Linear needs none."""
-    src, ep_size = str(analysis.path), analysis.ep_size
-    found = {}
-    for name in (candidate.strategy for candidate in analysis.candidates):
-        if name == Zigzag.name:
-            found[name] = [serve_command(src, ep_size, name)]
-        elif name == NodeZigzag.name:
-            found[name] = [serve_command(src, ep_size, f"{name}:{analysis.nodes}")]
-        elif name != Linear.name:
-            given = {"--nodes": placing.nodes, "--trace": placing.trace, "--map": placing.map}
-            takes = (*STRATEGIES[name].needs, *STRATEGIES[name].takes)
-            options = [
-                str(word)
-                for option, value in given.items()
-                if value and option[2:] in takes
-                for word in (option, value)
-            ]
-            export = ["reshard", "export", src, "--to", "vllm", "--ep", str(ep_size), "--strategy", name, *options]
-            found[name] = [shlex.join([*export, "--out", f"{name}.json"]), serve_command(src, ep_size, f"{name}.json")]
-    return found
-
-
-def describe_serving(commands: dict[str, list[str]]) -> list[str]:
-    """The last lines of `analyze`."""
+def describe_serving(analysis: Analysis) -> list[str]:
+    """The lines of `analyze` that say how to serve by each placement."""
+    commands = [(name, command) for name, found in analysis.serve.items() for command in found if name != Linear.name]
     if not commands:
         return []
     lines = ["", "To serve the original placed, with nothing rewritten:"]
-    return [*lines, *(f"  {name:14}{command}" for name, found in commands.items() for command in found)]
+    return [*lines, *(f"  {name:14}{command}" for name, command in commands)]
 
 
 def describe_plan(resharding: Resharding, out: Path, shareable: int, room: Room) -> list[str]:

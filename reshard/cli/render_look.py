@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..commands.inspect import Inspection
+from ..commands.serving import serve_command
 from ..commands.trace_info import TraceInfo
 from ..placement.permutations import describe_ranks
-from .render import bytes_text, serve_command
+from .render import bytes_text
 
 
 def describe_inspection(inspection: Inspection) -> list[str]:

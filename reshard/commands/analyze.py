@@ -1,4 +1,4 @@
-"""`reshard analyze`: how placements would load the ranks of a checkpoint, before anything is written."""
+"""`reshard analyze`: how placements would load the ranks of a checkpoint, how long steps would take, and what to do."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from ..arguments import check_whole
 from ..errors import OutputError
 from ..model.routing import Routing
 from ..placement.permutations import Placement, rank_slots
+from ..placement.steps import DEFAULT_MIX, PHASES, Step
 from ..placement.strategies import Balanced, Strategy
+from ..placement.time_model import DEFAULT_GPU, read_gpu
+from ..traffic.advice import advise
 from ..traffic.analysis import Analysis, Candidate, Together
 from ..traffic.choices import MAX_TOKENS, random_traffic, recorded_traffic
 from ..traffic.effect import coselection, effect, mean_coselection, mean_effect
+from ..traffic.step_time import step_times
 from .original import Original, check_ep_size, place_experts, read_original, refuse_holes
+from .serving import record_command, serve_commands
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 RANDOM_TOKENS = 4096
-BATCH_SIZES = tuple(2**exponent for exponent in range(13))
+BATCH_SIZES = tuple(2**exponent for exponent in range(15))
 MAX_RANGES = 32  # of experts in the heat map; nobody could tell more apart
 
 
@@ -32,7 +37,7 @@ class _EvaluationTraffic:
     ids: dict[str, Tensor]
     tokens: int
     description: str
-    lower_bound: bool
+    recorded: bool
     unrecorded: tuple[str, ...] = ()
 
 
@@ -45,9 +50,11 @@ def analyze(
     tokens: int | None = None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     seed: int = 0,
+    gpu: str = DEFAULT_GPU,
+    mix: Sequence[Step] = DEFAULT_MIX,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> Analysis:
-    """Measure how placements would load the EP ranks of the checkpoint `src`.
+    """Measure how placements would load the EP ranks of the checkpoint `src`, and predict how long steps would take.
 
     Reads the gates and no other weights, and routes random hidden states through them. With `trace`, reads no weights
     at all and takes the recorded choices.
@@ -60,6 +67,8 @@ def analyze(
         tokens: the most tokens to measure; None for RANDOM_TOKENS, or traffic.choices.MAX_TOKENS with a trace
         batch_sizes: in tokens; batches larger than the traffic are left out
         seed: of the random hidden states
+        gpu: what computes: a name in `time_model.gpu_names`, or a JSON file
+        mix: the steps that the recommendation counts; those larger than the traffic are left out
         progress: called with the number of layers routed
 
     Raises:
@@ -68,6 +77,7 @@ def analyze(
         OutputError: ranks, nodes or tokens do not fit, or no strategy does
 
     """
+    profile = read_gpu(gpu)
     original = read_original(src)
     root, model, routing = original.root, original.model, original.model.routing
     ep_sizes = [strategy.ep_size for strategy in strategies]
@@ -97,6 +107,11 @@ def analyze(
     for name, placement in placements.items():
         layers = {layer: effect(ids, placement[layer], ep_size, nodes, sizes) for layer, ids in traffic.ids.items()}
         candidates.append(Candidate(name, mean_effect(list(layers.values())), layers))
+    counted = [step for step in mix if step.tokens <= traffic.tokens] or [Step("decode", sizes[-1])]
+    steps = {Step(phase, size) for phase in PHASES for size in sizes}.union(counted)
+    ordered = sorted(steps, key=lambda step: (step.phase, step.tokens))
+    times = step_times(traffic.ids, placements, ordered, ep_size, original.sizes, profile)
+    serve = serve_commands(root, [strategy for strategy in strategies if strategy.name in placements])
     return Analysis(
         path=root,
         family=model.family.name,
@@ -108,10 +123,17 @@ def analyze(
         nodes=nodes,
         tokens=traffic.tokens,
         traffic=traffic.description,
-        lower_bound=traffic.lower_bound,
+        recorded=traffic.recorded,
         unrecorded=traffic.unrecorded,
         unfit=unfit,
         batch_sizes=sizes,
+        gpu=profile.name,
+        gpu_source=f"{profile.source}; MoE kernels: {profile.kernels.source}",
+        steps=times,
+        advice=advise(
+            times, counted, serve, recorded=traffic.recorded, nodes=nodes, record=record_command(root, ep_size)
+        ),
+        serve=serve,
         candidates=tuple(candidates),
         together=_together(traffic, routing, ep_size),
     )
@@ -133,10 +155,11 @@ def _place_all(strategies: Sequence[Strategy], original: Original) -> tuple[dict
 
 def _random(original: Original, tokens: int, seed: int, progress: Callable[[int], None]) -> _EvaluationTraffic:
     description = (
-        "random hidden states through the checkpoint's own gates; text is less even, so imbalance is a lower bound"
+        "random hidden states through the checkpoint's own gates; text may load ranks quite differently, so record a "
+        "trace to know"
     )
     traffic = random_traffic(original.checkpoint, original.model, tokens, seed, progress)
-    return _EvaluationTraffic(traffic.ids, tokens, description, lower_bound=True)
+    return _EvaluationTraffic(traffic.ids, tokens, description, recorded=False)
 
 
 def _recorded(trace: Path, original: Original, max_tokens: int, fitted: Sequence[Balanced]) -> _EvaluationTraffic:
@@ -151,7 +174,7 @@ def _recorded(trace: Path, original: Original, max_tokens: int, fitted: Sequence
     if traffic.tokens < traffic.of:
         description += f", sampled evenly from {traffic.of}"
     unrecorded = tuple(layer.name for layer in model.layers if layer.name not in traffic.ids)
-    return _EvaluationTraffic(traffic.ids, traffic.tokens, description, lower_bound=False, unrecorded=unrecorded)
+    return _EvaluationTraffic(traffic.ids, traffic.tokens, description, recorded=True, unrecorded=unrecorded)
 
 
 def _together(traffic: _EvaluationTraffic, routing: Routing, ep_size: int) -> Together:

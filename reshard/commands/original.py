@@ -14,6 +14,7 @@ from ..checkpoint.source import find_source
 from ..errors import CheckpointError, OutputError
 from ..execute.holes import find_hole
 from ..model.layers import MoeModel, read_model
+from ..model.sizes import ModelSizes, read_sizes
 from ..placement.contract import CONTRACT_KEY, MARK
 from ..placement.placement_file import read_placement_file
 from ..placement.strategies import Balanced, FromFile, MoeShape, Placed, Strategy, check_placement
@@ -43,7 +44,13 @@ class Original:
         """What a strategy needs to know of it."""
         routing = self.model.routing
         layers = tuple(layer.name for layer in self.model.layers)
-        return MoeShape(str(self.root), layers, routing.num_experts, routing.n_group, routing.group_limited)
+        limited, expert = routing.group_limited, self.sizes.expert
+        return MoeShape(str(self.root), layers, routing.num_experts, routing.n_group, limited, expert)
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """How large its parts are."""
+        return read_sizes(self.checkpoint, self.model)
 
 
 def is_output(root: Path) -> bool:

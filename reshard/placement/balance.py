@@ -1,14 +1,16 @@
 """Places the experts of one MoE layer for recorded traffic: the slowest rank first, then fan-out. Pure functions.
 
-The slowest rank of a batch is the one with the most (token, expert) pairs; all other ranks wait for it. EPLB packs
-experts by how often they are used. In a batch it also matters which experts are used together, and a trace shows that.
-The steps, in the order of the code:
+All ranks wait for the slowest one of a batch. What a rank takes is the sum over its experts, by the time model: in
+small batches its active experts count, in large ones its tokens. EPLB packs experts by how often they are used. In a
+batch it also matters which experts are used together, and a trace shows that. The steps, in the order of the code:
 
     1. packed    DeepSeek's EPLB without replicas: experts by falling load, each to the least loaded rank with room
-    2. batches   cut the trace into batches of 64, 512 and 4096 consecutive tokens (in `swaps`)
+    2. batches   cut the trace into the batches of the steps that are to take little time (in `swaps`)
     3. spread    swap experts of two ranks while that lowers the slowest rank's load, averaged over batches
-    4. gather    swap on while tokens reach fewer nodes and ranks; the slowest rank's load may rise by TOLERANCE
+    4. gather    swap while tokens reach fewer nodes and ranks, and the slowest rank's load stays below a ceiling
     5. balanced  judge the simple placements and those of 3 and 4 on tokens that they were not made from; take the best
+
+A load is a time in units of the mean rank's.
 
 Tensors carry their shape in their name: T tokens, K experts chosen, E experts, R EP ranks, B batches, U units (ranks or
 nodes), N swaps. `rank_E` is a placement as the rank of each logical expert. A node has consecutive ranks. Random
@@ -23,15 +25,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from .permutations import node_zigzag, rank_of_each, rank_slots, zigzag
-from .swaps import BATCH_SIZES, Batches, Loads, batches, estimated_change, lowest_changes, slowest
+from .swaps import Aim, Batches, Loads, batches, estimated_change, lowest_changes, slowest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TOKENS = 1 << 16  # a longer trace is sampled down to this many
+STRETCH = 1 << 12  # tokens in a row that sampling and judging keep together
 FAN_OUT_TOKENS = 1 << 12  # `gather` lowers the fan-out of this many tokens
+FAN_OUT_STRETCH = 64
 WORTH = 1e-2  # ranks per token, on average: `gather` makes no swap that gains less
-TOLERANCE = 0.005  # of the mean rank's load: two placements that differ by less are equally balanced
+TOLERANCE = 0.001  # of an evenly spread layer's time, or of the nodes reached: placements so close are equally good
 STARTS = 256  # `search` starts STARTS // E times
 ROUNDING = 1e-5  # of the mean rank's load: a smaller difference may be float32 rounding
 
@@ -66,8 +70,8 @@ def placement_of(rank_E: Tensor) -> tuple[int, ...]:
 # 3. The slowest rank
 
 
-def spread(rank_E: Tensor, traffic: Batches, ep_size: int) -> Tensor:
-    """Swap experts of two ranks until no swap that is tried lowers `slowest`.
+def spread(rank_E: Tensor, traffic: Batches, ep_size: int, nodes: int = 1) -> Tensor:
+    """Swap experts of two ranks of a node until no swap that is tried lowers `slowest`.
 
         1. Estimate the change of every swap at once; keep the SWAPS best.
         2. Compute those exactly, make the best one, and drop those that would not have helped.
@@ -77,7 +81,8 @@ def spread(rank_E: Tensor, traffic: Batches, ep_size: int) -> Tensor:
     Parameters:
         rank_E: [E], where to start
         traffic: the batches to balance
-        ep_size: R
+        ep_size: R, a multiple of `nodes`
+        nodes: M; each keeps its experts
 
     Returns:
         rank_E: [E]
@@ -86,7 +91,7 @@ def spread(rank_E: Tensor, traffic: Batches, ep_size: int) -> Tensor:
     value = loads.value
     while True:
         before = value
-        one_N, other_N = lowest_changes(estimated_change(loads), loads.rank_E)
+        one_N, other_N = lowest_changes(estimated_change(loads), loads.rank_E, ep_size // nodes)
         while len(one_N):
             value_N = loads.after(one_N, other_N)
             helps_N = value_N < value - ROUNDING
@@ -139,7 +144,7 @@ def gather(rank_E: Tensor, ids_TK: Tensor, traffic: Batches, ep_size: int, nodes
         traffic: the batches on which `slowest` is computed
         ep_size: R, a multiple of `nodes`
         nodes: M
-        ceiling: as `slowest`, in mean rank loads
+        ceiling: as `slowest`
 
     Returns:
         rank_E: [E]
@@ -153,7 +158,7 @@ def gather(rank_E: Tensor, ids_TK: Tensor, traffic: Batches, ep_size: int, nodes
         if nodes > 1:  # one node outweighs all the ranks that a token can reach, K at most
             change_EE += ids_TK.shape[1] * levels[0].change()
         change_EE.masked_fill_(estimated_change(loads) > ceiling - loads.value, 0)
-        one_N, other_N = lowest_changes(change_EE, loads.rank_E)
+        one_N, other_N = lowest_changes(change_EE, loads.rank_E, ep_size)
         allowed_N = (change_EE[one_N, other_N] <= -min_gain) & (loads.after(one_N, other_N) <= ceiling + ROUNDING)
         if not allowed_N.any():
             return loads.rank_E
@@ -208,56 +213,69 @@ class _FanOut:
 # 5. Choosing
 
 
-def balanced(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int = 1) -> tuple[int, ...]:
-    """The placement of one layer under which we expect the slowest rank of a batch to have the least load.
+def balanced(ids_TK: Tensor, num_experts: int, ep_size: int, aim: Aim, nodes: int = 1) -> tuple[int, ...]:
+    """The placement of one layer under which we expect the steps of `aim` to take the least time.
 
-    A searched placement fits the tokens that it was searched on better than other tokens. So candidates are judged on
-    tokens that they were not made from:
+    A searched placement fits the tokens that it was searched on better than others. So candidates are judged on tokens
+    that they were not made from:
 
-        1. Cut the trace into stretches of consecutive tokens. Make the candidates from every other stretch: the simple
-           ones (linear, node-zigzag if there are nodes, zigzag, packed), then the search without and with `gather`.
-        2. Judge each candidate by `slowest` on the stretches between. If the trace has at most TOKENS / 2 tokens, do
-           both again with the two sides exchanged, and average.
-        3. A candidate is acceptable if it comes within TOLERANCE of the best and is no worse than any simple one.
-        4. Make the candidates again, from the whole trace. Among the acceptable ones, take the one with which tokens
-           reach the fewest nodes, then ranks.
+        1. Make the candidates from every other stretch of the trace, and judge them on the stretches between, by the
+           nodes that tokens reach and by `slowest`. If the trace has at most TOKENS / 2 tokens, do it again with the
+           two sides exchanged, and average.
+        2. Keep those within TOLERANCE of the best that are no worse than any simple one: by nodes, then by `slowest`.
+        3. Make the candidates again, from the whole trace. Of those kept, take the one with which tokens reach the
+           fewest nodes, then ranks.
 
-    So on other tokens of the same kind we expect it to be no worse than the simple placements. This holds as far as the
-    trace resembles those tokens: a short trace, or one of few texts, tells less.
+    So on other tokens of the same kind we expect it to be no worse than the simple placements, as far as the trace
+    resembles those tokens: a short trace, or one of few texts, tells less. With nodes, that holds for the nodes that
+    tokens reach; fewer nodes may cost time in the MoE layers.
 
     Parameters:
         ids_TK: [T, K], the logical experts that each token chose, tokens in their order; at least 16 tokens. A trace of
             more than TOKENS is sampled in evenly spread stretches.
         num_experts: E
         ep_size: R; need not divide E
+        aim: the steps that are to take little time
         nodes: M, a divisor of R
 
     Returns:
         physical_to_logical: [E], each rank's experts in ascending order
     """
-    ids_TK = _sample(ids_TK.long(), TOKENS, BATCH_SIZES[-1])
-    values = _held_out(ids_TK, num_experts, ep_size, nodes)
-    limit = min(min(values) + TOLERANCE, *values[:-2]) + ROUNDING  # all but the last two are simple
-    candidates = _candidates(ids_TK, num_experts, ep_size, nodes)
-    acceptable = [rank_E for rank_E, value in zip(candidates, values, strict=True) if value <= limit]
-    return placement_of(min(acceptable, key=lambda rank_E: _fan_out(rank_E, ids_TK, ep_size, nodes)))
+    ids_TK = _sample(ids_TK.long(), TOKENS, STRETCH)
+    by_nodes, by_time = _held_out(ids_TK, num_experts, ep_size, aim, nodes)
+    acceptable = _acceptable(_acceptable(range(len(by_time)), by_nodes), by_time)
+    candidates = _candidates(ids_TK, num_experts, ep_size, aim, nodes)
+    return placement_of(
+        min((candidates[one] for one in acceptable), key=lambda rank_E: _fan_out(rank_E, ids_TK, ep_size, nodes))
+    )
 
 
 def balanced_layers(
-    layers: Sequence[Tensor], num_experts: int, ep_size: int, nodes: int = 1
+    layers: Sequence[Tensor], num_experts: int, ep_size: int, aim: Aim, nodes: int = 1
 ) -> Iterator[tuple[int, ...]]:
     """`balanced` for the ids_TK of each layer, in the given order. One thread per processor, each on one layer."""
     import torch
 
     pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield from pool.map(lambda ids_TK: balanced(ids_TK, num_experts, ep_size, nodes), layers)
+        yield from pool.map(lambda ids_TK: balanced(ids_TK, num_experts, ep_size, aim, nodes), layers)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _candidates(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int) -> list[Tensor]:
-    """The candidates made from a trace, as rank_E: the simple ones, then the search without and with `gather`."""
+def _acceptable(candidates: Sequence[int], values: Sequence[float]) -> list[int]:
+    """Those within TOLERANCE of the best that are no worse than a simple one; all but the last two are simple."""
+    simple = [values[one] for one in candidates if one < len(values) - 2]
+    limit = min([(1 + TOLERANCE) * min(values[one] for one in candidates), *simple]) + ROUNDING
+    return [one for one in candidates if values[one] <= limit]
+
+
+def _candidates(ids_TK: Tensor, num_experts: int, ep_size: int, aim: Aim, nodes: int) -> list[Tensor]:
+    """The candidates made from a trace, as rank_E: the simple ones, then two searched, without and with `gather`.
+
+    Simple are linear, node-zigzag if there are nodes, zigzag and packed. With nodes, the search begins with the one of
+    these that sends tokens to the fewest nodes, and `spread` comes last and leaves each node its experts.
+    """
     import torch
 
     load_E = ids_TK.flatten().bincount(minlength=num_experts).tolist()
@@ -266,23 +284,32 @@ def _candidates(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int) -> l
         placements.append(node_zigzag(num_experts, ep_size, nodes))
     placements += [zigzag(num_experts, ep_size), packed(load_E, ep_size)]
     simple = [torch.tensor(rank_of_each(placement, ep_size)) for placement in placements]
-    traffic = batches(ids_TK, num_experts, ep_size)
-    searched = search((simple[-1], simple[-2]), traffic, ep_size)
-    ceiling = slowest(searched, traffic, ep_size) + TOLERANCE
-    fan_out_TK = _sample(ids_TK, FAN_OUT_TOKENS, BATCH_SIZES[0])
-    return [*simple, searched, gather(searched, fan_out_TK, traffic, ep_size, nodes, ceiling)]
+    traffic = batches(ids_TK, num_experts, ep_size, aim)
+    start = min(simple, key=lambda rank_E: _fan_out(rank_E, ids_TK, ep_size, nodes))
+    if nodes == 1:
+        start = search((simple[-1], simple[-2]), traffic, ep_size)
+    ceiling = slowest(start, traffic, ep_size) + TOLERANCE
+    fan_out_TK = _sample(ids_TK, FAN_OUT_TOKENS, FAN_OUT_STRETCH)
+    searched = [start, gather(start, fan_out_TK, traffic, ep_size, nodes, ceiling)]
+    if nodes > 1:
+        searched = [spread(rank_E, traffic, ep_size, nodes) for rank_E in searched]
+    return [*simple, *searched]
 
 
-def _held_out(ids_TK: Tensor, num_experts: int, ep_size: int, nodes: int) -> list[float]:
-    """`slowest` of each candidate on tokens that it was not made from."""
+def _held_out(ids_TK: Tensor, num_experts: int, ep_size: int, aim: Aim, nodes: int) -> list[list[float]]:
+    """Nodes that tokens reach, and `slowest`: each of every candidate, on tokens that it was not made from."""
+    import torch
+
     one_TK, other_TK = _split(ids_TK)
     sides = [(one_TK, other_TK), (other_TK, one_TK)]
     by_side = []
     for made_from_TK, judged_on_TK in sides if 2 * len(ids_TK) <= TOKENS else sides[:1]:
-        traffic = batches(judged_on_TK, num_experts, ep_size)
-        candidates = _candidates(made_from_TK, num_experts, ep_size, nodes)
-        by_side.append([slowest(rank_E, traffic, ep_size) for rank_E in candidates])
-    return [sum(values) / len(values) for values in zip(*by_side, strict=True)]
+        traffic = batches(judged_on_TK, num_experts, ep_size, aim)
+        candidates = _candidates(made_from_TK, num_experts, ep_size, aim, nodes)
+        reached = [float(_fan_out(rank_E, judged_on_TK, ep_size, nodes)[0]) for rank_E in candidates]
+        by_side.append([reached, [slowest(rank_E, traffic, ep_size) for rank_E in candidates]])
+    values: list[list[float]] = torch.tensor(by_side, dtype=torch.double).mean(dim=0).tolist()
+    return values
 
 
 def _fan_out(rank_E: Tensor, ids_TK: Tensor, ep_size: int, nodes: int) -> tuple[int, int]:
@@ -306,7 +333,7 @@ def _sample(ids_TK: Tensor, tokens: int, length: int) -> Tensor:
 
 def _split(ids_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Every other stretch of a trace, and the stretches between."""
-    length = min(BATCH_SIZES[-1], len(ids_TK) // 8)
+    length = min(STRETCH, len(ids_TK) // 8)
     stretches = len(ids_TK) // length
     ids_STK = ids_TK[: stretches * length].reshape(stretches, length, -1)
     return ids_STK[::2].flatten(0, 1), ids_STK[1::2].flatten(0, 1)

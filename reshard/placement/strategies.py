@@ -17,6 +17,9 @@ from ..errors import OutputError
 from .balance import balanced_layers
 from .permutations import Placement, is_permutation, node_zigzag, rank_slots, zigzag
 from .placement_file import PlacementFile
+from .steps import DEFAULT_MIX, Step, describe_mix
+from .swaps import Aim
+from .time_model import DEFAULT_GPU, ExpertShape, read_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +36,7 @@ LayerProgress = Callable[[Sequence[str]], Iterable[str]]
 
 @dataclass(frozen=True, slots=True)
 class MoeShape:
-    """What a strategy needs to know about a model: its MoE layers by name, E, and its expert groups.
+    """What a strategy needs to know about a model: its MoE layers by name, E, its expert groups, an expert's size.
 
     `where` names the model in error messages.
     """
@@ -43,6 +46,7 @@ class MoeShape:
     num_experts: int
     n_group: int
     group_limited: bool
+    expert: ExpertShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,8 @@ class Balanced:
     """Places experts by the traffic recorded in the directory `trace`; see `balance`.
 
     As far as balance allows, it prefers placements with which tokens reach few of the `nodes` nodes. The placement is
-    made from the first `share` of every recording; the rest can judge it. `progress` wraps the layers' names.
+    made from the first `share` of every recording; the rest can judge it. `progress` wraps the layers' names. The time
+    that it minimizes is that of the steps in `mix` on `gpu`, a name or a file as in `time_model.read_gpu`.
     """
 
     ep_size: int
@@ -125,12 +130,15 @@ class Balanced:
     nodes: int = 1
     share: float = 1.0
     progress: LayerProgress = field(default=iter, compare=False)
+    gpu: str = DEFAULT_GPU
+    mix: tuple[Step, ...] = DEFAULT_MIX
     name: ClassVar[str] = "balanced"
 
     @property
     def request(self) -> str:
         """The options, as text. When more traffic has been recorded, they give another placement."""
-        return f"balanced on {self.nodes} nodes from the first {self.share} of {Path(self.trace).absolute()}"
+        where = f"{self.nodes} nodes of {self.gpu} for {describe_mix(self.mix)}"
+        return f"balanced on {where} from the first {self.share} of {Path(self.trace).absolute()}"
 
     def place(self, model: MoeShape, traffic: Mapping[str, Tensor]) -> Placed:
         """Each layer's own permutation; zigzag for a layer without traffic.
@@ -156,7 +164,8 @@ class Balanced:
                 "traffic that the model serves"
             )
         recorded = [traffic[layer] for layer in model.layers if layer in traffic]
-        balanced = balanced_layers(recorded, model.num_experts, self.ep_size, self.nodes)
+        aim = Aim(self.mix, model.expert, read_gpu(self.gpu))
+        balanced = balanced_layers(recorded, model.num_experts, self.ep_size, aim, self.nodes)
         without = [layer for layer in model.layers if layer not in traffic]
         placement = {
             layer: next(balanced) if layer in traffic else zigzag(model.num_experts, self.ep_size)
@@ -222,13 +231,15 @@ class Options:
     nodes: int | None = None
     trace: Path | None = None
     map: Path | None = None
+    gpu: str | None = None
+    mix: tuple[Step, ...] | None = None
     share: float = 1.0
     progress: LayerProgress = iter
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """How to make a strategy, and which of `nodes`, `trace` and `map` it needs, or takes if given."""
+    """How to make a strategy, and which of the options it needs, or takes if given."""
 
     make: Callable[[int, Options], Strategy]
     needs: tuple[str, ...] = ()
@@ -236,7 +247,15 @@ class Offer:
 
 
 def _balanced(ep_size: int, options: Options) -> Strategy:
-    return Balanced(ep_size, _given(options.trace), options.nodes or 1, options.share, options.progress)
+    return Balanced(
+        ep_size,
+        _given(options.trace),
+        options.nodes or 1,
+        options.share,
+        options.progress,
+        options.gpu or DEFAULT_GPU,
+        options.mix or DEFAULT_MIX,
+    )
 
 
 # By name, in the order in which they are shown.
@@ -244,7 +263,7 @@ STRATEGIES: Mapping[str, Offer] = {
     Linear.name: Offer(lambda ep_size, options: Linear(ep_size)),
     Zigzag.name: Offer(lambda ep_size, options: Zigzag(ep_size)),
     NodeZigzag.name: Offer(lambda ep_size, options: NodeZigzag(ep_size, _given(options.nodes)), needs=("nodes",)),
-    Balanced.name: Offer(_balanced, needs=("trace",), takes=("nodes",)),
+    Balanced.name: Offer(_balanced, needs=("trace",), takes=("nodes", "gpu", "mix")),
     FromFile.name: Offer(lambda ep_size, options: FromFile(ep_size, _given(options.map)), needs=("map",)),
 }
 

@@ -1,22 +1,34 @@
-"""The load of each rank in each batch of a trace, and how it changes when two experts on two ranks swap places.
+"""The time of each rank in each batch of a trace, and how it changes when two experts on two ranks swap places.
 
-Pure functions, and the class `Loads` that keeps the loads while swaps are made. A load is in mean rank loads: 1 is the
-batch's (token, expert) pairs divided by R. Tensors carry their shape in their name: T tokens, K experts chosen,
-E experts, R EP ranks, B batches, N swaps. `rank_E` is a placement as the rank of each logical expert.
+Pure functions, and the class `Loads` that keeps the loads while swaps are made. A load is a time by the time model, in
+mean rank loads: 1 is the time of all experts divided by R, in a mean batch of that size. Tensors carry their shape in
+their name: T tokens, K experts chosen, E experts, R EP ranks, B batches, N swaps. `rank_E` is a placement as the rank
+of each logical expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from .steps import Step, count_experts
+from .time_model import ExpertShape, GpuProfile, expert_times, row_time
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BATCH_SIZES = (64, 512, 4096)  # tokens
+MAX_BATCHES = 512  # of each size
 SWAPS = 128  # computed exactly at a time
 SMOOTHNESS = 0.2  # of the mean rank's load: estimates take in the ranks that are this close to the slowest
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What is to take little time: the steps in `mix`, where `gpu` computes experts like `expert`."""
+
+    mix: tuple[Step, ...]
+    expert: ExpertShape
+    gpu: GpuProfile
 
 
 @dataclass(frozen=True)
@@ -24,40 +36,39 @@ class Batches:
     """The load of each expert in each batch, and the weight of each batch in averages.
 
     Attributes:
-        load_EB: in mean rank loads; a batch's column sums to R
-        weight_B: sums to 1. All batch sizes weigh the same, and so do all batches of one size.
+        load_EB: in mean rank loads; the columns of one size sum to R on average
+        weight_B: all batches of one size weigh together what their experts take of an evenly spread layer's time. All
+            sizes weigh the same, divided by their number.
     """
 
     load_EB: Tensor
     weight_B: Tensor
 
 
-def batches(ids_TK: Tensor, num_experts: int, ep_size: int, sizes: Sequence[int] = BATCH_SIZES) -> Batches:
-    """Cut a trace into batches of consecutive tokens, once for each batch size.
+def batches(ids_TK: Tensor, num_experts: int, ep_size: int, aim: Aim) -> Batches:
+    """Cut a trace into the batches of each step of `aim.mix`.
 
     Parameters:
         ids_TK: [T, K], the logical experts that each token chose, tokens in their order
         num_experts: E
         ep_size: R
-        sizes: tokens in a batch; a trace shorter than a size is one batch
+        aim: a trace shorter than one of its steps is one batch
     """
     import torch
 
-    tokens, top_k = ids_TK.shape
-    sizes = sorted({min(size, tokens) for size in sizes})
+    steps = dict.fromkeys(Step(step.phase, min(step.tokens, len(ids_TK))) for step in aim.mix)
     loads, weights = [], []
-    for size in sizes:
-        number = tokens // size
-        batch_BK = ids_TK[: number * size].reshape(number, size * top_k)
-        slot_BK = batch_BK + num_experts * torch.arange(number).unsqueeze(1)
-        count_BE = slot_BK.flatten().bincount(minlength=number * num_experts).view(number, num_experts)
-        loads.append(count_BE.T.float() * ep_size / (size * top_k))
-        weights.append(torch.full((number,), 1 / (number * len(sizes))))
+    for step in steps:
+        time_BE = expert_times(count_experts(ids_TK, num_experts, step, MAX_BATCHES), aim.expert, aim.gpu)
+        even = float(time_BE.sum(dim=1).mean()) / ep_size
+        fixed = aim.gpu.kernels.launch + step.tokens * row_time(aim.expert, aim.gpu)
+        loads.append((time_BE / even).T.float())
+        weights.append(torch.full((len(time_BE),), even / (fixed + even) / (len(time_BE) * len(steps))))
     return Batches(torch.cat(loads, dim=1).contiguous(), torch.cat(weights))
 
 
 def slowest(rank_E: Tensor, traffic: Batches, ep_size: int) -> float:
-    """What `spread` minimizes: the slowest rank's load, in mean rank loads, averaged over batches; 1 is perfect."""
+    """What `spread` minimizes: the slowest rank's load, averaged over batches; the sum of their weights is perfect."""
     return Loads(rank_E, traffic, ep_size).value
 
 
@@ -134,12 +145,13 @@ def estimated_change(loads: Loads) -> Tensor:
     return one_EE + one_EE.T
 
 
-def lowest_changes(change_EE: Tensor, rank_E: Tensor) -> tuple[Tensor, Tensor]:
+def lowest_changes(change_EE: Tensor, rank_E: Tensor, ranks_in_node: int) -> tuple[Tensor, Tensor]:
     """The swaps with the lowest (most negative) change, SWAPS at most.
 
     Parameters:
         change_EE: [E, E], symmetric
-        rank_E: [E]; only experts on different ranks swap
+        rank_E: [E]; only experts on different ranks of one node swap
+        ranks_in_node: consecutive ranks in a node; R if all are one
 
     Returns:
         one_N, other_N: [N] each, the two experts of each swap, lowest change first
@@ -147,7 +159,8 @@ def lowest_changes(change_EE: Tensor, rank_E: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     num_experts = len(rank_E)
-    apart_EE = (rank_E.unsqueeze(1) != rank_E).triu()
+    node_E = rank_E // ranks_in_node
+    apart_EE = ((rank_E.unsqueeze(1) != rank_E) & (node_E.unsqueeze(1) == node_E)).triu()
     number = min(SWAPS, int(apart_EE.sum()))
     flat_N = change_EE.masked_fill(~apart_EE, float("inf")).flatten().topk(number, largest=False).indices
     return torch.div(flat_N, num_experts, rounding_mode="floor"), flat_N % num_experts

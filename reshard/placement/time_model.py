@@ -172,9 +172,13 @@ def rank_times(
     """
     time_BE = expert_times(count_BE, expert, gpu)
     time_BR = time_BE.new_zeros(len(time_BE), ep_size).index_add_(1, rank_E, time_BE)
-    row = expert.row_bytes / (gpu.bandwidth * gpu.kernels.rows_share)
     tokens_BR = tokens_B if tokens_B.dim() == 2 else tokens_B.unsqueeze(1)
-    return time_BR + row * tokens_BR.double() + gpu.kernels.launch
+    return time_BR + row_time(expert, gpu) * tokens_BR.double() + gpu.kernels.launch
+
+
+def row_time(expert: ExpertShape, gpu: GpuProfile) -> float:
+    """Seconds that a layer takes for each token that a rank is given, beside its experts."""
+    return expert.row_bytes / (gpu.bandwidth * gpu.kernels.rows_share)
 
 
 def flops(gpu: GpuProfile, dtype: str) -> float:

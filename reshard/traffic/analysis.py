@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .advice import Advice
 from .effect import Coselection, Effect
+from .step_time import StepTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +37,10 @@ class Together:
 class Analysis:
     """What was measured. `traffic` says in words where the choices come from.
 
-    The other candidates are compared with the first. `lower_bound` is true for random traffic, because text loads
-    ranks less evenly. `unrecorded` names the MoE layers that the trace lacks; they are not measured. `unfit` has each
-    strategy that does not fit the model, the ranks or the trace, and why.
+    The other candidates are compared with the first. `recorded` is false for random traffic, which cannot tell what a
+    placement gains. `unrecorded` names the MoE layers that the trace lacks; they are not measured. `unfit` has each
+    strategy that does not fit the model, the ranks or the trace, and why. `steps` has the times of steps on R GPUs of
+    the kind `gpu`, whose figures come from `gpu_source`. `serve` has the commands that serve by each candidate.
     """
 
     path: Path
@@ -50,10 +53,15 @@ class Analysis:
     nodes: int
     tokens: int
     traffic: str
-    lower_bound: bool
+    recorded: bool
     unrecorded: tuple[str, ...]
     unfit: dict[str, str]
     batch_sizes: tuple[int, ...]
+    gpu: str
+    gpu_source: str
+    steps: tuple[StepTime, ...]
+    advice: Advice
+    serve: dict[str, tuple[str, ...]]
     candidates: tuple[Candidate, ...]
     together: Together
 

@@ -1,7 +1,7 @@
 """Which experts tokens choose: logical ids [T, K] for each MoE layer, from a trace or from a checkpoint's own gates.
 
-Random hidden states are not text. A router has learned to send a batch of one kind of text to fewer experts, so the
-imbalance measured on random traffic is a lower bound.
+Random hidden states are not text. A router has learned to send a batch of one kind of text to fewer experts, and which
+those are decides what a placement gains: random traffic cannot tell.
 """
 
 from __future__ import annotations

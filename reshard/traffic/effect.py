@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..errors import OutputError
 from ..placement.permutations import rank_of_each
 
 if TYPE_CHECKING:
@@ -64,8 +65,13 @@ def effect(
         nodes: a divisor of R; each node holds consecutive ranks
         batch_sizes: each at most T
 
+    Raises OutputError if there are fewer tokens than in a batch.
+
     """
     import torch
+
+    if len(ids_TK) < max(batch_sizes, default=0):
+        raise OutputError(f"{len(ids_TK)} tokens are too few for a batch of {max(batch_sizes)}; choose a smaller batch")
 
     rank_TK = torch.tensor(rank_of_each(physical_to_logical, ep_size))[ids_TK]
     tokens, top_k = rank_TK.shape

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .._version import __version__
 from .analysis import Analysis
-from .report import WHAT_COUNTS, compare, describe_analysis, headlines, typical_batch
+from .report import WHAT_COUNTS, compare, describe_analysis, headlines, recommendation, times_note, typical_batch
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -29,6 +29,8 @@ def render(analysis: Analysis) -> str:
         "headlines": headlines(analysis),
         "compare": compare(analysis),
         "where": WHAT_COUNTS,
+        "times": times_note(analysis),
+        "gpu": f"{analysis.gpu}: {analysis.gpu_source}",
         "typical_batch": typical_batch(analysis),
         "version": __version__,
     }
@@ -39,7 +41,7 @@ def render(analysis: Analysis) -> str:
         "style": _digest(template, "style"),
         # only "<" can end a script element or open a comment in it
         "data": data.replace("<", "\\u003c"),
-        "text": html.escape("\n".join(describe_analysis(analysis, by_layer=True))),
+        "text": html.escape("\n".join([*recommendation(analysis), "", *describe_analysis(analysis, by_layer=True)])),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..placement.steps import PHASES
 from .analysis import Analysis
 from .effect import Effect
+from .step_time import StepTime
 
 _COLUMNS = 5
 _TYPICAL_BATCH = 64
@@ -21,16 +23,21 @@ WHAT_COUNTS = (
 def describe_analysis(analysis: Analysis, *, by_layer: bool = False) -> list[str]:
     """The table over all layers and what it means; with `by_layer` also the same table for each layer."""
     means = {candidate.strategy: candidate.mean for candidate in analysis.candidates}
-    lines = [*headlines(analysis), "", *_table(analysis, means), "", *_worst(analysis)]
+    lines = [*headlines(analysis), "", *_times(analysis), "", *_table(analysis, means), "", *_worst(analysis)]
     for name, *phrases in compare(analysis):
         lines += ["", f"{name}:", *(f"  {phrase}" for phrase in phrases)]
-    lines += ["", "What counts, if time follows (token, expert) pairs:"]
+    lines += ["", "What counts, where sending tokens takes time too:"]
     lines += [f"  {setup:50}{what}" for setup, what in WHAT_COUNTS]
     if by_layer:
         for layer in analysis.layers:
             effects = {candidate.strategy: candidate.layers[layer] for candidate in analysis.candidates}
             lines += ["", f"{layer}:", *_table(analysis, effects)]
     return lines
+
+
+def recommendation(analysis: Analysis) -> list[str]:
+    """The recommendation in a sentence, and what to run."""
+    return [f"Recommendation: {analysis.advice.why}", *(f"  {command}" for command in analysis.advice.commands)]
 
 
 def headlines(analysis: Analysis) -> list[str]:
@@ -48,6 +55,41 @@ def headlines(analysis: Analysis) -> list[str]:
     return lines
 
 
+def times_note(analysis: Analysis) -> str:
+    """What the times are."""
+    return (
+        f"predicted for {analysis.ep_size} {analysis.gpu}, from the active experts and the tokens of the slowest rank; "
+        "attention and the rest of a step are an estimate"
+    )
+
+
+def _times(analysis: Analysis) -> list[str]:
+    """A row for each batch size: milliseconds of the MoE layers under each placement, in decoding and in prefill."""
+    names = [candidate.strategy for candidate in analysis.candidates]
+    rows: dict[int, dict[str, StepTime]] = {}
+    for time in analysis.steps:
+        rows.setdefault(time.tokens, {})[time.phase] = time
+    width = max(9, *(len(name) + 2 for name in names))
+    heads = "".join(f"{name:>{width}}" for name in names)
+    lines = [
+        f"MoE layers of a step, in ms, and their share of the step under {names[0]}:",
+        f"  {times_note(analysis)}",
+        f"  {analysis.gpu}: {analysis.gpu_source}",
+        "  " + " " * 8 + "".join(f"{phase:>{width * len(names)}}{'share':>8}" for phase in PHASES),
+        "  " + f"{'tokens':>8}" + f"{heads}{'':8}" * len(PHASES),
+    ]
+    for tokens, of_size in sorted(rows.items()):
+        cells = ""
+        for phase in PHASES:
+            if phase not in of_size:
+                cells += " " * (width * len(names) + 8)
+                continue
+            cells += "".join(f"{1e3 * of_size[phase].moe[name]:{width}.3f}" for name in names)
+            cells += f"{of_size[phase].share(names[0]):8.0%}"
+        lines.append(f"  {tokens:8}{cells}")
+    return lines
+
+
 def compare(analysis: Analysis) -> list[tuple[str, ...]]:
     """Compare each other candidate with the first: a heading, and a phrase for each number."""
     before, *others = analysis.candidates
@@ -58,7 +100,7 @@ def compare(analysis: Analysis) -> list[tuple[str, ...]]:
         phrases = [
             f"at {_tokens(analysis.batch_sizes[number])} the busiest rank has {now.imbalance[number]:.2f}x the mean "
             f"load ({before.strategy}: {was.imbalance[number]:.2f}x): "
-            f"{_change(now.imbalance[number], was.imbalance[number], 'time for experts')}",
+            f"{_change(now.imbalance[number], was.imbalance[number], 'load on the busiest rank')}",
             f"a token reaches {now.ranks:.2f} ranks ({before.strategy}: {was.ranks:.2f}): "
             f"{_change(now.ranks, was.ranks, 'data to send')}",
         ]

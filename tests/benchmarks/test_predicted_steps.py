@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from predicted_steps import R1_EXPERT, Predicted, counts, layer_times, predict, table
+from lifted_model import R1_EXPERT
+from predicted_steps import Predicted, counts, layer_times, predict, table
 from step_times import Case, batches
 
 from reshard.placement.permutations import zigzag

@@ -158,6 +158,7 @@ def test_placements_are_made_from_text_that_is_not_measured(tmp_path: Path) -> N
         experts=16,
         ep=4,
         prefix="",
+        gpu="H200",
         strategies=None,
     )
     place(options)

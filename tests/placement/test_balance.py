@@ -23,26 +23,41 @@ from traces import write_trace
 from reshard import read_checkpoint, read_model
 from reshard.commands.original import place_experts, read_original
 from reshard.errors import OutputError
-from reshard.placement import balance
-from reshard.placement.balance import (
-    BATCH_SIZES,
-    Batches,
-    balanced,
-    batches,
-    gather,
-    packed,
-    placement_of,
-    search,
-    slowest,
-    spread,
-)
+from reshard.placement import balance, swaps
+from reshard.placement.balance import Batches, gather, packed, placement_of, search, slowest, spread
 from reshard.placement.permutations import rank_of_each
+from reshard.placement.steps import DEFAULT_MIX, Step
 from reshard.placement.strategies import Balanced
+from reshard.placement.swaps import Aim
+from reshard.placement.time_model import ExpertShape, GpuProfile, Kernels, read_gpu
 from reshard.traffic.effect import Effect, effect
 
 LEARNED = load_file(Path(__file__).parents[1] / "data" / "routing.safetensors")
 EXPERTS = 64
 EXPERTS_OF_SOURCE = 8
+BATCH_SIZES = (64, 512, 4096)
+# A GPU on which time is pairs: it reads and starts in no time, and its tiles have one row.
+_NO_MORE = Kernels(source="", launch=0.0, read_share=1.0, flops_share=1.0, rows_share=1.0, tile=1)
+PAIRS = Aim(
+    tuple(Step("prefill", size) for size in BATCH_SIZES),
+    ExpertShape(1, 1, 1, 1, "bf16"),
+    GpuProfile(source="", bandwidth=1e30, flops={"bf16": 1.0}, link=1.0, kernels=_NO_MORE),
+)
+
+
+def balanced(ids_TK: Tensor, experts: int, ranks: int, nodes: int = 1) -> tuple[int, ...]:
+    """By pairs, in consecutive batches of BATCH_SIZES."""
+    return balance.balanced(ids_TK, experts, ranks, PAIRS, nodes)
+
+
+def batches(ids_TK: Tensor, experts: int, ranks: int) -> Batches:
+    return swaps.batches(ids_TK, experts, ranks, PAIRS)
+
+
+def as_place_does(source: Path, ids_TK: Tensor, ranks: int, nodes: int = 1) -> tuple[int, ...]:
+    """With the aim that the command line has unless told otherwise."""
+    aim = Aim(DEFAULT_MIX, read_original(source).shape.expert, read_gpu("H200"))
+    return balance.balanced(ids_TK, EXPERTS_OF_SOURCE, ranks, aim, nodes)
 
 
 def ranks_of(physical_to_logical: Sequence[int], ep_size: int) -> Tensor:
@@ -124,13 +139,13 @@ def test_ranks_may_hold_unequal_numbers_of_experts() -> None:
     assert sorted(placed[first]) == list(placed[first]) and sorted(placed[second]) == list(placed[second])
 
 
-def test_tokens_are_kept_on_a_node_where_that_costs_no_balance() -> None:
+def test_tokens_are_kept_on_a_node_first_and_balanced_within_it() -> None:
     generator = torch.Generator().manual_seed(0)
     pairs_TK = torch.rand(8192, 8, generator=generator).topk(2, dim=1).indices
     ids_TK = 2 * pairs_TK + torch.arange(8192).unsqueeze(1) % 2  # even experts for one token, odd ones for the next
     with_nodes, without = (balanced(ids_TK, 16, 4, nodes) for nodes in (2, 1))
     assert seen(ids_TK, with_nodes, 4, 2).nodes == 1 < seen(ids_TK, linear_of(16, 4), 4, 2).nodes
-    assert unevenness(ids_TK, with_nodes, 4) <= unevenness(ids_TK, without, 4) + balance.TOLERANCE
+    assert unevenness(ids_TK, with_nodes, 4) <= unevenness(ids_TK, without, 4) + 0.01
 
 
 def test_the_same_trace_gives_the_same_placement() -> None:
@@ -287,6 +302,15 @@ def test_on_unseen_tokens_it_is_never_worse_than_zigzag_or_eplb(ranks: int) -> N
     assert not worse_on_unseen(balanced, ranks)
 
 
+def test_with_nodes_unseen_tokens_reach_no_more_of_them_than_under_linear() -> None:
+    """And ranks are more even than under linear, which keeps a token's experts together as well."""
+    for layer, made_from, unseen, _ in learned()[1:3]:
+        placed, linear = balanced(made_from, EXPERTS, 8, 2), linear_of(EXPERTS, 8)
+        mine, theirs = (seen(unseen, placement, 8, 2).nodes for placement in (placed, linear))
+        assert mine <= 1.005 * theirs, f"layer {layer}"
+        assert unevenness(unseen, placed, 8) < unevenness(unseen, linear, 8), f"layer {layer}"
+
+
 @pytest.mark.parametrize("place", [lambda ids, experts, ranks: linear_of(experts, ranks), eplb], ids=["linear", "eplb"])
 def test_the_rivals_do_not_pass_that_test(place: Callable[[Tensor, int, int], tuple[int, ...]]) -> None:
     failures = [failure for ranks in (4, 8, 12, 16) for failure in worse_on_unseen(place, ranks)]
@@ -341,7 +365,7 @@ def test_place_puts_each_layer_s_experts_where_its_own_traffic_wants_them(source
     traffic = [drawn(seed, 8, 2, tokens=4096) for seed in (1, 2, 3)]
     trace = recorded(tmp_path, source, *traffic)
     layers = [layer.name for layer in read_model(read_checkpoint(source)).layers]
-    expected = {name: list(balanced(ids_TK, 8, 4, 2)) for name, ids_TK in zip(layers, traffic, strict=True)}
+    expected = {name: list(as_place_does(source, ids_TK, 4, 2)) for name, ids_TK in zip(layers, traffic, strict=True)}
     assert len({tuple(placed) for placed in expected.values()}) == 3
     arguments = ("--strategy", "balanced", "--trace", trace, "--nodes", 2)
     said = run_well("place", "--src", source, "--ep", 4, "--out", tmp_path / "out", *arguments)
@@ -357,7 +381,7 @@ def test_a_layer_without_traffic_gets_zigzag_and_place_says_so(source: Path, tmp
     arguments = ("--strategy", "balanced", "--trace", trace)
     said = run_well("place", "--src", source, "--ep", 4, "--out", tmp_path / "out", *arguments)
     assert f"note: {trace} has no traffic of {draft}: these layers got zigzag" in said
-    expected = {name: list(balanced(ids_TK, 8, 4)) for name, ids_TK in zip(first, traffic, strict=True)}
+    expected = {name: list(as_place_does(source, ids_TK, 4)) for name, ids_TK in zip(first, traffic, strict=True)}
     expected[draft] = zigzag(8, 4)
     assert_resharded(source, tmp_path / "out", 4, expected, strategy="balanced")
 
@@ -386,7 +410,7 @@ def test_analyze_makes_it_from_the_first_half_and_judges_all_by_the_second(sourc
     assert [candidate["strategy"] for candidate in found["candidates"]] == names
     assert found["tokens"] == 4096
     assert found["traffic"].endswith("after the first 50%, which balanced was made from")
-    placed = (tuple(range(8)), zigzag_of(8, 4), balanced(first, 8, 4))
+    placed = (tuple(range(8)), zigzag_of(8, 4), as_place_does(source, first, 4))
     for candidate, placement in zip(found["candidates"], placed, strict=True):
         expected = effect(second, placement, 4, 1, (64,)).imbalance
         assert candidate["layers"][layer]["imbalance"] == pytest.approx(expected)

@@ -138,14 +138,14 @@ def test_the_page_is_the_analysis_and_one_file(source: Path, tmp_path: Path) -> 
     text = (tmp_path / "page.html").read_text()
     (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     found = json.loads(run_well(*arguments, "--json"))
-    assert found.pop("serve"), "commands for a terminal, and not for the page"
     assert json.loads(data)["analysis"] == found
-    measured, _, commands = run_well(*arguments, "--layers").strip().partition("\n\nTo serve")
+    measured, _, rest = run_well(*arguments, "--layers").strip().partition("\n\nTo serve")
     assert html.escape(measured) in text, "to read where there is no script"
-    assert "vllm serve" in commands
+    recommended = rest.partition("Recommendation: ")[2]
+    assert "vllm serve" in recommended
+    assert text.index(html.escape(recommended)) < text.index(html.escape(measured)), "first what to do"
     assert not re.findall(r"(?:src|href)\s*=|url\(|@import", text)
     again = json.loads(run_well(*arguments, "--json", "--html", tmp_path / "again.html"))
-    again.pop("serve")
     assert again == json.loads(data)["analysis"]
     assert (tmp_path / "again.html").read_text() == text
 
@@ -221,6 +221,26 @@ def test_every_number_is_drawn(analysis: Analysis, address: str, page: Page) -> 
     assert count(page, "#view option") == 1 + len(analysis.layers)
     assert not complaints(page)
     assert [one.url for one in page.requests()] == [address]
+
+
+def test_the_recommendation_comes_first_and_every_time_is_in_a_table(
+    analysis: Analysis, address: str, page: Page
+) -> None:
+    show(page, address)
+    assert texts(page, "#page h2")[0] == "Recommendation"
+    assert texts(page, "#advice") == [analysis.advice.why]
+    assert texts(page, "#commands") == ["\n".join(analysis.advice.commands)]
+    names = [candidate.strategy for candidate in analysis.candidates]
+    for phase in ("decode", "prefill"):
+        steps = [step for step in analysis.steps if step.phase == phase]
+        assert [step.tokens for step in steps] == list(analysis.batch_sizes)
+        cells = iter(texts(page, f"#times-{phase} td")[1:])
+        for step in steps:
+            assert [float(next(cells)) for _ in names] == pytest.approx(
+                [1e3 * step.moe[name] for name in names], rel=0.006
+            )
+            assert next(cells) == f"{100 * step.share(names[0]):.0f} %"
+        assert list(cells) == []
 
 
 def test_what_is_drawn_is_what_was_found(analysis: Analysis, address: str, page: Page) -> None:

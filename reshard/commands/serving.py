@@ -1,0 +1,58 @@
+"""The commands that serve a checkpoint or an output with vLLM, and the one that records its traffic. Text only."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ..placement.steps import DEFAULT_MIX, describe_mix
+from ..placement.strategies import Balanced, FromFile, Linear, NodeZigzag, Strategy
+from ..placement.time_model import DEFAULT_GPU
+
+
+def serve_command(model: str | Path, ep_size: int, placement: str | None = None) -> str:
+    """The command that serves an output, or with `placement` an original placed, on one node."""
+    variable = "" if placement is None else f"RESHARD_PLACEMENT={shlex.quote(placement)} "
+    return variable + _vllm(model, ep_size)
+
+
+def record_command(model: str | Path, ep_size: int) -> str:
+    """The command that serves an original and records which experts its tokens choose."""
+    return f"RESHARD_TRACE=./trace {_vllm(model, ep_size)}"
+
+
+def serve_commands(src: str | Path, strategies: Iterable[Strategy]) -> dict[str, tuple[str, ...]]:
+    """For each strategy, the commands that serve the original `src` placed by it."""
+    found: dict[str, tuple[str, ...]] = {}
+    for strategy in strategies:
+        match strategy:
+            case Linear():
+                found[strategy.name] = (serve_command(src, strategy.ep_size),)
+            case NodeZigzag():
+                found[strategy.name] = (serve_command(src, strategy.ep_size, f"{strategy.name}:{strategy.nodes}"),)
+            case Balanced():
+                given = {
+                    "--nodes": strategy.nodes if strategy.nodes > 1 else None,
+                    "--trace": strategy.trace,
+                    "--gpu": strategy.gpu if strategy.gpu != DEFAULT_GPU else None,
+                    "--batch-mix": describe_mix(strategy.mix) if strategy.mix != DEFAULT_MIX else None,
+                }
+                found[strategy.name] = _exported(src, strategy, given)
+            case FromFile():
+                found[strategy.name] = _exported(src, strategy, {"--map": strategy.path})
+            case _:
+                found[strategy.name] = (serve_command(src, strategy.ep_size, strategy.name),)
+    return found
+
+
+def _vllm(model: str | Path, ep_size: int) -> str:
+    return shlex.join(["vllm", "serve", str(model), "--tensor-parallel-size", str(ep_size), "--enable-expert-parallel"])
+
+
+def _exported(src: str | Path, strategy: Strategy, given: Mapping[str, object]) -> tuple[str, ...]:
+    """The command that writes a placement file, and the one that serves with it."""
+    file, options = f"{strategy.name}.json", [str(word) for item in given.items() if item[1] for word in item]
+    export = ["reshard", "export", str(src), "--to", "vllm", "--ep", str(strategy.ep_size)]
+    export += ["--strategy", strategy.name, *options, "--out", file]
+    return shlex.join(export), serve_command(src, strategy.ep_size, file)

@@ -1,0 +1,118 @@
+"""How long a step takes under each placement: its MoE layers by the time model, and an estimate of the rest.
+
+Every rank is given all tokens, as vLLM does without all-to-all kernels. Times
+are in seconds. Tensors carry their shape in their name: T tokens, K experts chosen, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..model.sizes import ModelSizes
+from ..placement.permutations import Placement, rank_of_each
+from ..placement.steps import Phase, Step, count_experts
+from ..placement.time_model import GpuProfile, flops, rank_times
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_BATCHES = 256  # of each size: their mean is within a tenth of a percent of the mean over all
+# Of the rest of a step, per layer: what its kernels take at one token beside reading weights (fitted to decoding one
+# sequence with R1's layers on an H200, docs/gpu/placed-step-time.json), one all-reduce of few bytes, and passes over
+# the hidden states. The last two and the context are assumed.
+LAYER_SECONDS = 60e-6
+ALL_REDUCE_SECONDS = 12e-6
+ALL_REDUCES, PASSES = 2, 10
+CONTEXT = 1024  # tokens that each decoded token attends to
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """The time of one step: `moe` has that of its MoE layers under each strategy, `rest` an estimate of all else."""
+
+    phase: Phase
+    tokens: int
+    rest: float
+    moe: dict[str, float]
+
+    def total(self, strategy: str) -> float:
+        """Seconds of the step."""
+        return self.rest + self.moe[strategy]
+
+    def share(self, strategy: str) -> float:
+        """The part of the step that is its MoE layers'."""
+        return self.moe[strategy] / self.total(strategy)
+
+
+def step_times(
+    ids: Mapping[str, Tensor],
+    placements: Mapping[str, Placement],
+    steps: Iterable[Step],
+    ep_size: int,
+    sizes: ModelSizes,
+    gpu: GpuProfile,
+) -> tuple[StepTime, ...]:
+    """The time of each step under each placement, the mean over batches.
+
+    Parameters:
+        ids: ids_TK of each MoE layer
+        placements: by strategy; each has these layers
+        steps: in the order of the result; each of at most T tokens
+        ep_size: R
+        sizes: of the model
+        gpu: R of these compute
+
+    """
+    return tuple(
+        StepTime(step.phase, step.tokens, rest_time(step, ep_size, sizes, gpu), moe)
+        for step in steps
+        for moe in [_moe_times(ids, placements, step, ep_size, sizes, gpu)]
+    )
+
+
+def _moe_times(
+    ids: Mapping[str, Tensor],
+    placements: Mapping[str, Placement],
+    step: Step,
+    ep_size: int,
+    sizes: ModelSizes,
+    gpu: GpuProfile,
+) -> dict[str, float]:
+    """Seconds of all MoE layers of a step, by strategy: each layer's slowest rank."""
+    import torch
+
+    moe = dict.fromkeys(placements, 0.0)
+    weight = sizes.moe_layers / len(ids)  # a layer without traffic counts as the mean of the others
+    for layer, ids_TK in ids.items():
+        num_experts = len(next(iter(placements.values()))[layer])
+        count_BE = count_experts(ids_TK, num_experts, step, MAX_BATCHES)
+        tokens_B = torch.full((len(count_BE),), step.tokens)
+        for name, placement in placements.items():
+            rank_E = torch.tensor(rank_of_each(placement[layer], ep_size))
+            time_BR = rank_times(count_BE, rank_E, ep_size, tokens_B, sizes.expert, gpu)
+            moe[name] += float(time_BR.amax(dim=1).mean()) * weight
+    return moe
+
+
+def rest_time(step: Step, ep_size: int, sizes: ModelSizes, gpu: GpuProfile) -> float:
+    """Estimate what a step takes beside its MoE layers: attention, dense layers, shared experts, all-reduces, the head.
+
+    All of these are taken as shared evenly by R ranks (tensor parallelism). Attention counts as reading a context of
+    CONTEXT tokens for each decoded token; in prefill its own part is left out, which grows with the prompts.
+    """
+    kernels, tokens, hidden = gpu.kernels, step.tokens, sizes.expert.hidden
+    read = sizes.rest / ep_size / (gpu.bandwidth * kernels.read_share)
+    computed = 2 * sizes.rest_parameters * tokens / ep_size / (flops(gpu, sizes.rest_dtype) * kernels.flops_share)
+    row = 2 * hidden * tokens
+    sent = ALL_REDUCES * (ALL_REDUCE_SECONDS + 2 * row * (ep_size - 1) / ep_size / gpu.link)
+    passed = PASSES * row / (gpu.bandwidth * kernels.rows_share)
+    context = CONTEXT * tokens * sizes.kv / min(ep_size, sizes.kv_heads) / (gpu.bandwidth * kernels.read_share)
+    of_layer = LAYER_SECONDS + sent + passed + (context if step.phase == "decode" else 0.0)
+    return max(read, computed) + sizes.layers * of_layer
+
+
+def mean_time(times: Sequence[StepTime], strategy: str, base: str) -> float:
+    """The mean over steps of a step's time under `strategy`, over its time under `base`."""
+    return sum(step.total(strategy) / step.total(base) for step in times) / len(times)
