@@ -2,10 +2,10 @@
 
     python benchmarks/predict_steps.py choices.safetensors > table.md
 
-`choices.safetensors` has, for each kind of text, the experts that its tokens chose, uint8 [layers, T, K]. Placements are
-made from the first 2,048 tokens of each kind, and judged on the next 2,048, as the measurement did. Decoding takes random
-tokens, prefill runs of 1,024. MEASURED is the table of the measurement: 30 MoE layers of R1, TP 8 and EP 8, and how much
-longer linear took than zigzag, EPLB's packing, and `balanced` as it was then.
+`choices.safetensors` has, for each kind of text, the experts that its tokens chose, uint8 [layers, T, K]. Placements
+are made from the first 2,048 tokens of each kind, and judged on the next 2,048, as the measurement did. Decoding takes
+random tokens, prefill runs of 1,024. MEASURED is the table of the measurement: 30 MoE layers of R1, TP 8 and EP 8, and
+how much longer linear took than zigzag, EPLB's packing, and `balanced` as it was then.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from reshard.traffic.step_time import rest_time
 
 EXPERTS, RANKS, LAYERS, TOKENS, RUN = 256, 8, 30, 2048, 1024
 EXPERT = ExpertShape(7168, 2048, 8, 44_050_944, "fp8")
-# Beside experts: one dense layer, and in each layer MLA (187 M parameters) and the shared expert; a head of 12,288 words.
+# Beside experts: one dense layer, in each layer MLA (187 M parameters) and the shared expert, a head of 12,288 words.
 _REST = 31 * 187_107_328 + 30 * 44_040_192 + 396_361_728
 SIZES = ModelSizes(EXPERT, 31, 30, _REST + 2 * 88_080_384, _REST + 88_080_384, "fp8", 1152, 1)
 GPU = read_gpu("H200")
