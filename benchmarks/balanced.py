@@ -29,8 +29,11 @@ from small_moe import Shape, train
 from torch import Tensor
 
 from reshard.model.routing import Routing
-from reshard.placement.balance import BATCH_SIZES, balanced, balanced_layers, packed
+from reshard.placement.balance import balanced, balanced_layers, packed
 from reshard.placement.permutations import node_zigzag, zigzag
+from reshard.placement.steps import DEFAULT_MIX
+from reshard.placement.swaps import Aim
+from reshard.placement.time_model import DEFAULT_GPU, ExpertShape, read_gpu
 from reshard.traffic.effect import Effect, effect, mean_effect
 
 ROUTING = Routing(64, 6, "sigmoid", True, 2.5, 8, 4)
@@ -52,6 +55,8 @@ SHUFFLED = "the same, in random order"
 R1_EXPERTS, R1_TOP_K, R1_LAYERS = 256, 8, 59
 R1_RANKS_NODES = ((8, 1), (16, 1), (16, 2), (64, 1), (64, 8))
 R1_TOKENS = 1 << 16  # of traffic for each R1-sized layer
+BATCH_SIZES = (64, 512, 4096)  # that placements are judged on, by pairs
+AIM = Aim(DEFAULT_MIX, ExpertShape(7168, 2048, R1_TOP_K, 44_050_944, "fp8"), read_gpu(DEFAULT_GPU))
 
 
 def traces_of_training(seconds: float) -> dict[str, Tensor]:
@@ -71,7 +76,7 @@ def placements(ids_TK: Tensor, ep_size: int, nodes: int) -> dict[str, tuple[int,
         "zigzag": zigzag(experts, ep_size),
         **by_node,
         "EPLB packing": packed(ids_TK.flatten().bincount(minlength=experts).tolist(), ep_size),
-        "balanced": balanced(ids_TK, experts, ep_size, nodes),
+        "balanced": balanced(ids_TK, experts, ep_size, AIM, nodes),
     }
 
 
@@ -114,7 +119,7 @@ def time_of_r1(layers: int) -> list[dict[str, Any]]:
     spent = []
     for ranks, nodes in R1_RANKS_NODES:
         started, used = time.perf_counter(), time.process_time()
-        list(balanced_layers(traffic, R1_EXPERTS, ranks, nodes))
+        list(balanced_layers(traffic, R1_EXPERTS, ranks, AIM, nodes))
         seconds, processor = time.perf_counter() - started, time.process_time() - used
         spent.append({"ep_size": ranks, "nodes": nodes, "layers": layers, "seconds": seconds, "cpu_seconds": processor})
         say(f"{layers} R1-sized layers, {ranks} ranks, {nodes} nodes: {seconds:.1f} s")

@@ -18,7 +18,7 @@ from ..placement.time_model import GpuProfile, flops, rank_times
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_BATCHES = 256  # of each size: their mean is within a tenth of a percent of the mean over all
+MAX_BATCHES = 512  # of each size: their mean is within a tenth of a percent of the mean over all
 # Of the rest of a step, per layer: what its kernels take at one token beside reading weights (fitted to decoding one
 # sequence with R1's layers on an H200, docs/gpu/placed-step-time.json), one all-reduce of few bytes, and passes over
 # the hidden states. The last two and the context are assumed.
