@@ -130,8 +130,8 @@ class _WritingOptions:
 def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) -> None:
     resharding = plan_placement(
         src,
-        strategy,
         out,
+        strategy,
         layout=options.layout,
         max_shard_size=options.max_shard_size,
         reflink=options.reflink,
@@ -174,7 +174,7 @@ def verify_command(
         total += sum(record.size for record in manifest.expected_files if record.tensors)
     with bar("verify", total, quiet or as_json) as progress:
         verification = verify(out, src, quick=quick, allow_holes=allow_holes, workers=workers, progress=progress)
-    report = {**asdict(verification), "out": str(out), "sound": not verification.problems}
+    report = {**asdict(verification), "path": str(out), "sound": verification.ok}
     silent = quiet and not verification.problems
     print_report(report, describe_verification(verification, src, quick), silent, as_json)
     if count := len(verification.problems):
@@ -205,7 +205,7 @@ def stage_command(
     These are the files of the node's EP ranks, and those that every rank needs. Rerun the command to resume, even after
     a power cut.
     """
-    staging = plan_stage(resharded, ranks, out, reflink=reflink)
+    staging = plan_stage(resharded, out, ranks, reflink=reflink)
     with bar("stage", staging.plan.size, quiet or as_json) as progress:
         outcome = write_staging(staging, out, restart=restart, workers=workers, progress=progress)
     report = {**outcome_json(outcome), "staged_ranks": staging.manifest.staged_ranks, "notes": staging.notes}

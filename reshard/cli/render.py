@@ -210,7 +210,7 @@ def describe_restoring(outcome: Outcome, resharded: Path) -> list[str]:
 
 def _done_lines(outcome: Outcome, done: str, source: Path, checked: str) -> list[str]:
     """What a run wrote, and what it resumed, shared and noted; or that all was there, and what was `checked`."""
-    what = f"{outcome.files} files, {bytes_text(outcome.size)}"
+    what = f"{len(outcome.files)} files, {bytes_text(outcome.size)}"
     if outcome.already_complete:
         return [f"already complete: {outcome.out} has all {what}; {checked}; nothing was written"]
     resumed = f"resumed an interrupted run: {outcome.resumed} files were already complete"
@@ -254,7 +254,7 @@ def describe_export(exported: Export, out: Path | None) -> str:
 def describe_verification(verification: Verification, src: str | None, quick: bool) -> list[str]:
     """The lines of `verify`."""
     lines = [
-        f"{verification.out}: checked {verification.files} files and {verification.tensors} tensors, read "
+        f"{verification.path}: checked {len(verification.files)} files and {verification.tensors} tensors, read "
         f"{bytes_text(verification.size)} in {time_text(verification.seconds)}"
     ]
     if verification.problems:

@@ -22,7 +22,7 @@ def describe_inspection(inspection: Inspection) -> list[str]:
         f"({inspection.model_type})",
         f"  MoE layers   {len(layers)}: {layers[0]} … {layers[-1]}",
         f"  routing      {inspection.num_experts} experts, top {inspection.top_k}, {inspection.scoring}{groups}",
-        f"  tensors      {inspection.tensors} in {inspection.files} files, {bytes_text(inspection.size)}",
+        f"  tensors      {inspection.tensors} in {len(inspection.files)} files, {bytes_text(inspection.size)}",
         f"    experts    {bytes_text(inspection.expert_size)}",
         f"    routers    {bytes_text(inspection.router_size)}",
         f"    the rest   {bytes_text(rest)}",
