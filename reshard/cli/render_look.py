@@ -6,6 +6,7 @@ from ..commands.inspect import Inspection
 from ..commands.trace_info import TraceInfo
 from ..placement.permutations import describe_ranks
 from .render import bytes_text, serve_command
+from .terminal import Whole
 
 
 def describe_inspection(inspection: Inspection) -> list[str]:
@@ -41,7 +42,7 @@ def describe_inspection(inspection: Inspection) -> list[str]:
         lines.append(f"    {rank.rank:4}   {bytes_text(rank.size):>12}   {experts}")
     if not inspection.resharded:
         command = serve_command(inspection.path, inspection.ep_size, inspection.strategy)
-        lines.append(f"  serve it so, with nothing rewritten:  {command}")
+        lines.append(Whole(f"  serve it so, with nothing rewritten:  {command}"))
     return lines
 
 

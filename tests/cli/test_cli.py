@@ -116,13 +116,24 @@ def test_inspect_shows_each_rank_its_experts_and_whether_the_plugin_is_needed(so
 
 def test_bytes_per_rank_and_by_kind_add_up(source: Path) -> None:
     report = json.loads(run_well("inspect", source, "--ep", 3, "--json"))
-    assert sum(rank["size"] for rank in report["ranks"]) == report["expert_size"]
+    assert sum(rank["expert_size"] for rank in report["ranks"]) == report["expert_size"]
     index = json.loads((source / "model.safetensors.index.json").read_text())
     assert report["tensors"] == len(index["weight_map"])
-    assert 0 < report["router_size"] < report["expert_size"] < report["size"]
+    assert 0 < report["router_size"] < report["expert_size"] < report["tensors_size"]
 
 
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("4GiB", 4 << 30), ("1000", 1000), ("20 kb", 20_000)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("5G", 5 * 10**9),
+        ("0.5GB", 5 * 10**8),
+        ("4GiB", 4 << 30),
+        ("1.5Ki", 1536),
+        ("1000", 1000),
+        ("20 kb", 20_000),
+    ],
+)
 def test_shard_sizes_are_written_as_on_the_hub(text: str, size: int, source: Path, tmp_path: Path) -> None:
     arguments = ["zigzag", "--src", source, "--ep", 2, "--out", tmp_path / "out", "--dry-run", "--json"]
     report = json.loads(run_well(*arguments, "--max-shard-size", text))

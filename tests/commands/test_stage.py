@@ -306,7 +306,9 @@ def test_json_and_quiet_are_as_elsewhere(good: Path, tmp_path: Path) -> None:
     output = good / "output"
     report = json.loads(run_well("stage", output, "--ranks", "0", "--out", tmp_path / "json", "--json"))
     assert report["staged_ranks"] == [0]
-    assert report["size"] == sum(path.stat().st_size for path in (tmp_path / "json").rglob("*") if path.is_file())
+    assert report["output_size"] == sum(
+        path.stat().st_size for path in (tmp_path / "json").rglob("*") if path.is_file()
+    )
     assert run_well("stage", output, "--ranks", "0", "--out", tmp_path / "quiet", "--quiet") == ""
     said = run_well("stage", output, "--ranks", "0-2", "--out", tmp_path / "said")
     assert "staged EP ranks 0-2 of 5: " in said

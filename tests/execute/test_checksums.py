@@ -83,7 +83,7 @@ def test_a_sound_source_passes_and_the_user_is_told_before(
     assert "files of the source with their checksums on the Hub" in result.stderr
     plan = json.loads(run_well(*command, "--out", tmp_path / "new", "--dry-run", "--json"))
     weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    assert (plan["checksums"]["read_first"] > weights) == (layout == "ranks")
+    assert (plan["checksums"]["read_first_size"] > weights) == (layout == "ranks")
     run_well("verify", tmp_path / "out", "--src", found)
     run_well("zigzag", "--src", found, "--ep", 2, "--layout", layout, "--out", tmp_path / "unchecked")
     assert_identical_trees(tmp_path / "unchecked", tmp_path / "out")

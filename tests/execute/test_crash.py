@@ -403,7 +403,7 @@ def test_a_sparse_source_needs_no_more_room_than_its_data(tmp_path: Path) -> Non
         os.truncate(path, path.stat().st_size + hole)
         command = ["zigzag", "--src", source, "--ep", 2, "--allow-holes"]
         report = json.loads(run_well(*command, "--out", disk.path / "out", "--dry-run", "--json"))
-        assert report["needed"] < 26 << 20 < report["free"] < hole < report["size"]
+        assert report["space_needed"] < 26 << 20 < report["space_free"] < hole < report["output_size"]
         run_well(*command, "--out", disk.path / "out")
         run_well("verify", disk.path / "out", "--src", source, "--allow-holes")
         with path.open("r+b") as file:  # the control: with data there, it does need it

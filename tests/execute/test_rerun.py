@@ -90,7 +90,7 @@ def test_a_finished_command_says_that_all_is_done_and_writes_nothing(
     assert "no tensor was read" in said
     report = json.loads(run_well(*command, "--json"))
     assert report["already_complete"]
-    assert report["size"] == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    assert report["output_size"] == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     run_well(*command, "--dry-run")
     assert state(out) == before
 
