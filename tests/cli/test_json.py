@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +181,10 @@ def test_a_key_that_is_not_described_and_one_that_is_missing_are_found(work: Pat
     with pytest.raises(jsonschema.ValidationError):
         STRICT.validate({**found, "files": len(found["files"])})
     jsonschema.validate({**found, "new": 1}, SCHEMA)  # as the schema promises its readers
+
+
+def test_the_object_that_the_docs_show_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    docs = (Path(__file__).parent.parent.parent / "docs" / "command-line.md").read_text()
+    (shown,) = re.findall(r"\$ reshard inspect nowhere --json\n((?: +\S.*\n)+)", docs)
+    assert textwrap.dedent(shown) == run("inspect", "nowhere", "--json").stdout
