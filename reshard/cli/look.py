@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..commands.analyze import BATCH_SIZES, RANDOM_TOKENS, analyze
-from ..commands.engine_files import FORMAT_NAMES, FormatName
+from ..commands.engine_files import FORMAT_NAMES, FORMATS, FormatName
 from ..commands.export import export, write_export
 from ..commands.inspect import inspect
 from ..commands.page import refuse_page, write_page
@@ -96,7 +96,9 @@ def inspect_command(directory: str, ep: int | None, printing: Printing) -> None:
     multiple=True,
     help=f"Batch size in tokens; can be repeated.  [default: powers of 2 up to {BATCH_SIZES[-1]}]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random hidden states.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of the random hidden states."
+)
 @click.option("--layers", "by_layer", is_flag=True, help="Also print a table for each layer.")
 @click.option(
     "--html",
@@ -228,6 +230,10 @@ def export_command(
     reshard, the file has its placement. It is still for serving the original, not the output.
     """
     out = None if out == STDOUT else out
+    if out is not None and not out.name.endswith(suffix := FORMATS[to].suffix):
+        raise click.BadParameter(
+            f"{FORMATS[to].engine} only reads a file whose name ends in {suffix}", param_hint="--out"
+        )
     made = make_strategy(strategy, ep, placing, quiet or as_json)
     exported = export(src, to, ep, Zigzag if strategy == Zigzag.name else made)
     if out is not None:

@@ -21,12 +21,18 @@ from ..record.manifest import LAYOUTS
 from .progress import layer_bar
 from .render import Printing
 
+EMPTY = "is empty; for the current directory, write ."
+
 
 class Directory(click.Path):
     """A directory, which shells complete. The command itself says what is wrong with it."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse "", which would mean the current directory."""
+        return self.fail(EMPTY, param, ctx) if value == "" else super().convert(value, param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Let the shell complete directories."""
@@ -37,6 +43,10 @@ class Source(click.ParamType):  # type: ignore[type-arg]  # generic since click 
     """A directory, which shells complete, or the id of a repository."""
 
     name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Refuse "", which would mean the current directory."""
+        return self.fail(EMPTY, param, ctx) if value == "" else value
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Let the shell complete directories."""

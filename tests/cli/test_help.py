@@ -111,6 +111,12 @@ def test_short_options_are_the_same_everywhere() -> None:
         "analyze src --ep 8 --tokens 4 --batch 8",
         "analyze src --ep 8 --html - --json",
         "analyze src --ep 8 --placement balanced",
+        "analyze src --ep 8 --seed 99999999999999999999",
+        "zigzag --src '' --ep 8 --out out",
+        "zigzag --src src --ep 8 --out ''",
+        "verify ''",
+        "inspect ''",
+        "export src --to sglang --ep 8 --out map.txt",
         "export src --to vllm --ep 1",
         "export src --to vllm --ep 8 --strategy node-zigzag --nodes 3",
         "export src --to orca --ep 8",
@@ -120,7 +126,7 @@ def test_short_options_are_the_same_everywhere() -> None:
 )
 def test_what_is_wrong_whatever_the_files_is_a_usage_error(command: str) -> None:
     """None of the paths exists: the words alone are enough."""
-    result = run(*command.split())
+    result = run(*shlex.split(command))
     assert result.exit_code == 2, result.output
     assert "Error: " in result.stderr
 

@@ -383,7 +383,7 @@ def test_ranks_may_differ_by_one_expert_in_vllm(v3: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("to", ["sglang", "vllm-ascend"])
 def test_a_name_that_the_engine_would_misread_is_refused(to: str, v3: Path, tmp_path: Path) -> None:
     result = run("export", v3 / "output", "--to", to, "--out", tmp_path / "placement.txt")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "ends in .json" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
