@@ -22,6 +22,7 @@ from reshard import (
     place,
     plan_placement,
     plan_stage,
+    read_checkpoint,
     read_manifest,
     restore,
     stage,
@@ -187,6 +188,7 @@ def test_paths_are_texts_or_paths_everywhere(work: Path) -> None:
         made.mkdir()
         resharding = plan_placement(kind("src"), kind(made / "out"), Zigzag(2))
         write_resharding(resharding, kind(made / "out"))
+        assert read_checkpoint(kind("src")).config["n_group"] > 1
         assert read_manifest(kind(made / "out")).ep_size == 2
         write_staging(plan_stage(kind(made / "out"), kind(made / "staged"), [0]), kind(made / "staged"))
         write_export(export(kind("src"), "vllm", 2), kind(made / "map.json"))
