@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import click
 
 ERROR = "reshard: error:"
+DEFAULT_WIDTH = 80  # of a terminal that does not say how wide it is
 _COLOURS: dict[str, dict[str, Any]] = {
     ERROR: {"fg": "red", "bold": True},
     "problem:": {"fg": "red", "bold": True},
@@ -37,8 +37,10 @@ def paint(text: str, **style: Any) -> str:
 
 def echo(lines: Iterable[str], *, err: bool = False) -> None:
     """Print `lines` on the standard output, or with `err` on the standard error."""
-    terminal = (sys.stderr if err else sys.stdout).isatty()
-    width = shutil.get_terminal_size().columns if terminal else None
+    stream = sys.stderr if err else sys.stdout
+    width = None
+    if stream is not None and stream.isatty():  # it is None where the caller has closed it
+        width = os.get_terminal_size(stream.fileno()).columns or DEFAULT_WIDTH
     for line in lines:
         parts = [line] if width is None else break_line(line, width)
         click.echo("\n".join([_colour(parts[0]), *parts[1:]]), err=err)

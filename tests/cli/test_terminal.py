@@ -113,6 +113,14 @@ def test_a_pipe_whose_reader_has_left_ends_quietly(command: tuple[str, ...], sou
     assert done.returncode == 141, "as if SIGPIPE had ended it"
 
 
+def test_a_terminal_of_any_width_or_none_and_a_closed_output_will_do(source: Path) -> None:
+    words = run_well("inspect", source, "--ep", 2).split()
+    for columns in (0, 1):
+        assert COLOUR.sub("", on_terminal("inspect", source, "--ep", 2, columns=columns)).split() == words
+    closed = subprocess.run(f"{RESHARD} inspect {source} >&-", shell=True, capture_output=True, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
 def test_a_full_disk_under_the_output_is_an_error(source: Path) -> None:
     """The control of the test above: only a pipe may end quietly."""
     with Path("/dev/full").open("w") as full:
