@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from ..errors import ReshardError
-from .render import fail
+from .render import fail, one_line
 from .reports import error_report, print_json
 from .terminal import Context, write_examples
 
@@ -57,7 +57,7 @@ class Commands(click.Group):
 
     def _report(self, ctx: click.Context, error: BaseException, message: str, status: int) -> None:
         if "--json" in ctx.obj:
-            print_json(" ".join(self._names(ctx.obj)), error_report(type(error).__name__, message, status))
+            print_json(" ".join(self._names(ctx.obj)), error_report(type(error).__name__, one_line(message), status))
 
     def _names(self, words: list[str]) -> Iterator[str]:
         """The names of the command that `words` call."""

@@ -59,19 +59,20 @@ def _command_name(ctx: click.Context) -> str:
 
 def fail(message: str, status: int) -> NoReturn:
     """Print `message` as one printable line of bounded length, whatever names it quotes, and exit."""
-    echo([f"{ERROR} {_one_line(message)}"], err=True)
+    echo([f"{ERROR} {one_line(message)}"], err=True)
     sys.exit(status)
 
 
 def describe_files(files: Iterable[FileSummary]) -> list[str]:
     """A line for each file."""
     return [
-        f"{bytes_text(file.size):>10}  {'' if file.rank is None else f'rank {file.rank}':8}  {_one_line(file.name)}"
+        f"{bytes_text(file.size):>10}  {'' if file.rank is None else f'rank {file.rank}':8}  {one_line(file.name)}"
         for file in files
     ]
 
 
-def _one_line(message: str) -> str:
+def one_line(message: str) -> str:
+    """`message` as one printable line of at most about MAX_LINE characters."""
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(message.split()))
     return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} […] {line[-MAX_LINE // 2 :]}"
 
@@ -247,7 +248,7 @@ def describe_verification(verification: Verification, src: str | None, quick: bo
         f"{bytes_text(verification.size)} in {time_text(verification.seconds)}"
     ]
     if verification.problems:
-        return [*lines, *(f"problem: {_one_line(problem)}" for problem in verification.problems)]
+        return [*lines, *(f"problem: {one_line(problem)}" for problem in verification.problems)]
     if quick:
         lines.append("sizes, headers, index and configs are what was written; no tensor was read")
     elif verification.unread and verification.routers is None:
