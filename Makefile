@@ -5,7 +5,7 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 SERVING := tests/serving
 
-.PHONY: help setup demo test test-fast test-gpu check-vllm lint types stress bench clean
+.PHONY: help setup demo test test-fast test-gpu check-vllm lint types dist release stress bench clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,10 +34,10 @@ setup: .venv/.ready ## build the environment in .venv
 demo: setup ## reshard a small DeepSeek-V3-shaped checkpoint, verify it, restore it
 	$(BIN)/python examples/demo.py
 
-test: lint types .venv-vllm/.ready ## lint, types and all tests, also those that serve with real vLLM
+test: lint types dist .venv-vllm/.ready ## lint, types, packages and all tests, also those that serve with real vLLM
 	$(BIN)/python -m pytest
 
-test-fast: lint types ## the same without the tests that need vLLM
+test-fast: lint types dist ## the same without the tests that need vLLM
 	$(BIN)/python -m pytest tests --ignore=$(SERVING)
 
 stress: setup ## long versions of the randomized tests: crashes, power cuts, random input
@@ -56,9 +56,17 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+dist: setup ## build the packages that PyPI takes, in dist/, and check them
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+
+release: dist ## may dist/ be published under TAG=v…? prints the notes of the release (CONTRIBUTING.md)
+	$(BIN)/python tools/release.py $(TAG)
+
 bench: setup ## compare time and memory with cp and other converters (needs root, 45 GB of disk)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/bench.py
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-vllm build examples/out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist examples/out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,8 +2,8 @@
 
     from reshard import zigzag, verify, restore, inspect
 
-    zigzag("DeepSeek-R1", 8, "R1-zz")
-    assert not verify("R1-zz", "DeepSeek-R1").problems
+    zigzag("DeepSeek-R1", "R1-zz", ep_size=8)
+    assert verify("R1-zz", "DeepSeek-R1").ok
 
 Data flows one way through the packages, and imports follow it:
 
@@ -32,6 +32,7 @@ from .commands.place import place, plan_placement, write_resharding, zigzag
 from .commands.resharding import Resharding
 from .commands.restore import restore
 from .commands.stage import Staging, plan_stage, stage, write_staging
+from .commands.trace_info import RecordingInfo, TraceInfo, trace_info
 from .commands.verify import Verification, verify
 from .errors import CheckpointError, IntegrityError, OutputError, ReshardError, TraceError, UnsupportedError
 from .execute.run import Outcome
@@ -40,7 +41,7 @@ from .model.routing import Routing
 from .placement.contract import Contract
 from .placement.strategies import Balanced, FromFile, Linear, NodeZigzag, Placed, Strategy, Zigzag
 from .plan.files import Digests
-from .record.manifest import Manifest, read_manifest
+from .record.manifest import FileSummary, Manifest, read_manifest
 from .traffic.analysis import Analysis
 from .traffic.effect import Coselection, Effect
 
@@ -54,6 +55,7 @@ __all__ = [
     "Digests",
     "Effect",
     "Export",
+    "FileSummary",
     "FromFile",
     "Inspection",
     "IntegrityError",
@@ -65,6 +67,7 @@ __all__ = [
     "Outcome",
     "OutputError",
     "Placed",
+    "RecordingInfo",
     "ReshardError",
     "Resharding",
     "RouterComparison",
@@ -72,6 +75,7 @@ __all__ = [
     "Staging",
     "Strategy",
     "TraceError",
+    "TraceInfo",
     "UnsupportedError",
     "Verification",
     "Zigzag",
@@ -87,6 +91,7 @@ __all__ = [
     "read_model",
     "restore",
     "stage",
+    "trace_info",
     "verify",
     "write_export",
     "write_page",

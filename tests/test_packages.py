@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,11 +28,11 @@ MAY_IMPORT = {
     "vllm": {"placement", "traffic.trace_file"},
 }
 PUBLIC = """
-    Analysis Balanced Checkpoint CheckpointError Contract Coselection Digests Effect Export FromFile Inspection
-    IntegrityError Linear Manifest MoeLayer MoeModel NodeZigzag Outcome OutputError Placed ReshardError Resharding
-    RouterComparison Routing Staging Strategy TraceError UnsupportedError Verification Zigzag __version__ analyze
-    export inspect place plan_placement plan_stage read_checkpoint read_manifest read_model restore stage verify
-    write_export write_page write_resharding write_staging zigzag
+    Analysis Balanced Checkpoint CheckpointError Contract Coselection Digests Effect Export FileSummary FromFile
+    Inspection IntegrityError Linear Manifest MoeLayer MoeModel NodeZigzag Outcome OutputError Placed RecordingInfo
+    ReshardError Resharding RouterComparison Routing Staging Strategy TraceError TraceInfo UnsupportedError Verification
+    Zigzag __version__ analyze export inspect place plan_placement plan_stage read_checkpoint read_manifest read_model
+    restore stage trace_info verify write_export write_page write_resharding write_staging zigzag
 """
 
 
@@ -91,6 +92,32 @@ def test_the_packages_form_no_cycle() -> None:
         free = [package for package in rest if {name.split(".")[0] for name in MAY_IMPORT[package]} <= set(order)]
         assert free, f"a cycle among {sorted(rest)}"
         order += free
+
+
+def drawn(picture: str) -> tuple[set[str], set[tuple[str, str]]]:
+    """The packages in the picture of the design, and its arrows, each from the package before to the one after."""
+    return set(re.findall(r'<g id="(\w+)"', picture)), set(re.findall(r'data-from="(\w+)" data-to="(\w+)"', picture))
+
+
+def faults_of(picture: str) -> list[str]:
+    """What the picture shows and the rules do not have, and the other way round."""
+    boxes, arrows = drawn(picture)
+    allowed = {package: {name.split(".")[0] for name in names} for package, names in MAY_IMPORT.items()}
+    faults = [f"box {name}" for name in boxes ^ allowed.keys()]
+    faults += [f"arrow {before} to {after}" for before, after in arrows if before not in allowed.get(after, ())]
+    for package, names in allowed.items():
+        reached = {package}
+        while more := {before for before, after in arrows if after in reached} - reached:
+            reached |= more
+        faults += [f"no way from {name} to {package}" for name in names - reached]
+    return faults
+
+
+def test_the_picture_of_the_design_shows_these_packages_and_this_flow() -> None:
+    picture = (ROOT.parent / "docs" / "design.svg").read_text()
+    assert faults_of(picture) == []
+    assert faults_of(picture.replace('id="plan"', 'id="plans"')), "the controls"
+    assert faults_of(picture.replace('"plan" data-to="execute"', '"execute" data-to="plan"'))
 
 
 def test_no_module_is_longer_than_one_can_hold_in_mind() -> None:

@@ -66,11 +66,12 @@ class Checkpoint:
         return f"{self.root / tensor.file}: tensor {tensor.name}"
 
 
-def read_checkpoint(root: Path, absent: Container[str] = ()) -> Checkpoint:
+def read_checkpoint(root: str | Path, absent: Container[str] = ()) -> Checkpoint:
     """Read index, headers and config.json of the checkpoint in `root`; CheckpointError if it is not valid.
 
     `absent` names shards that may be missing although the index names them; their tensors are then left out.
     """
+    root = Path(root)
     if not root.is_dir():
         fault = "not a directory" if root.exists() else "no such directory"
         raise CheckpointError(f"{root}: {fault}; expected a directory with a Hugging Face checkpoint")

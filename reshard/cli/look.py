@@ -2,51 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from ..commands.analyze import BATCH_SIZES, RANDOM_TOKENS, analyze
-from ..commands.engine_files import FORMAT_NAMES, FormatName
+from ..commands.engine_files import FORMAT_NAMES, FORMATS, FormatName
 from ..commands.export import export, write_export
 from ..commands.inspect import inspect
 from ..commands.page import refuse_page, write_page
 from ..commands.trace_info import trace_info
+from ..errors import OutputError
 from ..placement.steps import DEFAULT_MIX
 from ..placement.strategies import STRATEGIES, Linear, Options, Zigzag
 from ..placement.time_model import DEFAULT_GPU
 from ..traffic.choices import MAX_TOKENS
+from ..traffic.page import render
 from ..traffic.report import describe_analysis, recommendation
-from .options import json_option, make_strategy, quiet_option, strategy_options
-from .progress import layer_bar
-from .render import (
-    describe_export,
-    describe_serving,
-    fail,
-    print_report,
+from .options import (
+    EP_SIZE,
+    Source,
+    check_nodes,
+    ep_option,
+    json_option,
+    make_strategy,
+    printing_options,
+    strategy_options,
 )
+from .progress import layer_bar
+from .render import Printing, describe_export, describe_serving, print_report
 from .render_look import describe_inspection, describe_trace
+from .reports import analysis_report, export_report, inspection_report, trace_report
+from .terminal import Command, Context, Whole, echo
 
+STDOUT = Path("-")
 FITTED_SHARE = 0.5  # of a trace: analyze makes balanced placements from it, and measures them on the rest
 
 
-@click.command("inspect")
-@click.argument("directory")
-@click.option("--ep", type=int, help="Also show the experts that zigzag would place on each of this many EP ranks.")
-@json_option
-def inspect_command(directory: str, ep: int | None, as_json: bool) -> None:
+@click.command(
+    "inspect",
+    cls=Command,
+    examples=(
+        "reshard inspect ./DeepSeek-R1",
+        "reshard inspect ./DeepSeek-R1 --ep 8",
+        "reshard inspect ./R1-zz --json",
+    ),
+)
+@click.argument("directory", type=Source())
+@click.option(
+    "--ep",
+    type=EP_SIZE,
+    metavar="R",
+    help="Also show the experts that zigzag would place on each of this many EP ranks.",
+)
+@printing_options
+def inspect_command(directory: str, ep: int | None, printing: Printing) -> None:
     """Describe a checkpoint or an output of reshard.
 
     Shows its experts, expert groups and sizes; for an output also its placement.
     """
     inspection = inspect(directory, ep)
-    print_report(asdict(inspection), describe_inspection(inspection), quiet=False, as_json=as_json)
+    print_report(inspection_report(inspection), describe_inspection(inspection), printing, inspection.files)
 
 
-@click.command("analyze")
-@click.argument("src")
-@click.option("--ep", required=True, type=int, help="Number of EP ranks to serve on.")
+@click.command(
+    "analyze",
+    cls=Command,
+    examples=(
+        "reshard analyze ./DeepSeek-R1 --ep 8",
+        "reshard analyze ./DeepSeek-R1 --ep 8 --trace ./trace --html R1.html",
+        "reshard analyze ./DeepSeek-R1 --ep 16 --nodes 2 --json",
+    ),
+)
+@click.argument("src", type=Source())
+@ep_option
 @click.option(
     "--placement",
     "placements",
@@ -68,12 +98,15 @@ def inspect_command(directory: str, ep: int | None, as_json: bool) -> None:
     multiple=True,
     help=f"Batch size in tokens; can be repeated.  [default: powers of 2 up to {BATCH_SIZES[-1]}]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random hidden states.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of the random hidden states."
+)
 @click.option("--layers", "by_layer", is_flag=True, help="Also print a table for each layer.")
 @click.option(
     "--html",
     type=click.Path(path_type=Path),
-    help="Also write an HTML page with curves, loads and a heat map. The file must not exist.",
+    help="Also write an HTML page with curves, loads and a heat map. The file must not exist; - is the standard "
+    "output, which then has the page only.",
 )
 @json_option
 def analyze_command(
@@ -101,8 +134,13 @@ def analyze_command(
     ]
     if impossible := [name for name in placements if name not in possible]:
         raise click.UsageError(f"--placement {impossible[0]} needs --{STRATEGIES[impossible[0]].needs[0]}")
+    if as_json and html == STDOUT:
+        raise click.UsageError("--html - does not go with --json: both print on the standard output")
+    if largest := max((size for size in batches if tokens is not None and size > tokens), default=0):
+        raise click.UsageError(f"--batch {largest} is more than --tokens {tokens}")
+    check_nodes(placing.nodes, ep)
     options = replace(placing, share=FITTED_SHARE, progress=layer_bar(as_json))
-    if html is not None:
+    if html not in (None, STDOUT):
         refuse_page(html, src)
     analysis = analyze(
         src,
@@ -116,16 +154,24 @@ def analyze_command(
         mix=placing.mix or DEFAULT_MIX,
     )
     if placements and analysis.unfit:
-        fail(next(iter(analysis.unfit.values())), 1)
+        raise OutputError(next(iter(analysis.unfit.values())))
+    if html == STDOUT:
+        click.echo(render(analysis), nl=False)
+        return
     if html is not None:
         write_page(analysis, html)
     lines = [*describe_analysis(analysis, by_layer=by_layer), *describe_serving(analysis)]
     lines += [f"wrote {html}"] * (html is not None)
-    lines += ["", *recommendation(analysis)]
-    print_report(asdict(analysis), lines, quiet=False, as_json=as_json)
+    why, *commands = recommendation(analysis)
+    lines += ["", why, *map(Whole, commands)]
+    print_report(analysis_report(analysis), lines, Printing(as_json=as_json))
 
 
-@click.group("trace")
+class _Traces(click.Group):
+    context_class = Context
+
+
+@click.group("trace", cls=_Traces)
 def trace_group() -> None:
     """Inspect recorded routing: which experts tokens chose.
 
@@ -135,19 +181,28 @@ def trace_group() -> None:
     """
 
 
-@trace_group.command("info")
+@trace_group.command("info", cls=Command, examples=("reshard trace info ./trace", "reshard trace info ./trace --json"))
 @click.argument("directory", type=click.Path(path_type=Path))
 @json_option
 def trace_info_command(directory: Path, as_json: bool) -> None:
     """Describe the recordings in DIRECTORY, or in one file."""
     info = trace_info(directory)
-    print_report(asdict(info), describe_trace(info), quiet=False, as_json=as_json)
+    print_report(trace_report(info), describe_trace(info), Printing(as_json=as_json))
 
 
-@click.command("export")
-@click.argument("src")
+@click.command(
+    "export",
+    cls=Command,
+    examples=(
+        "reshard export ./DeepSeek-R1 --to sglang --ep 8 --out zigzag.json",
+        "reshard export ./R1-zz --to vllm --out - > placement.json",
+        "reshard export ./DeepSeek-R1 --to vllm --ep 8 --strategy balanced \\\n"
+        "      --trace ./trace --out balanced.json",
+    ),
+)
+@click.argument("src", type=Source())
 @click.option("--to", required=True, type=click.Choice(FORMAT_NAMES), help="The engine that reads the file.")
-@click.option("--ep", type=int, help="Number of EP ranks; may be left out if SRC is an output.")
+@click.option("--ep", type=EP_SIZE, metavar="R", help="Number of EP ranks; may be left out if SRC is an output.")
 @click.option(
     "--strategy",
     type=click.Choice([name for name in STRATEGIES if name != Linear.name]),
@@ -156,8 +211,13 @@ def trace_info_command(directory: Path, as_json: bool) -> None:
     help="As for place. Leave it out if SRC is an output, which has a placement.",
 )
 @strategy_options
-@click.option("--out", type=click.Path(path_type=Path), help="File to write; must not exist.  [default: stdout]")
-@quiet_option
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="File to write; must not exist; - is the standard output.  [default: -]",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but the file and errors.")
 @json_option
 def export_command(
     src: str,
@@ -174,15 +234,19 @@ def export_command(
     Nothing is resharded: the engine loads the original and places its experts by the file. If SRC is an output of
     reshard, the file has its placement. It is still for serving the original, not the output.
     """
-    made = make_strategy(strategy, placing, quiet or as_json)
+    out = None if out == STDOUT else out
+    if out is not None and not out.name.endswith(suffix := FORMATS[to].suffix):
+        raise click.BadParameter(
+            f"{FORMATS[to].engine} only reads a file whose name ends in {suffix}", param_hint="--out"
+        )
+    made = make_strategy(strategy, ep, placing, quiet or as_json)
     exported = export(src, to, ep, Zigzag if strategy == Zigzag.name else made)
     if out is not None:
         write_export(exported, out)
-    report = {key: value for key, value in asdict(exported).items() if key != "content" or out is None}
     if as_json:
-        print_report({**report, "out": out}, [], quiet, as_json)
+        print_report(export_report(exported, out), [], Printing(as_json=True))
         return
     if out is None:
         click.echo(exported.content, nl=False)
     if not quiet:
-        click.echo(describe_export(exported, out), err=True)
+        echo(describe_export(exported, out), err=True)

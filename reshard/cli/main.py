@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,23 @@ from ..commands.restore import restore
 from ..commands.serving import serve_command
 from ..commands.stage import plan_stage, write_staging
 from ..commands.verify import verify
-from ..errors import ReshardError
+from ..errors import OutputError
 from ..execute.ready import shareable_size
 from ..placement.strategies import STRATEGIES, Linear, Options, Strategy, Zigzag
 from ..plan.files import Digests
 from ..plan.sharing import Reflink
 from ..record.manifest import Layout, read_manifest
+from .group import Commands
 from .look import analyze_command, export_command, inspect_command, trace_group
 from .options import (
+    Source,
     allow_holes_option,
-    json_option,
     make_strategy,
     out_option,
     parse_ranks,
-    quiet_option,
+    printing_options,
     reflink_option,
+    resharded_argument,
     restart_option,
     strategy_options,
     workers_option,
@@ -38,6 +40,7 @@ from .options import (
 )
 from .progress import bar
 from .render import (
+    Printing,
     describe_checks,
     describe_outcome,
     describe_plan,
@@ -45,39 +48,54 @@ from .render import (
     describe_staging,
     describe_verification,
     fail,
-    outcome_json,
-    plan_json,
     print_report,
 )
+from .reports import (
+    plan_report,
+    planned_files,
+    restoring_report,
+    staging_report,
+    verification_report,
+    writing_report,
+)
+from .terminal import Command, echo
 
-EXIT_INTERRUPTED = 130
 # GC threshold. Reading R1 creates a million long-lived objects; the default would cost 12 % of the run time.
 GC_THRESHOLD = 20_000
 
 
-class _Commands(click.Group):
-    """Turns an exception from a command into one line and an exit status."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ReshardError as error:
-            fail(str(error), 1)
-        except OSError as error:
-            fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
-        except KeyboardInterrupt:
-            resumes = ctx.invoked_subcommand in ("zigzag", "place", "stage", "restore")
-            fail("interrupted" + "; rerun the command to resume" * resumes, EXIT_INTERRUPTED)
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    examples=(
+        "reshard inspect ./DeepSeek-R1 --ep 8",
+        "reshard zigzag --src ./DeepSeek-R1 --ep 8 --out ./R1-zz",
+        "reshard verify ./R1-zz --src ./DeepSeek-R1",
+        "reshard restore ./R1-zz --out ./R1",
+    ),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="reshard")
 def main() -> None:
-    """Place the experts of a MoE checkpoint on EP ranks, without changing the model's answers."""
+    """Place the experts of a MoE checkpoint on EP ranks, without changing the model's answers.
+
+    Shells complete commands, options and paths after this line, which your ~/.bashrc can hold (for zsh and fish, put
+    their names in the place of bash):
+
+    \b
+      eval "$(_RESHARD_COMPLETE=bash_source reshard)"
+    """
     gc.set_threshold(GC_THRESHOLD)
 
 
-@main.command("zigzag")
+@main.command(
+    "zigzag",
+    cls=Command,
+    examples=(
+        "reshard zigzag --src ./DeepSeek-R1 --ep 8 --out ./R1-zz --dry-run",
+        "reshard zigzag --src ./DeepSeek-R1 --ep 8 --out ./R1-zz",
+        "reshard zigzag --src ./DeepSeek-R1 --ep 16 -o ./R1-zz16 --layout source",
+    ),
+)
 @writing_options
 def zigzag_command(src: str, ep: int, out: Path, **options: Any) -> None:
     """Write SRC to OUT with its experts dealt round-robin.
@@ -91,7 +109,15 @@ def zigzag_command(src: str, ep: int, out: Path, **options: Any) -> None:
     _rewrite(src, Zigzag(ep), out, _WritingOptions(**options))
 
 
-@main.command("place")
+@main.command(
+    "place",
+    cls=Command,
+    examples=(
+        "reshard place --src ./DeepSeek-R1 --ep 8 --strategy balanced \\\n      --trace ./trace --out ./R1-balanced",
+        "reshard place --src ./DeepSeek-R1 --ep 16 --strategy node-zigzag --nodes 2 \\\n      --out ./R1-nodes",
+        "reshard place --src ./DeepSeek-R1 --ep 8 --strategy file --map ./map.json \\\n      --out ./R1-mine",
+    ),
+)
 @click.option(
     "--strategy",
     required=True,
@@ -106,8 +132,8 @@ def place_command(src: str, ep: int, out: Path, strategy: str, placing: Options,
 
     Rerun the command to resume, even after a power cut. SRC is never written to.
     """
-    silent = options["quiet"] or options["as_json"]
-    _rewrite(src, make_strategy(strategy, placing, silent)(ep), out, _WritingOptions(**options))
+    make = make_strategy(strategy, ep, placing, options["printing"].silent)
+    _rewrite(src, make(ep), out, _WritingOptions(**options))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +149,14 @@ class _WritingOptions:
     workers: int | None
     dry_run: bool
     restart: bool
-    quiet: bool
-    as_json: bool
+    printing: Printing
 
 
 def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) -> None:
     resharding = plan_placement(
         src,
-        strategy,
         out,
+        strategy,
         layout=options.layout,
         max_shard_size=options.max_shard_size,
         reflink=options.reflink,
@@ -140,56 +165,73 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         check_source=options.check_source,
         restart=options.restart,
     )
+    printing = options.printing
     if options.dry_run:
         room, shareable = room_for(resharding, out, restart=options.restart), shareable_size(resharding.plan)
-        report = {**plan_json(resharding, out), "shareable": shareable, "needed": room.needed, "free": room.free}
-        print_report(report, describe_plan(resharding, out, shareable, room), options.quiet, options.as_json)
-        room.check(out)
+        report = plan_report(resharding, out, shareable, room)
+        print_report(report, describe_plan(resharding, out, shareable, room), printing, planned_files(resharding))
+        try:
+            room.check(out)
+        except OutputError as error:
+            fail(str(error), 1)  # the report has said it in JSON
         return
-    if checks := [] if options.quiet else describe_checks(resharding):
-        click.echo("\n".join(checks), err=True)
-    with bar(strategy.name, resharding.work, options.quiet or options.as_json) as progress:
+    if checks := [] if printing.quiet else describe_checks(resharding):
+        echo(checks, err=True)
+    with bar(strategy.name, resharding.work, printing.silent) as progress:
         outcome = write_resharding(resharding, out, restart=options.restart, workers=options.workers, progress=progress)
-    report = {**plan_json(resharding, out), **outcome_json(outcome), "serve": serve_command(out, resharding.ep_size)}
-    print_report(report, describe_outcome(resharding, outcome), options.quiet, options.as_json)
+    report = writing_report(resharding, outcome, serve_command(out, resharding.ep_size))
+    print_report(report, describe_outcome(resharding, outcome), printing, outcome.files)
 
 
-@main.command("verify")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--src", help="Also compare every tensor and router with SRC, the checkpoint that OUT was made from.")
+@main.command(
+    "verify",
+    cls=Command,
+    examples=(
+        "reshard verify ./R1-zz",
+        "reshard verify ./R1-zz --src ./DeepSeek-R1",
+        "reshard verify ./R1-zz --quick",
+    ),
+)
+@resharded_argument
+@click.option(
+    "--src",
+    metavar="SRC",
+    type=Source(),
+    help="Also compare every tensor and router with SRC, the checkpoint that it was made from.",
+)
 @click.option("--quick", is_flag=True, help="Check only sizes, headers, index and configs.")
 @allow_holes_option
 @workers_option
-@quiet_option
-@json_option
+@printing_options
 def verify_command(
-    out: Path, src: str | None, quick: bool, allow_holes: bool, workers: int | None, quiet: bool, as_json: bool
+    resharded: Path, src: str | None, quick: bool, allow_holes: bool, workers: int | None, printing: Printing
 ) -> None:
-    """Check every file and tensor of OUT against its manifest."""
+    """Check every file and tensor of an output against its manifest.
+
+    DIRECTORY is what zigzag, place or stage wrote.
+    """
     if quick and src is not None:
         raise click.UsageError("--quick reads no tensors: leave it out to compare with --src")
-    manifest = read_manifest(out)
+    manifest = read_manifest(resharded)
     total = sum(record.size for record in manifest.expected_files)
     if src is not None:
         total += sum(record.size for record in manifest.expected_files if record.tensors)
-    with bar("verify", total, quiet or as_json) as progress:
-        verification = verify(out, src, quick=quick, allow_holes=allow_holes, workers=workers, progress=progress)
-    report = {**asdict(verification), "out": str(out), "sound": not verification.problems}
-    silent = quiet and not verification.problems
-    print_report(report, describe_verification(verification, src, quick), silent, as_json)
-    if count := len(verification.problems):
-        fail(f"{out}: {count} problem{'s' * (count > 1)} found; see the standard output", 1)
+    with bar("verify", total, printing.silent) as progress:
+        found = verify(resharded, src, quick=quick, allow_holes=allow_holes, workers=workers, progress=progress)
+    shown = replace(printing, quiet=printing.quiet and found.ok)
+    print_report(verification_report(found), describe_verification(found, src, quick), shown, found.files)
+    if count := len(found.problems):
+        fail(f"{resharded}: {count} problem{'s' * (count > 1)} found; see the standard output", 1)
 
 
-@main.command("stage")
-@click.argument("resharded", metavar="OUT", type=click.Path(path_type=Path))
+@main.command("stage", cls=Command, examples=("reshard stage ./R1-zz --ranks 0-3 --out ./node0/R1-zz",))
+@resharded_argument
 @click.option("--ranks", required=True, callback=parse_ranks, help="EP ranks of the node, like 0-7 or 0-3,6.")
 @out_option
 @reflink_option
 @workers_option
 @restart_option
-@quiet_option
-@json_option
+@printing_options
 def stage_command(
     resharded: Path,
     ranks: tuple[int, ...],
@@ -197,43 +239,41 @@ def stage_command(
     reflink: Reflink,
     workers: int | None,
     restart: bool,
-    quiet: bool,
-    as_json: bool,
+    printing: Printing,
 ) -> None:
-    """Copy the files that one node needs from the output OUT.
+    """Copy the files that one node needs from an output.
 
-    These are the files of the node's EP ranks, and those that every rank needs. Rerun the command to resume, even after
+    DIRECTORY is what zigzag or place wrote. The files are those of the node's EP ranks, and those that every rank
+    needs. Rerun the command to resume, even after
     a power cut.
     """
-    staging = plan_stage(resharded, ranks, out, reflink=reflink)
-    with bar("stage", staging.plan.size, quiet or as_json) as progress:
+    staging = plan_stage(resharded, out, ranks, reflink=reflink)
+    with bar("stage", staging.plan.size, printing.silent) as progress:
         outcome = write_staging(staging, out, restart=restart, workers=workers, progress=progress)
-    report = {**outcome_json(outcome), "staged_ranks": staging.manifest.staged_ranks, "notes": staging.notes}
-    print_report(report, describe_staging(staging, outcome), quiet, as_json)
+    report = staging_report(resharded, staging, outcome)
+    print_report(report, describe_staging(staging, outcome), printing, outcome.files)
 
 
-@main.command("restore")
-@click.argument("resharded", metavar="OUT", type=click.Path(path_type=Path))
+@main.command("restore", cls=Command, examples=("reshard restore ./R1-zz --out ./R1",))
+@resharded_argument
 @out_option
 @reflink_option
 @workers_option
 @restart_option
-@quiet_option
-@json_option
+@printing_options
 def restore_command(
-    resharded: Path, out: Path, reflink: Reflink, workers: int | None, restart: bool, quiet: bool, as_json: bool
+    resharded: Path, out: Path, reflink: Reflink, workers: int | None, restart: bool, printing: Printing
 ) -> None:
-    """Rebuild the source of the output OUT, every file byte-identical.
+    """Rebuild the source of an output, every file byte-identical.
 
-    Rerun the command to resume, even after a power cut.
+    DIRECTORY is what zigzag or place wrote. Rerun the command to resume, even after a power cut.
     """
     source = read_manifest(resharded).source
     total = sum(file.size for file in source.files if file.name not in (INDEX, CONFIG))
-    with bar("restore", total, quiet or as_json) as progress:
+    with bar("restore", total, printing.silent) as progress:
         outcome = restore(resharded, out, reflink=reflink, restart=restart, workers=workers, progress=progress)
-    done = describe_restoring(outcome, resharded)
-    done += [f"note: the output never had {name} of the source" for name in source.left_out]
-    print_report(outcome_json(outcome), done, quiet, as_json)
+    report = restoring_report(resharded, source, outcome)
+    print_report(report, describe_restoring(outcome, resharded, source), printing, outcome.files)
 
 
 for _command in (inspect_command, analyze_command, export_command, trace_group):

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from ..arguments import parse_size
 from ..errors import OutputError
 from ..placement.steps import DEFAULT_MIX, Step, describe_mix, parse_mix
 from ..placement.strategies import STRATEGIES, Options, Strategy
@@ -19,16 +21,46 @@ from ..plan.files import Digests
 from ..plan.sharing import REFLINK
 from ..record.manifest import LAYOUTS
 from .progress import layer_bar
+from .render import Printing
 
-SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+EMPTY = "is empty; for the current directory, write ."
 
 
-def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    """A number of bytes such as 5GB (GB is 10^9) or 4GiB (GiB is 2^30)."""
-    match = re.fullmatch(r"([0-9]{1,15})\s*([A-Za-z]*)", value.strip())
-    if not match or match[2].upper() not in SIZE_UNITS or int(match[1]) == 0:
-        raise click.BadParameter(f"{value!r} is not a size; write it like 5GB, 500MB or 4GiB", ctx, param)
-    return int(match[1]) * SIZE_UNITS[match[2].upper()]
+class Directory(click.Path):
+    """A directory, which shells complete. The command itself says what is wrong with it."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse "", which would mean the current directory."""
+        return self.fail(EMPTY, param, ctx) if value == "" else super().convert(value, param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Let the shell complete directories."""
+        return [CompletionItem(incomplete, type="dir")]
+
+
+class Source(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3 only
+    """A directory, which shells complete, or the id of a repository."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Refuse "", which would mean the current directory."""
+        return self.fail(EMPTY, param, ctx) if value == "" else value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Let the shell complete directories."""
+        return [CompletionItem(incomplete, type="dir")]
+
+
+def read_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    """A number of bytes such as 5GB, 0.5G or 4GiB."""
+    try:
+        return parse_size(value, "it")
+    except OutputError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
 
 
 def parse_ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -50,7 +82,6 @@ def parse_batch_mix(ctx: click.Context, param: click.Parameter, value: str | Non
         raise click.BadParameter(str(error), ctx, param) from error
 
 
-quiet_option = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 workers_option = click.option(
     "--workers", type=click.IntRange(1, 1024), help="Number of threads.  [default: one per processor, at most 8]"
@@ -66,15 +97,22 @@ restart_option = click.option(
     "--restart", is_flag=True, help="Discard what an interrupted run left, or what this command wrote, and start over."
 )
 out_option = click.option(
+    "-o",
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    metavar="OUT",
+    type=Directory(),
     help="Directory to write; must be absent or empty, or hold an interrupted or finished run of the same command.",
 )
+resharded_argument = click.argument("resharded", metavar="DIRECTORY", type=Directory())
 
 
 source_option = click.option(
-    "--src", required=True, help="Checkpoint directory, or a repository id in the Hugging Face cache."
+    "--src",
+    required=True,
+    metavar="SRC",
+    type=Source(),
+    help="Checkpoint directory, or a repository id in the Hugging Face cache.",
 )
 layout_option = click.option(
     "--layout",
@@ -85,17 +123,19 @@ layout_option = click.option(
 )
 max_shard_size_option = click.option(
     "--max-shard-size",
+    metavar="SIZE",
     default="5GB",
     show_default=True,
-    callback=parse_size,
-    help="Maximum size of the tensors in a file, with --layout ranks.",
+    callback=read_size,
+    help="Maximum size of the tensors in a file, with --layout ranks: 5GB, 0.5G, 4GiB; at least 1KB.",
 )
 digests_option = click.option(
     "--digests",
     type=click.Choice([digests.value for digests in Digests]),
     help="Which tensors to checksum: all, or only copied ones.  [default: all; copied with --layout source]",
 )
-ep_option = click.option("--ep", required=True, type=int, help="Number of EP ranks to serve on.")
+EP_SIZE = click.IntRange(min=2)
+ep_option = click.option("--ep", required=True, type=EP_SIZE, metavar="R", help="Number of EP ranks to serve on.")
 allow_holes_option = click.option(
     "--allow-holes",
     is_flag=True,
@@ -108,7 +148,10 @@ check_source_option = click.option(
     "while copying, with --layout source; otherwise in a read of its own, before anything is written.",
 )
 dry_run_option = click.option(
-    "--dry-run", is_flag=True, help="Print the plan and write nothing; fail where the run would fail before it writes."
+    "-n",
+    "--dry-run",
+    is_flag=True,
+    help="Print the plan and write nothing; fail where the run would fail before it writes.",
 )
 
 
@@ -148,7 +191,7 @@ def strategy_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--trace",
-            type=click.Path(path_type=Path),
+            type=Directory(),
             help="Directory of recorded routing, for balanced; see reshard trace --help.",
         ),
         click.option(
@@ -161,10 +204,10 @@ def strategy_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_options
 
 
-def make_strategy(name: str, options: Options, silent: bool) -> Callable[[int], Strategy]:
-    """A function that makes the strategy `name` for a number of EP ranks.
+def make_strategy(name: str, ep_size: int | None, options: Options, silent: bool) -> Callable[[int], Strategy]:
+    """A function that makes the strategy `name` for a number of EP ranks, which is `ep_size` if that is given.
 
-    UsageError if an option that it needs is absent, or one that it does not take is given.
+    UsageError if an option that it needs is absent, one that it does not take is given, or nodes do not divide ranks.
     """
     offer = STRATEGIES[name]
     for option in ("nodes", "trace", "map", "gpu", "mix"):
@@ -174,7 +217,14 @@ def make_strategy(name: str, options: Options, silent: bool) -> Callable[[int], 
             raise click.UsageError(f"--strategy {name} needs {flag}")
         if given and option not in (*offer.needs, *offer.takes):
             raise click.UsageError(f"{flag} does not go with --strategy {name}")
+    check_nodes(options.nodes, ep_size)
     return lambda ep_size: offer.make(ep_size, replace(options, progress=layer_bar(silent)))
+
+
+def check_nodes(nodes: int | None, ep_size: int | None) -> None:
+    """UsageError unless each of the `nodes` holds equally many of the `ep_size` ranks."""
+    if nodes is not None and ep_size is not None and ep_size % nodes:
+        raise click.UsageError(f"--nodes must divide the {ep_size} EP ranks of --ep, found {nodes}")
 
 
 def writing_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -193,6 +243,25 @@ def writing_options(command: Callable[..., None]) -> Callable[..., None]:
         dry_run_option,
         restart_option,
     )
-    for option in reversed((*options, quiet_option, json_option)):
+    command = printing_options(command)
+    for option in reversed(options):
         command = option(command)
     return command
+
+
+def printing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say what is printed; the command receives them as `printing`."""
+
+    @functools.wraps(command)
+    def with_options(quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
+        if quiet and verbose:
+            raise click.UsageError("--quiet does not go with --verbose")
+        command(printing=Printing(quiet, verbose, as_json), **options)
+
+    for option in (
+        json_option,
+        click.option("-v", "--verbose", is_flag=True, help="Also list the files."),
+        click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+    ):
+        with_options = option(with_options)
+    return with_options

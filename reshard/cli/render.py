@@ -1,12 +1,13 @@
-"""What commands print: reports as text and as JSON. Decides nothing."""
+"""What commands print as text. Decides nothing."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
@@ -15,78 +16,66 @@ from ..commands.resharding import Resharding
 from ..commands.serving import serve_command
 from ..commands.stage import Staging
 from ..commands.verify import Verification
-from ..execute.destination import free_space
 from ..execute.ready import Room
 from ..execute.run import Outcome
 from ..model.routing import why_plugin
 from ..placement.permutations import describe_ranks
 from ..placement.strategies import Linear
+from ..record.manifest import FileSummary, Source
 from ..traffic.analysis import Analysis
+from .reports import Report, print_json
+from .terminal import ERROR, Whole, echo
 
 MAX_LINE = 1600  # characters of an error message
 QUICKLY_CHECKED = "its sizes, headers, index and configs are right, and no tensor was read; --restart writes it anew"
 
 
-def print_report(report: dict[str, Any], lines: list[str], quiet: bool, as_json: bool) -> None:
-    """Print `report` as JSON, or `lines` as text, or nothing."""
-    if as_json:
-        click.echo(json.dumps(report, indent=2, default=str))
-    elif not quiet:
-        click.echo("\n".join(lines))
+@dataclass(frozen=True, slots=True)
+class Printing:
+    """What the user wants to see."""
+
+    quiet: bool = False
+    verbose: bool = False
+    as_json: bool = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing but the result may be printed."""
+        return self.quiet or self.as_json
+
+
+def print_report(report: Report, lines: list[str], printing: Printing, files: Iterable[FileSummary] = ()) -> None:
+    """Print `report` as JSON, or `lines` as text, or nothing. Before verbose text comes a line for each of `files`."""
+    if printing.as_json:
+        print_json(_command_name(click.get_current_context()), report)
+    elif not printing.quiet:
+        echo([*(describe_files(files) if printing.verbose else ()), *lines])
+
+
+def _command_name(ctx: click.Context) -> str:
+    """The name of the command without that of the program, such as "trace info"."""
+    above = ctx.parent
+    return str(ctx.info_name) if above is None or above.parent is None else f"{_command_name(above)} {ctx.info_name}"
 
 
 def fail(message: str, status: int) -> NoReturn:
     """Print `message` as one printable line of bounded length, whatever names it quotes, and exit."""
-    click.echo(f"reshard: error: {_one_line(message)}", err=True)
+    echo([f"{ERROR} {one_line(message)}"], err=True)
     sys.exit(status)
 
 
-def _one_line(message: str) -> str:
+def describe_files(files: Iterable[FileSummary]) -> list[str]:
+    """A line for each file."""
+    return [
+        f"{bytes_text(file.size):>10}  {'' if file.rank is None else f'rank {file.rank}':8}  {one_line(file.name)}"
+        for file in files
+    ]
+
+
+def one_line(message: str) -> str:
+    """`message` as one printable line of at most about MAX_LINE characters."""
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(message.split()))
     return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} […] {line[-MAX_LINE // 2 :]}"
-
-
-def plan_json(resharding: Resharding, out: Path) -> dict[str, Any]:
-    """A plan as `--json` prints it."""
-    return {
-        "src": str(resharding.checkpoint.root),
-        "out": str(out),
-        "strategy": resharding.strategy,
-        "layout": resharding.layout,
-        "ep_size": resharding.ep_size,
-        "family": resharding.model.family.name,
-        "moe_layers": len(resharding.model.layers),
-        "num_experts": resharding.model.routing.num_experts,
-        "plugin_required": resharding.contract is not None,
-        "notes": resharding.notes,
-        "checksums": {"known": len(resharding.checksums), "read_first": resharding.read_first},
-        "size": resharding.plan.size,
-        "why_not_shared": resharding.plan.sharing.why_not or None,
-        "free": free_space(out),
-        "files": [
-            {
-                "name": file.name,
-                "size": file.size,
-                "rank": file.rank,
-                "tensors": sum(p.tensor is not None for p in file.parts),
-            }
-            for file in resharding.plan.files
-        ],
-    }
-
-
-def outcome_json(outcome: Outcome) -> dict[str, Any]:
-    """The outcome of a run as `--json` prints it. `size` is in bytes."""
-    return {
-        "out": str(outcome.out),
-        "size": outcome.size,
-        "shared": None if outcome.already_complete else outcome.shared,
-        "undigested_tensors": outcome.undigested,
-        "seconds": round(outcome.seconds, 3),
-        "resumed_files": outcome.resumed,
-        "already_complete": outcome.already_complete,
-        "file_system_notes": outcome.notes,
-    }
 
 
 def describe_serving(analysis: Analysis) -> list[str]:
@@ -95,7 +84,7 @@ def describe_serving(analysis: Analysis) -> list[str]:
     if not commands:
         return []
     lines = ["", "To serve the original placed, with nothing rewritten:"]
-    return [*lines, *(f"  {name:14}{command}" for name, command in commands)]
+    return [*lines, *(Whole(f"  {name:14}{command}") for name, command in commands)]
 
 
 def describe_plan(resharding: Resharding, out: Path, shareable: int, room: Room) -> list[str]:
@@ -159,7 +148,7 @@ def describe_outcome(resharding: Resharding, outcome: Outcome) -> list[str]:
     return [
         *_describe_model(resharding),
         *_done_lines(outcome, "wrote", root, QUICKLY_CHECKED),
-        f"check it:  reshard verify {shlex.quote(str(outcome.out))} --src {shlex.quote(str(root))}",
+        Whole(f"check it:  reshard verify {shlex.quote(str(outcome.out))} --src {shlex.quote(str(root))}"),
         _serve_line(resharding, outcome.out),
     ]
 
@@ -171,18 +160,19 @@ def describe_staging(staging: Staging, outcome: Outcome) -> list[str]:
     return [
         *(f"note: {note}" for note in staging.notes),
         *_done_lines(outcome, f"staged {what}".rstrip(), staging.plan.source, QUICKLY_CHECKED),
-        f"check it:  reshard verify {shlex.quote(str(outcome.out))}",
+        Whole(f"check it:  reshard verify {shlex.quote(str(outcome.out))}"),
     ]
 
 
-def describe_restoring(outcome: Outcome, resharded: Path) -> list[str]:
-    """The lines of `restore`."""
-    return _done_lines(outcome, "restored", resharded, "every byte is what restore would write")
+def describe_restoring(outcome: Outcome, resharded: Path, source: Source) -> list[str]:
+    """The lines of `restore`, which had the record `source` of what it restored."""
+    lines = _done_lines(outcome, "restored", resharded, "every byte is what restore would write")
+    return [*lines, *(f"note: the output never had {name} of the source" for name in source.left_out)]
 
 
 def _done_lines(outcome: Outcome, done: str, source: Path, checked: str) -> list[str]:
     """What a run wrote, and what it resumed, shared and noted; or that all was there, and what was `checked`."""
-    what = f"{outcome.files} files, {bytes_text(outcome.size)}"
+    what = f"{len(outcome.files)} files, {bytes_text(outcome.size)}"
     if outcome.already_complete:
         return [f"already complete: {outcome.out} has all {what}; {checked}; nothing was written"]
     resumed = f"resumed an interrupted run: {outcome.resumed} files were already complete"
@@ -196,7 +186,7 @@ def _done_lines(outcome: Outcome, done: str, source: Path, checked: str) -> list
 
 def _serve_line(resharding: Resharding, out: Path) -> str:
     where = " where reshard is installed beside vLLM" if resharding.contract else ""
-    return f"serve it{where}:  {serve_command(out, resharding.ep_size)}"
+    return Whole(f"serve it{where}:  {serve_command(out, resharding.ep_size)}")
 
 
 def _sharing_lines(outcome: Outcome, source: Path) -> list[str]:
@@ -213,24 +203,24 @@ def _sharing_lines(outcome: Outcome, source: Path) -> list[str]:
     return lines
 
 
-def describe_export(exported: Export, out: Path | None) -> str:
-    """The line of `export`."""
+def describe_export(exported: Export, out: Path | None) -> list[str]:
+    """The lines of `export`."""
     use = exported.use.replace("{file}", str(out) if out else "FILE")
-    return (
+    return [
         f"{exported.strategy} for {exported.ep_size} EP ranks, {len(exported.moe_layers)} MoE layers of "
-        f"{exported.num_experts} experts, for {exported.engine}; serve the original, "
-        f"{exported.original}, with:  {use}"
-    )
+        f"{exported.num_experts} experts, for {exported.engine}",
+        Whole(f"serve the original, {exported.original}, with:  {use}"),
+    ]
 
 
 def describe_verification(verification: Verification, src: str | None, quick: bool) -> list[str]:
     """The lines of `verify`."""
     lines = [
-        f"{verification.out}: checked {verification.files} files and {verification.tensors} tensors, read "
+        f"{verification.path}: checked {len(verification.files)} files and {verification.tensors} tensors, read "
         f"{bytes_text(verification.size)} in {time_text(verification.seconds)}"
     ]
     if verification.problems:
-        return [*lines, *(f"problem: {_one_line(problem)}" for problem in verification.problems)]
+        return [*lines, *(f"problem: {one_line(problem)}" for problem in verification.problems)]
     if quick:
         lines.append("sizes, headers, index and configs are what was written; no tensor was read")
     elif verification.unread and verification.routers is None:

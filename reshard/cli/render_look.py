@@ -7,6 +7,7 @@ from ..commands.serving import serve_command
 from ..commands.trace_info import TraceInfo
 from ..placement.permutations import describe_ranks
 from .render import bytes_text
+from .terminal import Whole
 
 
 def describe_inspection(inspection: Inspection) -> list[str]:
@@ -23,7 +24,7 @@ def describe_inspection(inspection: Inspection) -> list[str]:
         f"({inspection.model_type})",
         f"  MoE layers   {len(layers)}: {layers[0]} … {layers[-1]}",
         f"  routing      {inspection.num_experts} experts, top {inspection.top_k}, {inspection.scoring}{groups}",
-        f"  tensors      {inspection.tensors} in {inspection.files} files, {bytes_text(inspection.size)}",
+        f"  tensors      {inspection.tensors} in {len(inspection.files)} files, {bytes_text(inspection.size)}",
         f"    experts    {bytes_text(inspection.expert_size)}",
         f"    routers    {bytes_text(inspection.router_size)}",
         f"    the rest   {bytes_text(rest)}",
@@ -42,7 +43,7 @@ def describe_inspection(inspection: Inspection) -> list[str]:
         lines.append(f"    {rank.rank:4}   {bytes_text(rank.size):>12}   {experts}")
     if not inspection.resharded:
         command = serve_command(inspection.path, inspection.ep_size, inspection.strategy)
-        lines.append(f"  serve it so, with nothing rewritten:  {command}")
+        lines.append(Whole(f"  serve it so, with nothing rewritten:  {command}"))
     return lines
 
 

@@ -17,7 +17,7 @@ from ..execute.journal import read_journal
 from ..execute.run import Outcome
 from ..placement.permutations import Placement
 from ..placement.strategies import MoeShape, Placed, check_placement
-from ..record.manifest import MANIFEST, Manifest, encode_manifest, read_manifest
+from ..record.manifest import MANIFEST, FileSummary, Manifest, encode_manifest, read_manifest
 from .verify import verify
 
 
@@ -46,15 +46,16 @@ def already_complete(out: Path, manifest: Manifest, workers: int | None) -> Outc
     if problems := verify(out, quick=True, workers=workers).problems:
         raise OutputError(f"{out}: holds this output, but not sound: {problems[0]}; add --restart to write it anew")
     records = manifest.expected_files
+    files = (*(record.summary for record in records), FileSummary(MANIFEST, (out / MANIFEST).stat().st_size))
     return Outcome(
         out=out,
-        files=len(records) + 1,
-        size=sum(record.size for record in records) + (out / MANIFEST).stat().st_size,
+        files=files,
+        size=sum(file.size for file in files),
         shared=0,
         why_not_shared="",
         undigested=sum(list(record.tensors.values()).count(None) for record in records),
         seconds=time.monotonic() - started,
-        resumed=len(records) + 1,
+        resumed=len(files),
         already_complete=True,
     )
 

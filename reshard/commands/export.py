@@ -101,9 +101,9 @@ def export(
     )
 
 
-def write_export(exported: Export, out: Path) -> None:
+def write_export(exported: Export, out: str | Path) -> None:
     """Write the file. OutputError if `out` exists, or has a name that the engine would not read."""
-    suffix = FORMATS[exported.format].suffix
+    out, suffix = Path(out), FORMATS[exported.format].suffix
     if not out.name.endswith(suffix):
         raise OutputError(f"{out}: {exported.engine} only reads a file whose name ends in {suffix}; rename it")
     write_new_file(out, exported.content)

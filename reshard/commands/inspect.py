@@ -14,7 +14,7 @@ from ..model.names import Kind, kind_of, parse_expert_name
 from ..model.routing import Routing, why_plugin
 from ..placement.permutations import Placement, invert, rank_slots
 from ..placement.strategies import Placed, Zigzag
-from ..record.manifest import read_manifest, unpack
+from ..record.manifest import FileSummary, read_manifest, unpack
 from .original import Original, check_ep_size, is_output, read_original, refuse_unfinished
 from .resharding import plan_resharding
 
@@ -30,7 +30,8 @@ class RankShare:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What `inspect` found. Sizes are bytes of the source's tensors: of all, of experts, of routers.
+    """What `inspect` found. `files` are those that hold tensors. Sizes are bytes of the source's tensors: of all, of
+    experts, of routers.
 
     For an output, `strategy`, `ep_size` and `ranks` are its own. For a source, they are what `zigzag` would make of it
     for the requested `ep_size`, or None and empty without one. If `uniform`, every MoE layer has the same placement;
@@ -43,7 +44,7 @@ class Inspection:
     resharded: bool
     family: str
     model_type: str
-    files: int
+    files: tuple[FileSummary, ...]
     tensors: int
     moe_layers: tuple[str, ...]
     num_experts: int
@@ -85,7 +86,7 @@ class _Facts:
     routing: Routing
     layers: tuple[str, ...]
     tensors: tuple[Tensor, ...]
-    files: int
+    files: tuple[FileSummary, ...]
     placement: Placement
     strategy: str | None
     ep_size: int | None
@@ -108,7 +109,10 @@ def _of_original(original: Original, ep_size: int | None) -> Inspection:
             routing=model.routing,
             layers=original.shape.layers,
             tensors=tuple(checkpoint.tensors.values()),
-            files=len(checkpoint.shards),
+            files=tuple(
+                FileSummary(name, checkpoint.files[name].size, tensors=len(header.tensors))
+                for name, header in checkpoint.shards.items()
+            ),
             placement={} if placed is None else placed.placement,
             strategy=None if placed is None else Zigzag.name,
             ep_size=ep_size,
@@ -145,7 +149,7 @@ def _of_output(root: Path, ep_size: int | None) -> Inspection:
             routing=manifest.routing,
             layers=tuple(layer.name for layer in manifest.moe_layers),
             tensors=tuple(tensor for header in headers for tensor in header.tensors),
-            files=sum(1 for record in manifest.files if record.tensors),
+            files=tuple(record.summary for record in manifest.files if record.tensors),
             placement=manifest.placement,
             strategy=manifest.strategy,
             ep_size=manifest.ep_size,

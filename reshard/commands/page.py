@@ -11,15 +11,15 @@ from ..traffic.analysis import Analysis
 from ..traffic.page import render
 
 
-def refuse_page(out: Path, src: str | Path) -> None:
+def refuse_page(out: str | Path, src: str | Path) -> None:
     """OutputError if no page may be written to `out`, because it exists or lies in the checkpoint `src`."""
     root = find_source(src)
     folders = [str(found.relative_to(root)) for found in root.rglob("*") if found.is_dir()] if root.is_dir() else []
-    refuse_inside(out, root, folders, "--html")
-    refuse_existing(out)
+    refuse_inside(Path(out), root, folders, "--html")
+    refuse_existing(Path(out))
 
 
-def write_page(analysis: Analysis, out: Path) -> None:
+def write_page(analysis: Analysis, out: str | Path) -> None:
     """Write the page. Raises OutputError if `out` exists or lies in the checkpoint."""
     refuse_page(out, analysis.path)
-    write_new_file(out, render(analysis))
+    write_new_file(Path(out), render(analysis))

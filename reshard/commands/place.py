@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from ..arguments import as_path, parse_size
 from ..checkpoint.directory import CONFIG, INDEX
 from ..checkpoint.source import identify
 from ..errors import OutputError
@@ -27,11 +27,11 @@ from .resharding import DEFAULT_MAX_SHARD_SIZE, Resharding, Writing, manifest_of
 
 def plan_placement(
     src: str | Path,
-    strategy: Strategy,
     out: str | Path,
+    strategy: Strategy,
     *,
     layout: Layout = "ranks",
-    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
+    max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
     reflink: Reflink = "auto",
     digests: Digests | None = None,
     allow_holes: bool = False,
@@ -42,11 +42,12 @@ def plan_placement(
 
     Parameters:
         src: a checkpoint directory, or the id of a repository in the Hugging Face cache
-        strategy: decides where experts go; its ep_size R is 2 to E and need not divide E
         out: absent, empty, an unfinished run or a finished one. This function checks whether it can share blocks with
             `src`, and takes from such a run a placement that the same options may not make again
+        strategy: decides where experts go; its ep_size R is 2 to E and need not divide E
         layout: "ranks" writes files by EP rank; "source" writes a file for each file of the source
-        max_shard_size: the most bytes of tensors in a file; with layout "source" files are as large as the source's
+        max_shard_size: the most bytes of tensors in a file, or a text such as 5GB, 0.5GB or 4GiB; at least 1KB. With
+            layout "source" files are as large as the source's
         reflink: "auto" shares disk blocks with the source if the file system can; "always" refuses if it cannot
         digests: which tensors to checksum; None for all, or with layout "source" for those that are copied
         allow_holes: take parts of tensors that were never written for the model's zeros
@@ -59,14 +60,16 @@ def plan_placement(
         OutputError: `strategy`, `max_shard_size` or `reflink` does not fit
 
     """
+    out_path = as_path(out, "out, the second argument,")
+    shard_size = parse_size(max_shard_size, "--max-shard-size")
     original = read_original(src)
     check_strategy(strategy, original)
     if not allow_holes:
         refuse_holes(original)
-    checkpoint, out_path = original.checkpoint, Path(out)
+    checkpoint = original.checkpoint
     writing = Writing(
         layout,
-        max_shard_size,
+        shard_size,
         find_sharing(original.root, checkpoint.shards, checkpoint.directories, out_path, reflink),
         (Digests.COPIED if layout == "source" else Digests.ALL) if digests is None else digests,
         check_source,
@@ -82,11 +85,11 @@ def plan_placement(
 
 def place(
     src: str | Path,
-    strategy: Strategy,
     out: str | Path,
+    strategy: Strategy,
     *,
     layout: Layout = "ranks",
-    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
+    max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
     reflink: Reflink = "auto",
     digests: Digests | None = None,
     allow_holes: bool = False,
@@ -103,8 +106,8 @@ def place(
     """
     resharding = plan_placement(
         src,
-        strategy,
         out,
+        strategy,
         layout=layout,
         max_shard_size=max_shard_size,
         reflink=reflink,
@@ -113,23 +116,51 @@ def place(
         check_source=check_source,
         restart=restart,
     )
-    return write_resharding(resharding, Path(out), restart=restart, workers=workers, progress=progress)
+    return write_resharding(resharding, out, restart=restart, workers=workers, progress=progress)
 
 
-def zigzag(src: str | Path, ep_size: int, out: str | Path, **options: Any) -> Outcome:
+def zigzag(
+    src: str | Path,
+    out: str | Path,
+    ep_size: int,
+    *,
+    layout: Layout = "ranks",
+    max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
+    reflink: Reflink = "auto",
+    digests: Digests | None = None,
+    allow_holes: bool = False,
+    check_source: bool = False,
+    restart: bool = False,
+    workers: int | None = None,
+    progress: Progress = lambda written: None,
+) -> Outcome:
     """`place` with experts dealt round-robin to `ep_size` EP ranks."""
-    return place(src, Zigzag(ep_size), out, **options)
+    return place(
+        src,
+        out,
+        Zigzag(ep_size),
+        layout=layout,
+        max_shard_size=max_shard_size,
+        reflink=reflink,
+        digests=digests,
+        allow_holes=allow_holes,
+        check_source=check_source,
+        restart=restart,
+        workers=workers,
+        progress=progress,
+    )
 
 
 def write_resharding(
     resharding: Resharding,
-    out: Path,
+    out: str | Path,
     *,
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
 ) -> Outcome:
     """Carry out `resharding` in `out`: weights and small files, then the manifest, then the index and config.json."""
+    out = Path(out)
     finished = finished_output(out)
     if finished is not None and not restart:
         refuse_other(out, finished, manifest_of(resharding, finished.files))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from ..arguments import as_path
 from ..checkpoint.directory import CONFIG, INDEX
 from ..checkpoint.header import Header, Tensor, parse_header, read_header
 from ..errors import IntegrityError, OutputError, ReshardError
@@ -34,7 +35,7 @@ from ..plan.files import (
     whole_file,
 )
 from ..plan.sharing import Reflink
-from ..record.manifest import MANIFEST, FileRecord, Manifest, SourceFile, find_files, read_manifest, unpack
+from ..record.manifest import MANIFEST, FileRecord, FileSummary, Manifest, SourceFile, find_files, read_manifest, unpack
 from .compare import compare_files, compare_tensors
 from .original import read_original
 
@@ -59,7 +60,7 @@ def restore(
     and OutputError if `out` is refused or cannot be written.
     """
     started = time.monotonic()
-    root = Path(resharded)
+    root, out = as_path(resharded, "the output to restore from"), as_path(out, "out, the second argument,")
     manifest = read_manifest(root)
     if manifest.staged_ranks is not None:
         missing = describe_ranks(set(range(manifest.ep_size)) - set(manifest.staged_ranks))
@@ -73,7 +74,7 @@ def restore(
         source=root,
         source_files=restoration.source_files,
         headers=restoration.headers,
-        sharing=find_sharing(root, restoration.headers, manifest.source.directories, Path(out), reflink),
+        sharing=find_sharing(root, restoration.headers, manifest.source.directories, out, reflink),
         directories=tuple(manifest.source.directories),
         files=tuple(file for file in files if file not in last),
         last=tuple(file.name for file in last),
@@ -83,11 +84,11 @@ def restore(
         restoration.check(records)
         return last
 
-    if not restart and _has_all_files(Path(out), manifest):
-        _refuse_different(Path(out), root, manifest, workers, progress)
+    if not restart and _has_all_files(out, manifest):
+        _refuse_different(out, root, manifest, workers, progress)
         return Outcome(
-            out=Path(out),
-            files=len(files),
+            out=out,
+            files=tuple(FileSummary(file.name, file.size, file.rank, file.tensors) for file in files),
             size=sum(file.size for file in files),
             shared=0,
             why_not_shared="",
@@ -96,9 +97,9 @@ def restore(
             resumed=len(files),
             already_complete=True,
         )
-    refuse_out(plan, Path(out))
+    refuse_out(plan, out)
     restoration.check_rewritten()
-    return run(plan, Path(out), finish, restart=restart, workers=workers, progress=progress)
+    return run(plan, out, finish, restart=restart, workers=workers, progress=progress)
 
 
 def _has_all_files(out: Path, manifest: Manifest) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
-from ..arguments import check_whole
+from ..arguments import as_path, check_whole
 from ..checkpoint.directory import CONFIG, INDEX
 from ..checkpoint.header import Header, read_header
 from ..errors import IntegrityError, OutputError
@@ -43,13 +43,14 @@ class Staging:
     notes: tuple[str, ...]
 
 
-def plan_stage(out: str | Path, ranks: Iterable[int], dest: str | Path, *, reflink: Reflink = "auto") -> Staging:
-    """Decide what a node that holds the EP ranks `ranks` of the output `out` needs. Reads no weights, writes nothing.
+def plan_stage(resharded: str | Path, out: str | Path, ranks: Iterable[int], *, reflink: Reflink = "auto") -> Staging:
+    """Decide what a node that holds the EP ranks `ranks` of the output `resharded` needs. Reads no weights, writes
+    nothing.
 
-    Only checks whether `dest` can share blocks with `out`. Raises IntegrityError if `out` is damaged or incomplete, and
-    OutputError if it lacks one of `ranks` or blocks cannot be shared as `reflink` demands.
+    Only checks whether `out` can share blocks with `resharded`. Raises IntegrityError if `resharded` is damaged or
+    incomplete, and OutputError if it lacks one of `ranks` or blocks cannot be shared as `reflink` demands.
     """
-    root = Path(out)
+    root, out = as_path(resharded, "the output to stage"), as_path(out, "out, the second argument,")
     manifest = read_manifest(root)
     wanted = sorted(set(_checked_ranks(root, ranks)))
     _refuse_ranks(root, manifest, wanted)
@@ -61,7 +62,7 @@ def plan_stage(out: str | Path, ranks: Iterable[int], dest: str | Path, *, refli
         source=root,
         source_files=found,
         headers={name: header.raw for name, header in headers.items()},
-        sharing=find_sharing(root, headers, manifest.source.directories, Path(dest), reflink),
+        sharing=find_sharing(root, headers, manifest.source.directories, out, reflink),
         directories=tuple(manifest.source.directories),
         files=tuple(
             _copy_of(record, headers.get(record.name)) for record in records if record.name not in (INDEX, CONFIG)
@@ -78,45 +79,46 @@ def plan_stage(out: str | Path, ranks: Iterable[int], dest: str | Path, *, refli
 
 
 def stage(
+    resharded: str | Path,
     out: str | Path,
     ranks: Iterable[int],
-    dest: str | Path,
     *,
     reflink: Reflink = "auto",
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
 ) -> Outcome:
-    """Copy to `dest` what a node that holds the EP ranks `ranks` of the output `out` needs.
+    """Copy to `out` what a node that holds the EP ranks `ranks` of the output `resharded` needs.
 
     Call it again to resume after an interruption; if all is done, that is checked quickly and said. `restart` starts
     over, also if all is done. Calls `progress` with the number of bytes just done. Shares disk blocks if the file
-    system can and `reflink` allows it. `out` may itself be staged, if it has `ranks`.
+    system can and `reflink` allows it. `resharded` may itself be staged, if it has `ranks`.
 
     Raises:
-        IntegrityError: `out` is damaged or incomplete; `dest` then holds nothing loadable
-        OutputError: `out` lacks one of `ranks`; `dest` is refused, has no room, or cannot be written
-        CheckpointError: a file of `out` cannot be read, or changed while it was read
+        IntegrityError: `resharded` is damaged or incomplete; `out` then holds nothing loadable
+        OutputError: `resharded` lacks one of `ranks`; `out` is refused, has no room, or cannot be written
+        CheckpointError: a file of `resharded` cannot be read, or changed while it was read
 
     """
-    staging = plan_stage(out, ranks, dest, reflink=reflink)
-    return write_staging(staging, Path(dest), restart=restart, workers=workers, progress=progress)
+    staging = plan_stage(resharded, out, ranks, reflink=reflink)
+    return write_staging(staging, out, restart=restart, workers=workers, progress=progress)
 
 
 def write_staging(
     staging: Staging,
-    dest: Path,
+    out: str | Path,
     *,
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
 ) -> Outcome:
-    """Carry out `staging` in `dest`: weights and small files, then the manifest, then the index and config.json."""
-    finished = finished_output(dest)
+    """Carry out `staging` in `out`: weights and small files, then the manifest, then the index and config.json."""
+    out = Path(out)
+    finished = finished_output(out)
     if finished is not None:
-        refuse_other(dest, finished, staging.manifest)
+        refuse_other(out, finished, staging.manifest)
         if not restart:
-            return already_complete(dest, finished, workers)
+            return already_complete(out, finished, workers)
 
     def finish(copied: list[FileRecord]) -> list[OutputFile]:
         _refuse_damaged(staging, copied)
@@ -125,7 +127,7 @@ def write_staging(
         return [literal_file(MANIFEST, manifest), index, config]
 
     replaced = None if finished is None else names_of(finished)
-    return run(staging.plan, dest, finish, restart=restart, replaced=replaced, workers=workers, progress=progress)
+    return run(staging.plan, out, finish, restart=restart, replaced=replaced, workers=workers, progress=progress)
 
 
 def _checked_ranks(root: Path, ranks: Iterable[int]) -> Iterator[int]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
+from ..arguments import as_path
 from ..checkpoint.directory import CONFIG, File, read_checkpoint
 from ..checkpoint.header import read_header
 from ..errors import CheckpointError, OutputError
@@ -27,7 +28,7 @@ from ..model.names import parse_expert_name
 from ..model.routing import routing_section
 from ..placement.contract import CONTRACT_KEY, LOCKED_GROUPS, Contract, unlock_config
 from ..placement.permutations import rank_slots
-from ..record.manifest import MANIFEST, FileRecord, Manifest, read_manifest
+from ..record.manifest import MANIFEST, FileRecord, FileSummary, Manifest, read_manifest
 from .compare import RouterComparison, compare_files, compare_routers, compare_tensors
 from .original import read_original, refuse_holes
 
@@ -36,14 +37,14 @@ MAX_SMALL_FILE = 64 << 20  # bytes; `quick` reads no larger file
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was checked, and every problem found, a sentence each.
+    """What was checked in the output `path`, and every problem found, a sentence each.
 
-    `unread` of the `tensors` were not read: they have no digest, or `quick` skipped them. `size` is the bytes read.
-    `staged_ranks` is None for a whole output.
+    `files` are those that were checked, as the manifest has them. `unread` of the `tensors` were not read: they have no
+    digest, or `quick` skipped them. `size` is the bytes read. `staged_ranks` is None for a whole output.
     """
 
-    out: Path
-    files: int
+    path: Path
+    files: tuple[FileSummary, ...]
     tensors: int
     unread: int
     size: int
@@ -52,9 +53,14 @@ class Verification:
     routers: RouterComparison | None
     problems: tuple[str, ...]
 
+    @property
+    def ok(self) -> bool:
+        """Whether no problem was found."""
+        return not self.problems
+
 
 def verify(
-    out: str | Path,
+    resharded: str | Path,
     src: str | Path | None = None,
     *,
     quick: bool = False,
@@ -62,7 +68,7 @@ def verify(
     workers: int | None = None,
     progress: Progress = lambda read: None,
 ) -> Verification:
-    """Check the output directory `out` against its manifest, and with `src` against the checkpoint it was made from.
+    """Check the output `resharded` against its manifest, and with `src` against the checkpoint that it was made from.
 
     With `quick`, reads no tensors and no large files: only sizes, headers, the index and the configs. With
     `allow_holes`, parts of the tensors of `src` that were never written count as the model's zeros.
@@ -73,7 +79,7 @@ def verify(
     output.
     """
     started = time.monotonic()
-    root = Path(out)
+    root = as_path(resharded, "the output to verify")
     manifest = read_manifest(root)
     records = _records(root, manifest)
     source = None if src is None else read_original(src)
@@ -103,8 +109,8 @@ def verify(
                 problems += routers.problems
     digests = [digest for record in records for digest in record.tensors.values()]
     return Verification(
-        out=root,
-        files=len(records) + 1,
+        path=root,
+        files=(*(record.summary for record in records), FileSummary(MANIFEST, (root / MANIFEST).stat().st_size)),
         tensors=len(digests),
         unread=len(digests) if quick else digests.count(None),
         size=bytes_read,

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ..arguments import check_whole
 from ..plan.files import OutputFile, Plan, checksums_of, fingerprint
-from ..record.manifest import FileRecord
+from ..record.manifest import FileRecord, FileSummary
 from .checksums import check_sources
 from .destination import make_directory
 from .fill import Progress, write_file
@@ -38,14 +38,15 @@ from .syscalls import set_mode
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run did. `resumed` counts the files that an earlier, interrupted run had written. Of the `size` bytes,
-    `shared` are in blocks shared with the source; `why_not_shared` says in words why none could be. `undigested`
-    counts the tensors without a digest. `notes` say what the file system cannot do. If the output was
-    `already_complete`, nothing was written, and how much is shared is not known.
+    """What a run did: the `files` that are in `out` now, of `size` bytes together. `resumed` counts those that an
+    earlier, interrupted run had written. Of the `size` bytes, `shared` are in blocks shared with the source;
+    `why_not_shared` says in words why none could be. `undigested` counts the tensors without a digest. `notes` say what
+    the file system cannot do. If the output was `already_complete`, nothing was written, and how much is shared is not
+    known.
     """
 
     out: Path
-    files: int
+    files: tuple[FileSummary, ...]
     size: int
     shared: int
     why_not_shared: str
@@ -108,14 +109,13 @@ def run(
         check_sources(sources, checksums_of(resumed), threads, lambda count: None)
         written = _copy_files(plan, sources, out, journal, threads, progress)
         last = list(finish([entry.record for entry in written]))
-        for file in last:
-            write_file(file, sources, plan.sharing, out, lambda count: None)
+        written_last = [write_file(file, sources, plan.sharing, out, lambda count: None) for file in last]
         for directory in reversed(plan.directories):
             set_mode(out / directory, sources.mode([directory]))
         journal.remove()
     return Outcome(
         out=out,
-        files=len(plan.files) + len(last),
+        files=tuple(entry.record.summary for entry in (*written, *written_last)),
         size=plan.size + sum(file.size for file in last),
         shared=sum(entry.shared for entry in written),
         why_not_shared=plan.sharing.why_not,

@@ -126,7 +126,7 @@ class Balanced:
     """
 
     ep_size: int
-    trace: Path
+    trace: str | Path
     nodes: int = 1
     share: float = 1.0
     progress: LayerProgress = field(default=iter, compare=False)
@@ -182,7 +182,7 @@ class FromFile:
     """Takes the placement in the file `path`: a placement file, a manifest, or any JSON with `physical_to_logical`."""
 
     ep_size: int
-    path: Path
+    path: str | Path
     name: ClassVar[str] = "file"
 
     def place(self, model: MoeShape, file: PlacementFile) -> Placed:

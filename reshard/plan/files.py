@@ -104,6 +104,11 @@ class OutputFile:
     checksum: Checksum | None = None
 
     @property
+    def tensors(self) -> int:
+        """Their number."""
+        return sum(part.tensor is not None for part in self.parts)
+
+    @property
     def size(self) -> int:
         """Size of the finished file, in bytes."""
         return sum(part.content.size for part in self.parts)

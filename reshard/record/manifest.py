@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Container, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -72,6 +73,18 @@ class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expert_ids: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class FileSummary:
+    """A file as results list it. `size` is in bytes, `rank` the only EP rank that needs it (None if every rank does),
+    `tensors` their number.
+    """
+
+    name: str
+    size: int
+    rank: int | None = None
+    tensors: int = 0
+
+
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of the output. `rank` is the only EP rank that needs it, null if every rank does. `digest` is BLAKE3 over
     the whole file. For a safetensors file, `header` is the BLAKE3 of its header (with the length before it), and
@@ -85,6 +98,11 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     digest: Digest | None
     header: Digest | None = None
     tensors: dict[str, Digest | None] = {}
+
+    @property
+    def summary(self) -> FileSummary:
+        """It without digests."""
+        return FileSummary(self.name, self.size, self.rank, len(self.tensors))
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -141,8 +159,9 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return _canonical(msgspec.structs.replace(manifest, digest=digest))
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(root: str | Path) -> Manifest:
     """The manifest of the output directory `root`; IntegrityError if there is none or it is damaged."""
+    root = Path(root)
     refuse_url(root, IntegrityError)
     path = root / MANIFEST
     try:

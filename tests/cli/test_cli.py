@@ -6,18 +6,22 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import struct
 import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoints import Spec, build
-from command_line import run_well
+from command_line import run, run_well
 from safetensors.torch import save_file
 from scratch import checkpoint
+
+from reshard.cli.main import main
 
 RESHARD = Path(sys.executable).with_name("reshard")
 
@@ -116,13 +120,24 @@ def test_inspect_shows_each_rank_its_experts_and_whether_the_plugin_is_needed(so
 
 def test_bytes_per_rank_and_by_kind_add_up(source: Path) -> None:
     report = json.loads(run_well("inspect", source, "--ep", 3, "--json"))
-    assert sum(rank["size"] for rank in report["ranks"]) == report["expert_size"]
+    assert sum(rank["expert_size"] for rank in report["ranks"]) == report["expert_size"]
     index = json.loads((source / "model.safetensors.index.json").read_text())
     assert report["tensors"] == len(index["weight_map"])
-    assert 0 < report["router_size"] < report["expert_size"] < report["size"]
+    assert 0 < report["router_size"] < report["expert_size"] < report["tensors_size"]
 
 
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("4GiB", 4 << 30), ("1000", 1000), ("20 kb", 20_000)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("5G", 5 * 10**9),
+        ("0.5GB", 5 * 10**8),
+        ("4GiB", 4 << 30),
+        ("1.5Ki", 1536),
+        ("1000", 1000),
+        ("20 kb", 20_000),
+    ],
+)
 def test_shard_sizes_are_written_as_on_the_hub(text: str, size: int, source: Path, tmp_path: Path) -> None:
     arguments = ["zigzag", "--src", source, "--ep", 2, "--out", tmp_path / "out", "--dry-run", "--json"]
     report = json.loads(run_well(*arguments, "--max-shard-size", text))
@@ -137,3 +152,47 @@ def test_inspect_ends_with_the_command_that_serves_the_original_placed(source: P
     assert "RESHARD_PLACEMENT" not in run_well("inspect", source)
     run_well("zigzag", "--src", source, "--ep", 4, "--out", tmp_path / "out")
     assert "RESHARD_PLACEMENT" not in run_well("inspect", tmp_path / "out"), "an output is placed already"
+
+
+FAILING: dict[str, list[object]] = {
+    "zigzag": ["--src", "absent", "--ep", 2, "--out", "out"],
+    "place": ["--strategy", "zigzag", "--src", "absent", "--ep", 2, "--out", "out"],
+    "verify": ["absent"],
+    "stage": ["absent", "--ranks", 0, "--out", "out"],
+    "restore": ["absent", "--out", "out"],
+    "inspect": ["absent"],
+    "analyze": ["absent", "--ep", 2],
+    "export": ["absent", "--ep", 2, "--to", "sglang"],
+    "trace": ["info", "absent"],
+}
+
+
+@pytest.mark.parametrize("command", main.commands)
+def test_an_error_under_json_is_an_object_on_stdout_too(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain, found = run(command, *FAILING[command]), run(command, *FAILING[command], "--json")
+    assert (plain.exit_code, plain.stdout) == (1, "")
+    assert (found.exit_code, found.stderr) == (1, plain.stderr)
+    line = plain.stderr.removeprefix("reshard: error: ").rstrip("\n")
+    assert json.loads(found.stdout)["error"]["message"] == line
+
+
+def test_stdout_is_one_document_whatever_ends_a_command(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, more = tmp_path / "out", tmp_path / "more"
+    run_well("zigzag", "--src", source, "--ep", 2, "--out", out)
+    few = run("analyze", source, "--ep", 99, "--placement", "zigzag", "--json")
+    assert json.loads(few.stdout)["error"]["message"] in few.stderr
+    (out / "LICENSE").write_text("another")
+    report = json.loads(run("verify", out, "--json").stdout)
+    assert (report["ok"], "error" in report) == (False, False)
+    (out / "reshard_manifest.json").write_text("{")
+    damaged = run("verify", out, "--json")
+    assert "reshard_manifest.json" in json.loads(damaged.stdout)["error"]["message"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    full = run("zigzag", "--src", source, "--ep", 2, "--out", more, "--dry-run", "--json")
+    assert full.exit_code == 1
+    assert json.loads(full.stdout)["space_free"] == 0

@@ -378,9 +378,11 @@ def test_a_placement_from_a_file_is_one_more_row(source: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
-        (["--ep", 1], 1, "--ep must be from 2 to the 16 experts"),
-        (["--ep", 4, "--nodes", 3], 1, "--nodes must divide the 4 EP ranks"),
-        (["--ep", 4, "--tokens", 4, "--batch", 8, "--batch", 64], 1, "4 tokens are too few for a batch of 8, 64"),
+        (["--ep", 1], 2, "--ep"),
+        (["--ep", 17], 1, "--ep must be from 2 to the 16 experts"),
+        (["--ep", 4, "--nodes", 3], 2, "--nodes must divide the 4 EP ranks"),
+        (["--ep", 4, "--tokens", 4, "--batch", 8, "--batch", 64], 2, "--batch 64 is more than --tokens 4"),
+        (["--ep", 4, "--batch", 8192], 1, "4096 tokens are too few for a batch of 8192"),
         (["--ep", 4, "--tokens", 0], 2, "--tokens"),
         ([], 2, "--ep"),
     ],

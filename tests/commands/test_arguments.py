@@ -12,6 +12,7 @@ from command_line import run, run_well
 
 from reshard import (
     Digests,
+    FromFile,
     NodeZigzag,
     ReshardError,
     Zigzag,
@@ -19,11 +20,17 @@ from reshard import (
     export,
     inspect,
     place,
+    plan_placement,
+    plan_stage,
+    read_checkpoint,
+    read_manifest,
     restore,
     stage,
     verify,
     write_export,
     write_page,
+    write_resharding,
+    write_staging,
     zigzag,
 )
 from reshard.traffic.trace_file import Header, TraceWriter
@@ -84,9 +91,9 @@ def test_a_url_from_python_is_refused_and_nothing_is_written(url: str, work: Pat
     exported = export("src", "vllm", 2)
     analysis = analyze("src", [Zigzag(2)], tokens=16)
     calls: tuple[Callable[[], object], ...] = (
-        lambda: zigzag("src", 2, url),
-        lambda: zigzag(url, 2, "out"),
-        lambda: stage("output", [0], url),
+        lambda: zigzag("src", url, 2),
+        lambda: zigzag(url, "out", 2),
+        lambda: stage("output", url, [0]),
         lambda: restore("output", url),
         lambda: verify(url),
         lambda: write_export(exported, Path(f"{url}.json")),
@@ -111,28 +118,33 @@ def test_a_folder_whose_name_looks_like_a_scheme_can_be_named(work: Path) -> Non
     "call",
     [
         *(
-            lambda options=options: zigzag("src", 2, "out", **options)
+            lambda options=options: zigzag("src", "out", 2, **options)
             for options in (
                 {"layout": "rank"},
                 {"layout": None},
                 {"digests": "copied"},
                 {"digests": "none"},
                 {"reflink": "yes"},
-                {"max_shard_size": "5GB"},
+                {"max_shard_size": "5 apples"},
+                {"max_shard_size": "5"},
                 {"max_shard_size": 1e9},
                 {"max_shard_size": True},
                 {"max_shard_size": 0},
+                {"max_shard_size": 999},
                 {"workers": 0},
                 {"workers": -1},
                 {"workers": 2.5},
                 {"workers": "2"},
             )
         ),
-        *(lambda ep=ep: zigzag("src", ep, "out") for ep in (2.0, "2", True, None, 1, 9)),
-        *(lambda nodes=nodes: place("src", NodeZigzag(2, nodes), "out") for nodes in (0, "2", 2.0)),
-        lambda: place("src", "zigzag", "out"),  # type: ignore[arg-type]
-        *(lambda ranks=ranks: stage("output", ranks, "out") for ranks in ([0.0], [True], ["0"], "0", [], [-1])),
-        lambda: stage("output", [0], "out", workers=0),
+        *(lambda ep=ep: zigzag("src", "out", ep) for ep in (2.0, "2", True, None, 1, 9)),
+        *(lambda nodes=nodes: place("src", "out", NodeZigzag(2, nodes)) for nodes in (0, "2", 2.0)),
+        lambda: zigzag("src", 2, "out"),  # type: ignore[arg-type]  # an order that earlier versions had
+        lambda: stage("output", [0], "out"),  # type: ignore[arg-type]
+        lambda: restore("output", None),  # type: ignore[arg-type]
+        lambda: place("src", "out", "zigzag"),  # type: ignore[arg-type]
+        *(lambda ranks=ranks: stage("output", "out", ranks) for ranks in ([0.0], [True], ["0"], "0", [], [-1])),
+        lambda: stage("output", "out", [0], workers=0),
         lambda: restore("output", "out", workers=-1),
         lambda: verify("output", workers=0),
         lambda: inspect("src", 2.0),  # type: ignore[arg-type]
@@ -153,7 +165,35 @@ def test_a_wrong_value_from_python_is_refused_before_the_first_byte(call: Callab
 
 def test_right_values_from_python_are_accepted(work: Path) -> None:
     """The control."""
-    zigzag("src", 2, "out", layout="source", digests=Digests.COPIED, reflink="never", max_shard_size=1, workers=1)
-    assert not verify("out", "src", workers=1).problems
-    stage("output", (0,), "staged", workers=1)
+    zigzag("src", "out", 2, layout="source", digests=Digests.COPIED, reflink="never", max_shard_size=1000, workers=1)
+    assert verify("out", "src", workers=1).ok
+    stage("output", "staged", (0,), workers=1)
     restore("output", "back", workers=1)
+
+
+@pytest.mark.parametrize(("text", "size"), [("0.5GB", 5 * 10**8), ("5G", 5 * 10**9), (Path("5G"), None)])
+def test_a_size_is_a_text_or_a_number_of_bytes(text: Any, size: int | None, work: Path) -> None:
+    if size is None:
+        with pytest.raises(ReshardError, match="must be a size such as"):
+            plan_placement("src", "out", Zigzag(2), max_shard_size=text)
+        return
+    texts, numbers = (plan_placement("src", "out", Zigzag(2), max_shard_size=one).plan for one in (text, size))
+    assert texts.files == numbers.files
+
+
+def test_paths_are_texts_or_paths_everywhere(work: Path) -> None:
+    """What each function takes, it takes as both; `write_resharding` and `write_staging` took paths only."""
+    for kind in (str, Path):
+        made = work / kind.__name__
+        made.mkdir()
+        resharding = plan_placement(kind("src"), kind(made / "out"), Zigzag(2))
+        write_resharding(resharding, kind(made / "out"))
+        assert read_checkpoint(kind("src")).config["n_group"] > 1
+        assert read_manifest(kind(made / "out")).ep_size == 2
+        write_staging(plan_stage(kind(made / "out"), kind(made / "staged"), [0]), kind(made / "staged"))
+        write_export(export(kind("src"), "vllm", 2), kind(made / "map.json"))
+        place(kind("src"), kind(made / "placed"), FromFile(2, kind(made / "map.json")))
+        write_page(analyze(kind("src"), [Zigzag(2)], tokens=16), kind(made / "page.html"))
+        restore(kind(made / "out"), kind(made / "back"))
+        assert verify(kind(made / "placed"), kind("src")).ok
+        assert inspect(kind(made / "staged")).staged_ranks == (0,)

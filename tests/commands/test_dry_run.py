@@ -50,7 +50,7 @@ def test_a_disk_that_is_too_small_fails_with_the_numbers_of_the_run(source: Path
         result = run(*command(source, disk.path / "out", "--dry-run", "--json"))
         assert result.exit_code == 1
         report = json.loads(result.stdout)
-        assert (report["needed"], report["free"]) == (needed, free)
+        assert (report["space_needed"], report["space_free"]) == (needed, free)
         assert "NOT ENOUGH" in run(*command(source, disk.path / "out", "--dry-run")).stdout
         assert not (disk.path / "out").exists()
     with mounted("ext4", tmp_path / "larger", 64) as disk:  # the control
@@ -61,12 +61,12 @@ def test_a_disk_that_is_too_small_fails_with_the_numbers_of_the_run(source: Path
 def test_a_resumed_run_needs_only_the_rest(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = command(source, out, "--max-shard-size", "1MB", "--json", "--dry-run")
-    before = json.loads(run_well(*arguments))["needed"]
+    before = json.loads(run_well(*arguments))["space_needed"]
     with pytest.raises(Cut):
-        zigzag(source, RANKS, out, max_shard_size=10**6, workers=1, progress=cut_after(10))
+        zigzag(source, out, RANKS, max_shard_size=10**6, workers=1, progress=cut_after(10))
     left = tree(out)
-    assert json.loads(run_well(*arguments))["needed"] < before - (4 << 20)
-    assert json.loads(run_well(*arguments, "--restart"))["needed"] == before
+    assert json.loads(run_well(*arguments))["space_needed"] < before - (4 << 20)
+    assert json.loads(run_well(*arguments, "--restart"))["space_needed"] == before
     assert tree(out) == left
 
 
@@ -85,7 +85,7 @@ def test_an_unfinished_run_that_it_cannot_resume_is_noticed_and_one_that_it_can_
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(Cut):
-        zigzag(source, RANKS, out, workers=1, progress=cut_after(2))
+        zigzag(source, out, RANKS, workers=1, progress=cut_after(2))
     assert_both_refuse(command(source, out, "--max-shard-size", "2MB"), "other options")
     with (out / ".reshard-journal").open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)

@@ -50,7 +50,7 @@ def test_all_problems_are_on_stdout_and_their_number_is_on_stderr(out: Path) -> 
     result = run("verify", out, "--json")
     report = json.loads(result.stdout)
     assert result.exit_code == 1
-    assert not report["sound"]
+    assert not report["ok"]
     assert len(report["problems"]) == 3
     assert "3 problems" in result.stderr
 

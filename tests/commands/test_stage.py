@@ -269,7 +269,7 @@ def test_a_run_cut_anywhere_is_taken_up_and_ends_the_same(good: Path, tmp_path: 
         report = json.loads(run_well("stage", good / "output", "--ranks", "1-2,4", "--out", out, "--json"))
         return int(report["resumed_files"])
 
-    write = partial(stage, good / "output", [1, 2, 4])
+    write = partial(stage, good / "output", ranks=[1, 2, 4])
     resumed = resumed_after_every_cut(good / "staged", tmp_path / "out", 4, write, finish)
     assert resumed[0] < 3
     assert resumed[-1] > 10
@@ -278,7 +278,7 @@ def test_a_run_cut_anywhere_is_taken_up_and_ends_the_same(good: Path, tmp_path: 
 @pytest.mark.parametrize("name", [MANIFEST, INDEX, "config.json"])
 def test_a_run_cut_before_a_last_file_is_not_loadable_and_ends_the_same(name: str, good: Path, tmp_path: Path) -> None:
     with cut_before(name):
-        stage(good / "output", [1, 2, 4], tmp_path / "out")
+        stage(good / "output", tmp_path / "out", [1, 2, 4])
     assert not (tmp_path / "out" / "config.json").exists()
     assert "resumed" in run_well("stage", good / "output", "--ranks", "1-2,4", "--out", tmp_path / "out")
     assert_identical_trees(good / "staged", tmp_path / "out")
@@ -289,7 +289,7 @@ def test_other_ranks_do_not_take_up_an_unfinished_run(good: Path, tmp_path: Path
         raise Cut
 
     with pytest.raises(Cut):
-        stage(good / "output", [0], tmp_path / "out", progress=progress)
+        stage(good / "output", tmp_path / "out", [0], progress=progress)
     assert "other options" in complaint("stage", good / "output", "--ranks", "1-2,4", "--out", tmp_path / "out")
     run_well("stage", good / "output", "--ranks", "1-2,4", "--out", tmp_path / "out", "--restart")
     assert_identical_trees(good / "staged", tmp_path / "out")
@@ -306,7 +306,9 @@ def test_json_and_quiet_are_as_elsewhere(good: Path, tmp_path: Path) -> None:
     output = good / "output"
     report = json.loads(run_well("stage", output, "--ranks", "0", "--out", tmp_path / "json", "--json"))
     assert report["staged_ranks"] == [0]
-    assert report["size"] == sum(path.stat().st_size for path in (tmp_path / "json").rglob("*") if path.is_file())
+    assert report["output_size"] == sum(
+        path.stat().st_size for path in (tmp_path / "json").rglob("*") if path.is_file()
+    )
     assert run_well("stage", output, "--ranks", "0", "--out", tmp_path / "quiet", "--quiet") == ""
     said = run_well("stage", output, "--ranks", "0-2", "--out", tmp_path / "said")
     assert "staged EP ranks 0-2 of 5: " in said

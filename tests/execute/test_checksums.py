@@ -83,7 +83,7 @@ def test_a_sound_source_passes_and_the_user_is_told_before(
     assert "files of the source with their checksums on the Hub" in result.stderr
     plan = json.loads(run_well(*command, "--out", tmp_path / "new", "--dry-run", "--json"))
     weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    assert (plan["checksums"]["read_first"] > weights) == (layout == "ranks")
+    assert (plan["checksums"]["read_first_size"] > weights) == (layout == "ranks")
     run_well("verify", tmp_path / "out", "--src", found)
     run_well("zigzag", "--src", found, "--ep", 2, "--layout", layout, "--out", tmp_path / "unchecked")
     assert_identical_trees(tmp_path / "unchecked", tmp_path / "out")
@@ -157,7 +157,7 @@ def test_blocks_that_are_shared_and_not_read_are_checked_too(xfs: Path) -> None:
     build(Spec("qwen3_moe", scale=16, aligned=True), xfs / "source")
     snapshot = as_cache(xfs / "source", xfs / "cache")
     done: list[int] = []
-    outcome = zigzag(snapshot, 2, xfs / "out", layout="source", check_source=True, progress=done.append)
+    outcome = zigzag(snapshot, xfs / "out", 2, layout="source", check_source=True, progress=done.append)
     assert outcome.shared > 0
     flip(sorted(snapshot.glob("*.safetensors"))[1], -1000)
     result = run("zigzag", "--src", snapshot, "--ep", 2, "--out", xfs / "again", "--layout", "source", "--check-source")
@@ -168,7 +168,7 @@ def test_blocks_that_are_shared_and_not_read_are_checked_too(xfs: Path) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_progress_ends_at_the_work_that_was_announced(layout: str, source: Path, tmp_path: Path) -> None:
     snapshot = as_cache(source, tmp_path / "cache")
-    plan = plan_placement(snapshot, Zigzag(2), tmp_path / "out", layout=layout, check_source=True)  # type: ignore[arg-type]
+    plan = plan_placement(snapshot, tmp_path / "out", Zigzag(2), layout=layout, check_source=True)  # type: ignore[arg-type]
     done: list[int] = []
     write_resharding(plan, tmp_path / "out", progress=done.append)
     assert sum(done) == plan.work
@@ -190,7 +190,7 @@ def test_what_an_interrupted_run_copied_unchecked_is_checked_too(source: Path, t
     snapshot = as_cache(source, tmp_path / "cache")
     damaged = min(snapshot.glob("*.safetensors"))
     flip(damaged, -1)
-    plan = plan_placement(snapshot, Zigzag(2), tmp_path / "out", layout="source")
+    plan = plan_placement(snapshot, tmp_path / "out", Zigzag(2), layout="source")
 
     def stop(written: int) -> None:
         if len(list((tmp_path / "out").glob("*.safetensors"))) == 2:

@@ -193,7 +193,7 @@ def test_a_run_goes_on_where_the_disk_has_the_room_it_asked_for_and_no_more(
         needed, free = room_asked_for(run(*arguments))
         filler.truncate(filler.tell() - (needed - free + (1 << 20)))
         with pytest.raises(Cut):
-            zigzag(source, RANKS, disk.path / "out", progress=cut_after(2), workers=2)
+            zigzag(source, disk.path / "out", RANKS, progress=cut_after(2), workers=2)
         assert sum(path.stat().st_size for path in (disk.path / "out").glob("*.partial")) > 2 << 20
         run_well(*arguments)
 
@@ -327,7 +327,7 @@ def test_a_source_that_changes_under_the_run_ends_it_and_is_not_mixed_with_what_
     change: Callable[[Path], None], layout: Any, source: Path, tmp_path: Path
 ) -> None:
     mine, out = shutil.copytree(source, tmp_path / "source"), tmp_path / "out"
-    plan = plan_placement(mine, Zigzag(RANKS), out, layout=layout)
+    plan = plan_placement(mine, out, Zigzag(RANKS), layout=layout)
     with pytest.raises(Cut):
         write_resharding(plan, out, progress=cut_after(3), workers=1)
     path = sorted(mine.glob("*.safetensors"))[-1]
@@ -336,15 +336,15 @@ def test_a_source_that_changes_under_the_run_ends_it_and_is_not_mixed_with_what_
         write_resharding(plan, out)
     assert not (out / "config.json").exists()
     with pytest.raises((OutputError, CheckpointError), match=r"another source|bytes that no tensor claims"):
-        zigzag(mine, RANKS, out, layout=layout)
+        zigzag(mine, out, RANKS, layout=layout)
     if change is not change_size:
-        zigzag(mine, RANKS, out, layout=layout, restart=True)
+        zigzag(mine, out, RANKS, layout=layout, restart=True)
         run_well("verify", out, "--src", mine)
 
 
 def test_a_file_changed_after_it_was_opened_is_noticed_at_its_end(source: Path, tmp_path: Path) -> None:
     mine, out = shutil.copytree(source, tmp_path / "source"), tmp_path / "out"
-    plan = plan_placement(mine, Zigzag(RANKS), out, layout="source")
+    plan = plan_placement(mine, out, Zigzag(RANKS), layout="source")
     path = min(mine.glob("*.safetensors"))
 
     def touch(written: int) -> None:
@@ -403,7 +403,7 @@ def test_a_sparse_source_needs_no_more_room_than_its_data(tmp_path: Path) -> Non
         os.truncate(path, path.stat().st_size + hole)
         command = ["zigzag", "--src", source, "--ep", 2, "--allow-holes"]
         report = json.loads(run_well(*command, "--out", disk.path / "out", "--dry-run", "--json"))
-        assert report["needed"] < 26 << 20 < report["free"] < hole < report["size"]
+        assert report["space_needed"] < 26 << 20 < report["space_free"] < hole < report["output_size"]
         run_well(*command, "--out", disk.path / "out")
         run_well("verify", disk.path / "out", "--src", source, "--allow-holes")
         with path.open("r+b") as file:  # the control: with data there, it does need it

@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its output, from a file system that can do all."""
     out = tmp_path_factory.mktemp("file-systems") / "whole"
-    zigzag(source, 3, out, max_shard_size=SHARD_SIZE)
+    zigzag(source, out, 3, max_shard_size=SHARD_SIZE)
     return out
 
 
@@ -96,7 +96,7 @@ def test_without_locks_a_second_run_is_refused_and_a_killed_one_leaves_a_lock_th
             raise Cut
 
         with pytest.raises(Cut):
-            zigzag(source, 3, out, max_shard_size=SHARD_SIZE, workers=1, progress=try_again)
+            zigzag(source, out, 3, max_shard_size=SHARD_SIZE, workers=1, progress=try_again)
         assert not (out / LOCK).exists(), "a run that ends lets go of it, whatever ended it"
         (out / LOCK).write_text("process 1 on another\n")  # as a run leaves it that was killed
         refused = run(*command(source, out))
@@ -133,9 +133,9 @@ def test_a_name_that_was_lost_for_want_of_a_synced_directory_is_written_again(
     """What a power cut may leave there: the journal has a file, and the directory has not."""
     out = tmp_path / "out"
     with refusing(os, "fsync", errno.EINVAL, is_directory), pytest.raises(Cut):
-        zigzag(source, 3, out, max_shard_size=SHARD_SIZE, workers=1, progress=cut_after(20))
+        zigzag(source, out, 3, max_shard_size=SHARD_SIZE, workers=1, progress=cut_after(20))
     min(out.glob("*.safetensors")).unlink()
-    zigzag(source, 3, out, max_shard_size=SHARD_SIZE)
+    zigzag(source, out, 3, max_shard_size=SHARD_SIZE)
     assert_identical_trees(whole, out)
 
 
@@ -160,7 +160,7 @@ def test_a_call_that_fails_is_told_with_a_path_and_what_to_do(
         assert str(tmp_path) in failed.stderr
         assert "rerun the command" in failed.stderr or "choose another --out" in failed.stderr
         with pytest.raises(OutputError):
-            zigzag(source, 3, out, max_shard_size=SHARD_SIZE)
+            zigzag(source, out, 3, max_shard_size=SHARD_SIZE)
     assert not is_loadable(out)
 
 

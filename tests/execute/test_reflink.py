@@ -69,24 +69,24 @@ def test_an_output_takes_hardly_any_room_and_is_right(disk: Mounted, out: Path, 
     before, used = tree(source), disk.used()
     report = zigzag_report(source, out, "--layout", layout, "--reflink", "always", "--digests", digests)
     grown = disk.used() - used
-    assert report["shared"] > 0.9 * report["size"]
-    assert grown <= report["size"] - report["shared"] + METADATA
-    assert grown < 0.2 * report["size"]
+    assert report["shared_size"] > 0.9 * report["output_size"]
+    assert grown <= report["output_size"] - report["shared_size"] + METADATA
+    assert grown < 0.2 * report["output_size"]
     assert_resharded(source, out, RANKS, by_rank=layout == "ranks", undigested=report["undigested_tensors"])
     assert (report["undigested_tensors"] == 0) == (digests == "all")
     run_well("verify", out)
     run_well("verify", out, "--src", source)
     used = disk.used()
     restored = json.loads(run_well("restore", out, "--out", disk.path / "back", "--reflink", "always", "--json"))
-    assert restored["shared"] > 0.9 * restored["size"]
-    assert disk.used() - used < 0.2 * restored["size"]
+    assert restored["shared_size"] > 0.9 * restored["output_size"]
+    assert disk.used() - used < 0.2 * restored["output_size"]
     assert_identical_trees(source, disk.path / "back")
     assert tree(source) == before
 
 
 def test_by_default_blocks_are_shared_and_by_rank_digests_taken_of_all(disk: Mounted, out: Path) -> None:
     report = zigzag_report(disk.path / "source", out)
-    assert report["shared"] > 0.9 * report["size"]
+    assert report["shared_size"] > 0.9 * report["output_size"]
     assert report["undigested_tensors"] == 0
     shutil.rmtree(out)
     report = zigzag_report(disk.path / "source", out, "--layout", "source")
@@ -101,8 +101,8 @@ def test_by_default_blocks_are_shared_and_by_rank_digests_taken_of_all(disk: Mou
 def test_nothing_is_shared_where_the_user_says_never(disk: Mounted, out: Path, digests: str) -> None:
     used = disk.used()
     report = zigzag_report(disk.path / "source", out, "--layout", "source", "--reflink", "never", "--digests", digests)
-    assert report["shared"] == 0
-    assert disk.used() - used > 0.95 * report["size"]
+    assert report["shared_size"] == 0
+    assert disk.used() - used > 0.95 * report["output_size"]
     assert_resharded(disk.path / "source", out, RANKS, by_rank=False, undigested=report["undigested_tensors"])
 
 
@@ -112,8 +112,8 @@ def test_a_stage_shares_too(disk: Mounted, out: Path) -> None:
     report = json.loads(
         run_well("stage", out, "--ranks", "1", "--out", disk.path / "staged", "--reflink", "always", "--json")
     )
-    assert report["shared"] > 0.9 * report["size"]
-    assert disk.used() - used < 0.2 * report["size"]
+    assert report["shared_size"] > 0.9 * report["output_size"]
+    assert disk.used() - used < 0.2 * report["output_size"]
     run_well("verify", disk.path / "staged")
     for path in (disk.path / "staged").glob("*.safetensors"):
         assert path.read_bytes() == (out / path.name).read_bytes()
@@ -122,7 +122,7 @@ def test_a_stage_shares_too(disk: Mounted, out: Path) -> None:
 def test_rows_of_fused_experts_are_shared_each_for_itself(disk: Mounted, out: Path) -> None:
     source = build_large(disk.path / "fused", "llama4", files=1)
     report = zigzag_report(source, out, "--layout", "source", "--reflink", "always")
-    assert report["shared"] > 0.8 * report["size"]
+    assert report["shared_size"] > 0.8 * report["output_size"]
     assert_resharded(source, out, RANKS, by_rank=False, undigested=report["undigested_tensors"])
     shutil.rmtree(source)
 
@@ -165,7 +165,7 @@ def test_blocks_are_only_shared_where_every_file_lies_on_the_same_file_system(
     shutil.move(first, tmp_path / first.name)
     first.symlink_to(tmp_path / first.name)
     report = zigzag_report(source, out, "--layout", "source")
-    assert report["shared"] == 0
+    assert report["shared_size"] == 0
     assert "on another file system" in report["why_not_shared"]
     assert_resharded(source, out, RANKS, by_rank=False)
     shutil.rmtree(source)

@@ -90,7 +90,7 @@ def test_a_finished_command_says_that_all_is_done_and_writes_nothing(
     assert "no tensor was read" in said
     report = json.loads(run_well(*command, "--json"))
     assert report["already_complete"]
-    assert report["size"] == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    assert report["output_size"] == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     run_well(*command, "--dry-run")
     assert state(out) == before
 
@@ -206,10 +206,10 @@ def test_a_restart_that_is_cut_short_leaves_nothing_loadable_and_is_resumed(
 
     with monkeypatch.context() as patch, pytest.raises(Cut):
         patch.setattr(Path, "unlink", unlink_some)
-        zigzag(mine, 4, out, max_shard_size=SHARD_SIZE, restart=True)
+        zigzag(mine, out, 4, max_shard_size=SHARD_SIZE, restart=True)
     assert not is_loadable(out)
     assert list(out.glob("model-ep*"))
-    zigzag(mine, 4, out, max_shard_size=SHARD_SIZE, restart=True)
+    zigzag(mine, out, 4, max_shard_size=SHARD_SIZE, restart=True)
     assert_identical_trees(good, out)
 
 
@@ -252,9 +252,9 @@ def test_a_finished_restore_is_compared_byte_by_byte_and_never_removed(mine: Pat
 
 def test_a_balanced_run_goes_on_with_the_placement_that_it_began_with(source: Path, tmp_path: Path) -> None:
     trace, out = record_traffic(tmp_path / "trace", 0), tmp_path / "out"
-    place(source, Balanced(4, trace), tmp_path / "whole", max_shard_size=SHARD_SIZE)
+    place(source, tmp_path / "whole", Balanced(4, trace), max_shard_size=SHARD_SIZE)
     with pytest.raises(Cut):
-        place(source, Balanced(4, trace), out, max_shard_size=SHARD_SIZE, progress=cut_after(20), workers=1)
+        place(source, out, Balanced(4, trace), max_shard_size=SHARD_SIZE, progress=cut_after(20), workers=1)
     record_traffic(trace, 1)
     command = ["place", "--strategy", "balanced", "--src", source, "--out", out, *OPTIONS, "--trace"]
     for other in ([record_traffic(tmp_path / "another", 0)], [trace, "--nodes", 2]):
@@ -306,24 +306,24 @@ def test_a_write_to_the_journal_that_falls_short_loses_nothing(
         patch.setattr(reshard.execute.journal.os, "write", write_less)
         if fails:
             with pytest.raises(OutputError, match="rerun the command to resume"):
-                zigzag(source, 4, out, max_shard_size=SHARD_SIZE, workers=1)
+                zigzag(source, out, 4, max_shard_size=SHARD_SIZE, workers=1)
         else:
             with pytest.raises(Cut):
-                zigzag(source, 4, out, max_shard_size=SHARD_SIZE, workers=1, progress=cut_after(20))
+                zigzag(source, out, 4, max_shard_size=SHARD_SIZE, workers=1, progress=cut_after(20))
     assert writes > 5
     complete = len(list(out.glob("*.safetensors")))
-    resumed = zigzag(source, 4, out, max_shard_size=SHARD_SIZE).resumed
+    resumed = zigzag(source, out, 4, max_shard_size=SHARD_SIZE).resumed
     assert complete - 2 * fails <= resumed <= complete, "at most what was written when the disk was full"
     assert resumed >= 3
-    zigzag(source, 4, tmp_path / "whole", max_shard_size=SHARD_SIZE)
+    zigzag(source, tmp_path / "whole", 4, max_shard_size=SHARD_SIZE)
     assert_identical_trees(tmp_path / "whole", out)
 
 
 def test_a_damaged_line_in_a_journal_costs_only_what_comes_after_it(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Cut):
-        place(source, Zigzag(4), out, max_shard_size=SHARD_SIZE, progress=cut_after(20), workers=1)
+        place(source, out, Zigzag(4), max_shard_size=SHARD_SIZE, progress=cut_after(20), workers=1)
     lines = (out / JOURNAL).read_bytes().splitlines(keepends=True)
     (out / JOURNAL).write_bytes(b"".join([*lines[:4], lines[4][:20] + lines[5], *lines[6:]]))
-    assert zigzag(source, 4, out, max_shard_size=SHARD_SIZE).resumed == 3
+    assert zigzag(source, out, 4, max_shard_size=SHARD_SIZE).resumed == 3
     run_well("verify", out, "--src", source)

@@ -30,12 +30,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its output, made without interruption."""
     out = tmp_path_factory.mktemp("resume") / "whole"
-    zigzag(source, 3, out, max_shard_size=SHARD_SIZE)
+    zigzag(source, out, 3, max_shard_size=SHARD_SIZE)
     return out
 
 
 def test_a_run_cut_anywhere_is_taken_up_and_ends_the_same(source: Path, whole: Path, tmp_path: Path) -> None:
-    write = partial(zigzag, source, 3, max_shard_size=SHARD_SIZE)
+    write = partial(zigzag, source, ep_size=3, max_shard_size=SHARD_SIZE)
     resumed = resumed_after_every_cut(whole, tmp_path / "out", 3, write, lambda out: write(out).resumed)
     assert len(resumed) > 20
     assert resumed[0] == 0
@@ -47,9 +47,9 @@ def test_a_run_cut_before_a_last_file_is_not_loadable_and_ends_the_same(
     name: str, source: Path, whole: Path, tmp_path: Path
 ) -> None:
     with cut_before(name):
-        zigzag(source, 3, tmp_path / "out", max_shard_size=SHARD_SIZE)
+        zigzag(source, tmp_path / "out", 3, max_shard_size=SHARD_SIZE)
     assert not (tmp_path / "out" / "config.json").exists()
-    zigzag(source, 3, tmp_path / "out", max_shard_size=SHARD_SIZE)
+    zigzag(source, tmp_path / "out", 3, max_shard_size=SHARD_SIZE)
     assert_identical_trees(whole, tmp_path / "out")
 
 
@@ -64,11 +64,11 @@ def test_restore_is_taken_up_too(source: Path, whole: Path, tmp_path: Path) -> N
 def test_a_journal_whose_last_line_is_cut_short_is_read_up_to_it(source: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Cut):
-        zigzag(source, 3, out, max_shard_size=SHARD_SIZE, progress=cut_after(20), workers=1)
+        zigzag(source, out, 3, max_shard_size=SHARD_SIZE, progress=cut_after(20), workers=1)
     journal = (out / JOURNAL).read_bytes()
     (out / JOURNAL).write_bytes(journal[:-30])
     complete = journal.count(b"\n") - 1
-    assert zigzag(source, 3, out, max_shard_size=SHARD_SIZE).resumed == complete - 1
+    assert zigzag(source, out, 3, max_shard_size=SHARD_SIZE).resumed == complete - 1
     assert_identical_trees(whole, out)
 
 
@@ -76,10 +76,10 @@ def test_a_journal_cut_short_is_taken_up_more_than_once(source: Path, whole: Pat
     out = tmp_path / "out"
     for _ in range(3):
         with pytest.raises(Cut):
-            zigzag(source, 3, out, max_shard_size=SHARD_SIZE, progress=cut_after(12), workers=1)
+            zigzag(source, out, 3, max_shard_size=SHARD_SIZE, progress=cut_after(12), workers=1)
         with (out / JOURNAL).open("ab") as journal:
             journal.write(b'{"name":"model-')
-    assert zigzag(source, 3, out, max_shard_size=SHARD_SIZE).resumed > 12
+    assert zigzag(source, out, 3, max_shard_size=SHARD_SIZE).resumed > 12
     assert_identical_trees(whole, out)
 
 
@@ -91,7 +91,7 @@ def test_a_run_that_comes_late_does_not_write_into_a_finished_output(
     monkeypatch.setattr("reshard.commands.place.finished_output", lambda out: None)
     monkeypatch.setattr("reshard.execute.ready.check_out", lambda out, replace: None)
     with pytest.raises(OutputError, match="no longer empty"):
-        zigzag(source, 2, out)
+        zigzag(source, out, 2)
     assert_identical_trees(whole, out)
 
 
@@ -101,7 +101,7 @@ def test_an_output_in_a_folder_that_the_source_links_to_is_refused(tmp_path: Pat
     elsewhere.mkdir()
     (source / "linked").symlink_to(elsewhere)
     with pytest.raises(OutputError, match="never written to"):
-        zigzag(source, 2, elsewhere / "out")
+        zigzag(source, elsewhere / "out", 2)
     assert not list(elsewhere.iterdir())
 
 
@@ -117,43 +117,43 @@ def test_names_that_a_run_itself_uses_are_refused_where_they_would_collide(
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(name)
     if names[0].startswith("model-shared"):  # the control: a name that looks like one and collides with none
-        zigzag(source, 2, tmp_path / "out")
+        zigzag(source, tmp_path / "out", 2)
         return
     with pytest.raises(OutputError, match=r"rename the source's"):
-        zigzag(source, 2, tmp_path / "out")
+        zigzag(source, tmp_path / "out", 2)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_lost_bytes_since_is_written_again(source: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Cut):
-        zigzag(source, 3, out, max_shard_size=SHARD_SIZE, progress=cut_after(20), workers=1)
+        zigzag(source, out, 3, max_shard_size=SHARD_SIZE, progress=cut_after(20), workers=1)
     complete = sorted(out.glob("*.safetensors"))
     complete[0].write_bytes(complete[0].read_bytes()[:-1])
-    assert zigzag(source, 3, out, max_shard_size=SHARD_SIZE).resumed == len(complete) - 1
+    assert zigzag(source, out, 3, max_shard_size=SHARD_SIZE).resumed == len(complete) - 1
     assert_identical_trees(whole, out)
 
 
 def test_a_second_run_at_the_same_time_is_refused(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Cut):
-        zigzag(source, 3, out, max_shard_size=SHARD_SIZE, progress=cut_after(5), workers=1)
+        zigzag(source, out, 3, max_shard_size=SHARD_SIZE, progress=cut_after(5), workers=1)
     before = tree(out)
     with (out / JOURNAL).open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         for restart in (False, True):
             with pytest.raises(OutputError, match="another run"):
-                zigzag(source, 3, out, max_shard_size=SHARD_SIZE, restart=restart)
+                zigzag(source, out, 3, max_shard_size=SHARD_SIZE, restart=restart)
     assert tree(out) == before
-    zigzag(source, 3, out, max_shard_size=SHARD_SIZE)  # the control: let go, it goes on
+    zigzag(source, out, 3, max_shard_size=SHARD_SIZE)  # the control: let go, it goes on
 
 
 def test_restart_removes_what_the_unfinished_run_wrote_and_nothing_else(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Cut):
-        zigzag(source, 3, out, max_shard_size=SHARD_SIZE, progress=cut_after(30), workers=1)
+        zigzag(source, out, 3, max_shard_size=SHARD_SIZE, progress=cut_after(30), workers=1)
     (out / "mine.txt").write_text("not reshard's")
-    zigzag(source, 2, out, restart=True)
+    zigzag(source, out, 2, restart=True)
     assert (out / "mine.txt").read_text() == "not reshard's"
     assert not list(out.glob("model-ep*-of-03-*"))
     assert [problem.split(":")[0] for problem in verify(out, source).problems] == [str(out / "mine.txt")]
@@ -167,5 +167,5 @@ def test_a_journal_that_names_files_elsewhere_removes_nothing_there(source: Path
     (tmp_path / "out").mkdir()
     opening = {"fingerprint": "x", "names": ["../victim", str(victim)]}
     (tmp_path / "out" / JOURNAL).write_text(json.dumps(opening) + "\n")
-    zigzag(source, 2, tmp_path / "out", restart=True)
+    zigzag(source, tmp_path / "out", 2, restart=True)
     assert victim.read_text() == "keep"

@@ -21,7 +21,7 @@ def mapped(tmp_path: Path, quantization: Any, experts: int = 8) -> Any:
     build(Spec("qwen3_moe", experts=experts), source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    return json.loads(plan_placement(source, Zigzag(3), tmp_path / "out").config)["quantization_config"]
+    return json.loads(plan_placement(source, tmp_path / "out", Zigzag(3)).config)["quantization_config"]
 
 
 def ignored(tmp_path: Path, *strings: str) -> list[str]:
@@ -163,7 +163,7 @@ def test_numbers_in_another_config_file_are_refused(tmp_path: Path) -> None:
     build(Spec("qwen3_moe", experts=8), source)
     (source / "hf_quant_config.json").write_text(json.dumps({"experts": [0, 1, 2]}))
     with pytest.raises(UnsupportedError, match="hf_quant_config"):
-        plan_placement(source, Zigzag(3), source.parent / "out")
+        plan_placement(source, source.parent / "out", Zigzag(3))
 
 
 @pytest.mark.parametrize("text", [r"re:.*\.experts\.5\..*", "*.experts.5.*"])
@@ -172,7 +172,7 @@ def test_a_pattern_of_one_expert_is_refused_where_experts_are_fused(text: str, t
     build(Spec("gpt_oss", experts=8), source)
     (source / "hf_quant_config.json").write_text(json.dumps({"ignore": [text]}))
     with pytest.raises(UnsupportedError, match="cannot tell"):
-        plan_placement(source, Zigzag(3), source.parent / "out")
+        plan_placement(source, source.parent / "out", Zigzag(3))
 
 
 def ignored_by(family: str, text: str, tmp_path: Path, experts: int = 8) -> list[str]:
@@ -181,7 +181,7 @@ def ignored_by(family: str, text: str, tmp_path: Path, experts: int = 8) -> list
     build(Spec(family, experts=experts), source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"ignore": [text]}}))
-    planned = json.loads(plan_placement(source, Zigzag(3), tmp_path / "out").config)
+    planned = json.loads(plan_placement(source, tmp_path / "out", Zigzag(3)).config)
     result: list[str] = planned["quantization_config"]["ignore"]
     return result
 
@@ -286,5 +286,5 @@ def test_tokens_and_indices_of_other_weights_are_not_touched(tmp_path: Path) -> 
         (source / name).write_text(json.dumps({f"{LAYER}.experts.5.down_proj": 1}))
     assert (
         not {"tokenizer.json", "vocab.json", "pytorch_model.bin.index.json"}
-        & plan_placement(source, Zigzag(3), source.parent / "out").originals.keys()
+        & plan_placement(source, source.parent / "out", Zigzag(3)).originals.keys()
     )

@@ -129,7 +129,7 @@ def test_verify_notices_a_config_that_routes_otherwise_though_every_digest_is_ri
 ) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     build(Spec("deepseek_v3", experts=8), source)
-    zigzag(source, 3, out)
+    zigzag(source, out, 3)
     assert not verify(out, source).problems
     config = (out / "config.json").read_bytes()
     assert config.count(change[0]) == 1
@@ -150,5 +150,5 @@ def test_an_id_in_a_hash_layer_that_no_expert_has_is_refused(tmp_path: Path) -> 
                     file.write(struct.pack("<i", 8))
     before = tree(source)
     with pytest.raises(CheckpointError, match=r"safetensors: tensor \S+tid2eid: .* from 0 to 7, found 8"):
-        zigzag(source, 3, tmp_path / "out")
+        zigzag(source, tmp_path / "out", 3)
     assert tree(source) == before

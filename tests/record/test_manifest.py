@@ -24,7 +24,7 @@ def test_the_published_schema_is_the_one_that_the_structs_give() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_manifest_obeys_the_published_schema(family: str, tmp_path: Path) -> None:
     build(Spec(family, experts=8), tmp_path / "source")
-    zigzag(tmp_path / "source", 3, tmp_path / "out")
+    zigzag(tmp_path / "source", tmp_path / "out", 3)
     manifest = json.loads((tmp_path / "out" / "reshard_manifest.json").read_text())
     jsonschema.validate(manifest, SCHEMA)
     manifest["files"][0]["digest"] = "not a digest"
