@@ -16,6 +16,7 @@ from ..plan.files import Digests
 from ..plan.sharing import REFLINK
 from ..record.manifest import LAYOUTS
 from .progress import layer_bar
+from .render import JSON_DUE
 
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -39,8 +40,21 @@ def parse_ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple
     return tuple(sorted(ranks))
 
 
+def remember_json(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    """Note that standard output is owed a JSON object, for an error that ends the command."""
+    ctx.meta[JSON_DUE] = value
+    return value
+
+
 quiet_option = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    is_eager=True,
+    callback=remember_json,
+    help="Print the result as JSON; of an error, an object with the key error.",
+)
 workers_option = click.option(
     "--workers", type=click.IntRange(1, 1024), help="Number of threads.  [default: one per processor, at most 8]"
 )

@@ -23,20 +23,28 @@ from ..placement.strategies import STRATEGIES, Linear, NodeZigzag, Options, Zigz
 from ..traffic.analysis import Analysis
 
 MAX_LINE = 1600  # characters of an error message
+JSON_DUE = "reshard.json_due"  # in click's context: whether --json was given and nothing was printed for it yet
 QUICKLY_CHECKED = "its sizes, headers, index and configs are right, and no tensor was read; --restart writes it anew"
 
 
 def print_report(report: dict[str, Any], lines: list[str], quiet: bool, as_json: bool) -> None:
     """Print `report` as JSON, or `lines` as text, or nothing."""
     if as_json:
+        click.get_current_context().meta[JSON_DUE] = False
         click.echo(json.dumps(report, indent=2, default=str))
     elif not quiet:
         click.echo("\n".join(lines))
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """Print `message` as one printable line of bounded length, whatever names it quotes, and exit."""
-    click.echo(f"reshard: error: {_one_line(message)}", err=True)
+    """Print `message` as one printable line of bounded length, whatever names it quotes, and exit.
+
+    With --json standard output gets it too, as the key `error` of an object, unless a report is there already.
+    """
+    line = _one_line(message)
+    if click.get_current_context().meta.get(JSON_DUE):
+        print_report({"error": line}, [], quiet=False, as_json=True)
+    click.echo(f"reshard: error: {line}", err=True)
     sys.exit(status)
 
 

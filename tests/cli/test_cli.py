@@ -6,18 +6,22 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import struct
 import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoints import Spec, build
-from command_line import run_well
+from command_line import run, run_well
 from safetensors.torch import save_file
 from scratch import checkpoint
+
+from reshard.cli.main import main
 
 RESHARD = Path(sys.executable).with_name("reshard")
 
@@ -137,3 +141,46 @@ def test_inspect_ends_with_the_command_that_serves_the_original_placed(source: P
     assert "RESHARD_PLACEMENT" not in run_well("inspect", source)
     run_well("zigzag", "--src", source, "--ep", 4, "--out", tmp_path / "out")
     assert "RESHARD_PLACEMENT" not in run_well("inspect", tmp_path / "out"), "an output is placed already"
+
+
+FAILING: dict[str, list[object]] = {
+    "zigzag": ["--src", "absent", "--ep", 2, "--out", "out"],
+    "place": ["--strategy", "zigzag", "--src", "absent", "--ep", 2, "--out", "out"],
+    "verify": ["absent"],
+    "stage": ["absent", "--ranks", 0, "--out", "out"],
+    "restore": ["absent", "--out", "out"],
+    "inspect": ["absent"],
+    "analyze": ["absent", "--ep", 2],
+    "export": ["absent", "--ep", 2, "--to", "sglang"],
+    "trace": ["info", "absent"],
+}
+
+
+@pytest.mark.parametrize("command", main.commands)
+def test_an_error_under_json_is_an_object_on_stdout_too(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain, found = run(command, *FAILING[command]), run(command, *FAILING[command], "--json")
+    assert (plain.exit_code, plain.stdout) == (1, "")
+    assert (found.exit_code, found.stderr) == (1, plain.stderr)
+    assert json.loads(found.stdout) == {"error": plain.stderr.removeprefix("reshard: error: ").rstrip("\n")}
+
+
+def test_stdout_is_one_document_whatever_ends_a_command(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, more = tmp_path / "out", tmp_path / "more"
+    run_well("zigzag", "--src", source, "--ep", 2, "--out", out)
+    few = run("analyze", source, "--ep", 99, "--placement", "zigzag", "--json")
+    assert json.loads(few.stdout)["error"] in few.stderr
+    (out / "LICENSE").write_text("another")
+    report = json.loads(run("verify", out, "--json").stdout)
+    assert (report["sound"], "error" in report) == (False, False)
+    (out / "reshard_manifest.json").write_text("{")
+    damaged = run("verify", out, "--json")
+    assert "reshard_manifest.json" in json.loads(damaged.stdout)["error"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    full = run("zigzag", "--src", source, "--ep", 2, "--out", more, "--dry-run", "--json")
+    assert full.exit_code == 1
+    assert json.loads(full.stdout)["free"] == 0
