@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from checkpoints import Spec, build
+from command_line import run_well
 
 from reshard import UnsupportedError, Zigzag, plan_placement
 
@@ -272,6 +273,23 @@ def test_a_long_alternation_of_names_is_mapped_name_by_name(around: str, more: s
                 expected = bool(getattr(old, way)(name % logical))
                 assert bool(getattr(new, way)(name % physical)) == expected
                 assert expected == (logical != 6 and "gate" not in name)
+
+
+def test_each_name_of_a_long_alternation_goes_by_the_order_of_its_layer(tmp_path: Path) -> None:
+    source, orders = tmp_path / "source", tmp_path / "orders.json"
+    build(Spec("qwen3_moe", experts=8), source)
+    config = json.loads((source / "config.json").read_text())
+    names = [name for name in LONG if r"\.6\." not in name]
+    config["quantization_config"] = {"ignore": [f"re:^(?:{'|'.join(names)})$"]}
+    (source / "config.json").write_text(json.dumps(config))
+    order = {f"model.layers.{layer}.mlp": [(layer + e) % 8 for e in range(8)] for layer in range(3)}
+    orders.write_text(json.dumps({"physical_to_logical": order}))
+    arguments = ["place", "--strategy", "file", "--map", orders, "--src", source, "--ep", 2, "--out", tmp_path / "out"]
+    run_well(*arguments)
+    (text,) = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    for layer in (1, 2):
+        found = {int(e) for e in re.findall(rf"layers\\.{layer}\\.mlp\\.experts\\.([0-9]+)\\.up_proj", text)}
+        assert found == {(e - layer) % 8 for e in range(8) if e != 6}
 
 
 @pytest.mark.parametrize(
