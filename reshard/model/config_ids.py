@@ -14,13 +14,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from ..checkpoint.directory import Checkpoint, refuse_nesting
 from ..errors import CheckpointError, UnsupportedError
 from ..placement.permutations import Placement, invert
-from .config_patterns import ExpertNames, names_all_elsewhere, shorten
+from .config_patterns import ExpertNames, map_alternatives, names_all_elsewhere, shorten
 from .layers import MoeModel
 
 # Top-level files of a checkpoint in which engines look up modules by name.
@@ -130,9 +130,12 @@ class _Mapper:
         short = shorten(text, self._num_experts)
         if len(short) > MAX_PATTERN:
             is_prose = any(map(str.isspace, text)) and not _MAY_NAME_ONE.search(text)
-            if "experts" in text and not is_prose:
+            if "experts" not in text or is_prose:
+                return text
+            alternation = map_alternatives(text, self._map_literal_ids, cache(self._stays))
+            if alternation is None:
                 raise self._unclear(text)
-            return text
+            return alternation
         return self._map_pattern(text, short)
 
     def _means_more_as_a_part(self, text: str) -> bool:
@@ -144,7 +147,7 @@ class _Mapper:
 
     def _map_literal_ids(self, text: str) -> str:
         def new_id(match: re.Match[str]) -> str:
-            table = self._table(text[: match.start()].removesuffix("."), text)
+            table = self._table(text[: match.start()].replace("\\.", ".").lstrip("^").removesuffix("."), text)
             if int(match["id"]) >= len(table):
                 raise UnsupportedError(
                     f"{self._where}: {text!r:.200} names expert {match['id']}, but its layer has {len(table)} experts"
@@ -163,6 +166,10 @@ class _Mapper:
         if len(tables) > 1:
             raise self._unclear(text)
         return tables.pop()
+
+    def _stays(self, text: str) -> bool:
+        """Whether the pattern `text` names no expert by id, and means the same after renumbering."""
+        return not _MAY_NAME_ONE.search(text) and self._names.compare(text, text)[0]
 
     def _map_pattern(self, text: str, short: str) -> str:
         unchanged, any_matched = self._names.compare(short, short)

@@ -37,6 +37,10 @@ _STEMS = ("model.", "model.language_model.", "language_model.model.")
 _BLOCKS = tuple(dict.fromkeys(family.block for family in FAMILIES if "*" not in family.block))
 _TAILS = ("", ".gate_proj", ".up_proj", ".down_proj", ".gate_up_proj", ".w1", ".w2", ".w3", ".down_proj.weight")
 _IDS = re.compile(r"(?P<before>experts(?:\\?\.|\[\.\])\((?:\?:)?)(?P<ids>[0-9]{1,9}(?:\|[0-9]{1,9})+)\)")
+# An alternation of names, and one of them: `.*` may stand before and behind it. Then an id with what must follow it.
+_ALTERNATION = re.compile(r"(?P<open>(?:re:|[+-]:)?\^?(?:\((?:\?:)?)?)(?P<names>[^()]*)(?P<close>\)?\$?)")
+_ALTERNATIVE = re.compile(r"\^?(?:\.\*)?(?:[\w/-]|\\?\.)+(?:\.\*)?\$?")
+_WHOLE_ID = re.compile(r"(?<!\w)experts\\?\.(?:0|[1-9][0-9]{0,8})(?:\\\.|\.[A-Za-z_])")
 _NO_ID = str.maketrans(dict.fromkeys("0123456789", _ANY))
 
 
@@ -75,6 +79,28 @@ def shorten(text: str, num_experts: int) -> str:
         return f"{match['before']}[0-9]+)" if set(ids) == set(map(str, range(num_experts))) else match[0]
 
     return _IDS.sub(short, text)
+
+
+def map_alternatives(text: str, change: Callable[[str], str], stays: Callable[[str], bool]) -> str | None:
+    """The alternation of names `text`, with each name that has an expert's id changed.
+
+    It matches what some alternative matches, so each may be read by itself, however many there are. None if `text` is
+    of another form, or if an alternative has no id and does not stay as it is.
+    """
+    whole = _ALTERNATION.fullmatch(text)
+    if whole is None or ("(" in whole["open"]) != (")" in whole["close"]):
+        return None
+    found = []
+    for name in whole["names"].split("|"):
+        if not _ALTERNATIVE.fullmatch(name) or name.count("experts") > 1:
+            return None
+        if _WHOLE_ID.search(name):
+            found.append(change(name))
+        elif stays(name):
+            found.append(name)
+        else:
+            return None
+    return f"{whole['open']}{'|'.join(found)}{whole['close']}"
 
 
 def names_all_elsewhere(text: str, layers: Iterable[str], num_experts: int) -> bool:

@@ -86,6 +86,7 @@ class Family:
         normalizes: whether the weights of the chosen experts sum to 1 if config.json does not say
         lists: whether config.json may give numbers of experts as lists, one for each layer
         even_ranks: whether some of vLLM's kernels need the same number of experts on every EP rank
+        groups_differ: what differs between engines if config.json limits groups, which is refused then
 
     """
 
@@ -104,6 +105,7 @@ class Family:
     normalizes: bool = True
     lists: bool = False
     even_ranks: bool = False
+    groups_differ: str = ""
 
 
 _VLLM = "vLLM 0.33 "
@@ -161,6 +163,10 @@ FAMILIES = (
     ),
     Family("Qwen4-Exp", "mlp", ("qwen4_exp", "qwen4_exp_text"), "softmax", "Transformers 5.19 qwen4_exp"),
     Family("Mixtral", "block_sparse_moe", ("mixtral",), "softmax", _VLLM + "mixtral"),
+    Family(
+        "Mistral 4", "mlp", ("mistral4",), "softmax", "Transformers 5.19 mistral4",
+        groups_differ="Transformers ranks its groups by their two best experts, vLLM by the best one",
+    ),
     Family(
         "MiniMax-M2", "block_sparse_moe", ("minimax_m2",), "sigmoid", _BOTH + "minimax_m2",
         router=("gate.weight", "e_score_correction_bias"),
@@ -221,6 +227,16 @@ FAMILIES = (
 )  # fmt: skip
 
 BY_MODEL_TYPE: Mapping[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}
+# Models for images or audio around a language model: which model types that may have, and where this was read. Its
+# config lies under one of `TEXT_CONFIG_KEYS`.
+WRAPPERS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "kimi_vl": (("deepseek_v3",), _VLLM + "kimi_vl"),
+    "deepseek_vl_v2": (("deepseek_v2",), _VLLM + "deepseek_vl2, deepseek_ocr"),
+    "internvl_chat": (("qwen3_moe", "gpt_oss"), _VLLM + "internvl"),
+    "internvl": (("qwen3_moe", "gpt_oss"), _VLLM + "interns1"),
+    "interns1": (("qwen3_moe",), _VLLM + "interns1"),
+    "mistral3": (("mistral4",), "Transformers 5.19 mistral3"),
+}
 # Known, and not exact after renumbering; the reason completes "its router …". Sources: vLLM 0.33, files of these names.
 REFUSED: Mapping[str, str] = {
     "interns1_pro": "takes the best experts of each group of consecutive experts",

@@ -27,6 +27,7 @@ from .families import (
     ROUTER_DTYPES,
     ROUTER_TENSORS,
     SHARED_MODULES,
+    WRAPPERS,
     Family,
     Role,
 )
@@ -107,18 +108,32 @@ def _number_of_experts(checkpoint: Checkpoint) -> str:
 
 
 def _family(checkpoint: Checkpoint) -> tuple[Family, str]:
-    """The family and the model type. The language model's config inside must name the same family, if it names any."""
+    """The family and the model type. The language model's config inside must name the same family, if it names any.
+
+    A wrapper has no family of its own: there the config inside must name one that it is known with.
+    """
     where, config = checkpoint.root / CONFIG, checkpoint.config
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(f"{where}: expected model_type to name the model's family, found {model_type!r:.80}")
-    family = _known(model_type, config.get("architectures"), where)
-    for key, section in config_sections(config):
-        inner = section.get("model_type")
-        if inner is None or section is config:
-            continue
-        inner = str(inner).removesuffix("_text").removesuffix("_thinker")
-        if _known(inner, section.get("architectures"), where) is not family:
+    inside = [
+        (key, str(section["model_type"]).removesuffix("_text").removesuffix("_thinker"), section.get("architectures"))
+        for key, section in config_sections(config)
+        if section is not config and section.get("model_type") is not None
+    ]
+    if model_type in WRAPPERS:
+        expected, _ = WRAPPERS[model_type]
+        _, inner, architectures = inside[0] if inside else ("", None, None)
+        if inner not in expected:
+            raise UnsupportedError(
+                f"{where}: model type {model_type} is known around {' or '.join(expected)}, but the language model's "
+                f"config inside has model type {inner!r:.80}; serve it placed instead (RESHARD_PLACEMENT=zigzag)"
+            )
+        family = _known(inner, architectures, where)
+    else:
+        family = _known(model_type, config.get("architectures"), where)
+    for key, inner, architectures in inside:
+        if _known(inner, architectures, where) is not family:
             raise UnsupportedError(
                 f"{where}: model type {model_type} is known as {family.name}, but {key} has model type {inner!r:.80}"
             )
@@ -140,7 +155,7 @@ def _known(model_type: str, architectures: Any, where: Path) -> Family:
             f"{where}: model type {model_type} has several routers; expected architectures to name "
             f"{' or '.join(shared)}, found {architectures!r:.80}"
         )
-    known = ", ".join(dict.fromkeys(name.partition(":")[0] for name in BY_MODEL_TYPE))
+    known = ", ".join(dict.fromkeys(name.partition(":")[0] for name in (*BY_MODEL_TYPE, *WRAPPERS)))
     raise UnsupportedError(
         f"{where}: reshard does not know the router of model type {model_type!r:.80}, so it cannot rewrite this model; "
         f"serve it placed instead (RESHARD_PLACEMENT=zigzag). It knows {known}"

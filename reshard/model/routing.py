@@ -103,6 +103,8 @@ def read_routing(whole_config: Mapping[str, Any], family: Family, where: str) ->
         raise CheckpointError(
             f"{where}: n_group = {n_group} does not divide the {num_experts} experts into equal groups"
         )
+    if n_group > 1 and family.groups_differ:
+        raise UnsupportedError(f"{where}: n_group = {n_group}: {family.groups_differ}; known without groups only")
     if topk_group > n_group:
         raise CheckpointError(f"{where}: topk_group = {topk_group} is more than n_group = {n_group}")
     if top_k > topk_group * (num_experts // n_group):

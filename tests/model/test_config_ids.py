@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import Spec, build
+from command_line import run_well
 
 from reshard import UnsupportedError, Zigzag, plan_placement
 
@@ -246,6 +248,66 @@ def test_a_long_alternation_over_all_experts_is_read(group: str, family: str, tm
     assert ignored_by(family, whole, tmp_path / "whole", experts=320) == [whole]
     with pytest.raises(UnsupportedError, match="cannot tell"):
         ignored_by(family, part, tmp_path / "part", experts=320)
+
+
+LONG = [
+    rf"model\.layers\.{layer}\.mlp\.experts\.{e}\.{p}_proj"
+    for layer in (1, 2)
+    for e in range(8)
+    for p in ("up", "down")
+]
+
+
+@pytest.mark.parametrize("around", ["re:%s", "re:^(?:%s)$", "-:(%s)", "%s"])
+@pytest.mark.parametrize("more", ["lm_head", r".*self_attn.*", "^.*mlp.experts$"])
+def test_a_long_alternation_of_names_is_mapped_name_by_name(around: str, more: str, tmp_path: Path) -> None:
+    names = [name for name in LONG if r"\.6\." not in name]
+    before = around % "|".join([*names, more])
+    assert len(before) > 1000
+    (after,) = ignored(tmp_path, before)
+    tail = [f"{LAYER[:13]}{layer}.mlp.experts.%s.{p}_proj" for layer in (1, 2) for p in ("up", "down", "gate")]
+    old, new = (re.compile(text.removeprefix("re:").removeprefix("-:")) for text in (before, after))
+    for logical, physical in enumerate((0, 3, 6, 1, 4, 7, 2, 5)):
+        for name in tail:
+            for way in ("match", "search"):
+                expected = bool(getattr(old, way)(name % logical))
+                assert bool(getattr(new, way)(name % physical)) == expected
+                assert expected == (logical != 6 and "gate" not in name)
+
+
+def test_each_name_of_a_long_alternation_goes_by_the_order_of_its_layer(tmp_path: Path) -> None:
+    source, orders = tmp_path / "source", tmp_path / "orders.json"
+    build(Spec("qwen3_moe", experts=8), source)
+    config = json.loads((source / "config.json").read_text())
+    names = [name for name in LONG if r"\.6\." not in name]
+    config["quantization_config"] = {"ignore": [f"re:^(?:{'|'.join(names)})$"]}
+    (source / "config.json").write_text(json.dumps(config))
+    order = {f"model.layers.{layer}.mlp": [(layer + e) % 8 for e in range(8)] for layer in range(3)}
+    orders.write_text(json.dumps({"physical_to_logical": order}))
+    arguments = ["place", "--strategy", "file", "--map", orders, "--src", source, "--ep", 2, "--out", tmp_path / "out"]
+    run_well(*arguments)
+    (text,) = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    for layer in (1, 2):
+        found = {int(e) for e in re.findall(rf"layers\\.{layer}\\.mlp\\.experts\\.([0-9]+)\\.up_proj", text)}
+        assert found == {(e - layer) % 8 for e in range(8) if e != 6}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        r".*experts\.1",  # also 10 to 19, where there are as many
+        r".*experts\.1.",
+        r".*\.5\.down_proj",
+        r".*experts\.[0-5]\.down_proj",
+        r".*experts\.(1|2)\.down_proj",
+        r".*experts\.8\.down_proj",
+        r".*experts\.05\.down_proj",
+        r".*experts.experts\.5\.down_proj",
+    ],
+)
+def test_a_long_alternation_with_one_alternative_that_cannot_be_told_is_refused(more: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"config\.json"):
+        ignored(tmp_path, f"re:{'|'.join([*LONG, more])}")
 
 
 @pytest.mark.parametrize(

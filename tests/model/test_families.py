@@ -19,7 +19,7 @@ from oracle import OF_HIDDEN_SIZE, assert_resharded, read_safetensors
 
 from reshard.commands.compare import compare_routers
 from reshard.commands.original import read_original
-from reshard.model.families import BY_MODEL_TYPE, REFUSED
+from reshard.model.families import BY_MODEL_TYPE, REFUSED, WRAPPERS
 from reshard.model.families import FAMILIES as TABLE
 from reshard.model.router import Router, route
 from reshard.model.routing import Routing
@@ -138,6 +138,54 @@ def test_where_engines_assume_groups_config_has_to_give_them(family: str, tmp_pa
     result = run("inspect", tmp_path / "source")
     assert result.exit_code == 1
     assert "expected a value for n_group" in result.output
+
+
+# A language model inside another model
+
+
+def test_a_wrapper_routes_like_the_language_model_inside(tmp_path: Path) -> None:
+    found = {}
+    for name in ("kimi_vl", "internvl_chat", "internvl_gpt_oss"):
+        build(Spec(name, experts=8), tmp_path / name)
+        found[name] = describe(tmp_path / name)
+    keys = ("model_type", "family", "scoring", "plugin_required")
+    assert {name: tuple(one[key] for key in keys) for name, one in found.items()} == {
+        "kimi_vl": ("kimi_vl", "DeepSeek-V3, R1, V3.1", "sigmoid", False),
+        "internvl_chat": ("internvl_chat", "Qwen3-MoE", "softmax", False),
+        "internvl_gpt_oss": ("internvl_chat", "gpt-oss", "softmax of the chosen", False),
+    }
+
+
+@pytest.mark.parametrize(
+    ("inside", "said"),
+    [
+        ({"model_type": "mixtral"}, "known around qwen3_moe or gpt_oss"),  # known, but not there
+        ({"model_type": "qwen9_moe"}, "has model type 'qwen9_moe'"),
+        ({"model_type": None}, "has model type None"),
+        ({"text_config": {"model_type": "gpt_oss"}}, "known as Qwen3-MoE, but llm_config.text_config"),
+    ],
+)
+def test_a_wrapper_around_a_model_that_it_is_not_known_with_is_refused(
+    inside: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    build(Spec("internvl_chat", experts=8), tmp_path / "source")
+    change_config(tmp_path / "source", lambda config: config["llm_config"].update(inside))
+    result = run("inspect", tmp_path / "source")
+    assert result.exit_code == 1
+    assert said in result.output
+
+
+def test_a_wrapper_alone_is_no_family(tmp_path: Path) -> None:
+    assert "known around deepseek_v3" in refused("deepseek_v3", tmp_path / "source", model_type="kimi_vl")
+
+
+def test_groups_that_engines_rank_differently_are_refused(tmp_path: Path) -> None:
+    build(Spec("mistral4", experts=8), tmp_path / "source")
+    run_well("inspect", tmp_path / "source")
+    change_config(tmp_path / "source", lambda config: config["text_config"].update(n_group=4, topk_group=2))
+    result = run("inspect", tmp_path / "source")
+    assert result.exit_code == 1
+    assert "n_group = 4: Transformers ranks its groups" in result.output
 
 
 # Refused, by name and reason
@@ -293,8 +341,19 @@ def table() -> str:
     return "\n".join([*head, *rows])
 
 
-def test_the_documentation_shows_the_table() -> None:
-    assert table() in (DOCUMENTATION / "docs" / "families.md").read_text(), f"docs/families.md has to show\n{table()}"
+def wrappers() -> str:
+    """The wrappers as docs/families.md shows them."""
+    rows = [
+        f"| `{name}` | {', '.join(f'`{inner}`' for inner in inside)} | {source} |"
+        for name, (inside, source) in WRAPPERS.items()
+    ]
+    return "\n".join(["| wrapper | model types inside | read in |", "|" + " --- |" * 3, *rows])
+
+
+def test_the_documentation_shows_the_tables() -> None:
+    text = (DOCUMENTATION / "docs" / "families.md").read_text()
+    for shown in (table(), wrappers()):
+        assert shown in text, f"docs/families.md has to show\n{shown}"
 
 
 def test_the_readme_names_every_family_and_marks_those_with_groups() -> None:
@@ -306,8 +365,11 @@ def test_the_readme_names_every_family_and_marks_those_with_groups() -> None:
 
 
 def test_every_family_has_a_checkpoint_in_the_tests() -> None:
-    built = set()
+    built, wrapped = set(), set()
     for line in FAMILIES.values():
-        types = (f"{line.model_type}:{line.architecture}", line.model_type)
+        if line.model_type in WRAPPERS:
+            wrapped.add((line.model_type, line.text_model_type))
+        types = (f"{line.model_type}:{line.architecture}", line.model_type, line.text_model_type)
         built.add(next(BY_MODEL_TYPE[name] for name in types if name in BY_MODEL_TYPE).name)
     assert built == {family.name for family in TABLE}
+    assert wrapped >= {(name, inside[0]) for name, (inside, _) in WRAPPERS.items()}

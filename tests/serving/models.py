@@ -70,6 +70,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**DEEPSEEK, "norm_topk_prob": False, "routed_scaling_factor": 4.0, "topk_method": "group_limited_greedy"},
         {"scoring_func": "softmax", "moe_layer_freq": 1},
     ),
+    "axk1": ("axk1", V3, {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}),
     "llama4": (  # its experts are one tensor, which vLLM's model code slices itself
         "llama4_text",
         {
@@ -125,6 +126,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {**COMMON, "num_experts": 16, "head_dim": 32, "norm_topk_prob": True}, {}),
 }
 LING_KIND = "ling"
+WITHOUT_INDEX = ("qwen2_moe",)  # vLLM loads all files of a model that has no index
 
 
 def make(kind: str, directory: Path, overrides: dict[str, Any], mtp: bool, seed: int) -> None:
@@ -155,6 +157,10 @@ def make(kind: str, directory: Path, overrides: dict[str, Any], mtp: bool, seed:
         add_draft_tensors(directory, layer=saved["num_hidden_layers"], hidden=saved["hidden_size"])
     path.write_text(json.dumps(saved, indent=2) + "\n")
     check(directory, fused=kind == "llama4")
+    if kind == "axk1":  # its dense layer has the norm, too, as vLLM expects; Transformers does not make that one
+        add_tensors(directory, {"model.layers.0.post_mlp_layernorm.weight": torch.ones(saved["hidden_size"])})
+    if kind in WITHOUT_INDEX:
+        (directory / "model.safetensors.index.json").unlink()
 
 
 def enlarge(model: torch.nn.Module) -> None:
@@ -171,8 +177,7 @@ def enlarge(model: torch.nn.Module) -> None:
 
 def add_draft_tensors(directory: Path, layer: int, hidden: int) -> None:
     """Make the last layer a multi-token-prediction layer: add its tensors, named as DeepSeek-V3's, in another file."""
-    index_path = directory / "model.safetensors.index.json"
-    index = json.loads(index_path.read_text())
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
     head = load_file(directory / index["weight_map"]["lm_head.weight"])["lm_head.weight"]
     embedding = load_file(directory / index["weight_map"]["model.embed_tokens.weight"])["model.embed_tokens.weight"]
     prefix = f"model.layers.{layer}"
@@ -185,9 +190,16 @@ def add_draft_tensors(directory: Path, layer: int, hidden: int) -> None:
         f"{prefix}.shared_head.norm.weight": torch.ones(hidden),
         f"{prefix}.shared_head.head.weight": head,
     }
-    save_file(tensors, directory / "model-mtp.safetensors", metadata={"format": "pt"})
-    index["weight_map"].update(dict.fromkeys(tensors, "model-mtp.safetensors"))
-    index_path.write_text(json.dumps(index, indent=2) + "\n")
+    add_tensors(directory, tensors)
+
+
+def add_tensors(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Add tensors in a file of their own."""
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    save_file(tensors, directory / "model-more.safetensors", metadata={"format": "pt"})
+    index["weight_map"].update(dict.fromkeys(tensors, "model-more.safetensors"))
+    path.write_text(json.dumps(index, indent=2) + "\n")
 
 
 def save_tokenizer(directory: Path, ids: Sequence[int] = range(VOCABULARY)) -> None:

@@ -1,7 +1,7 @@
 """Families beyond DeepSeek's, served by real vLLM on the CPU: rewritten outputs, and originals with a placement.
 
-"Equal" and "close" mean the same as in `test_serving`. Ling 2.0 is group-limited, and laid out as it is published: its
-config's class comes with the checkpoint.
+"Equal" and "close" mean the same as in `test_serving`. Ling is laid out as it is published: its config's class comes
+with the checkpoint. Qwen2-MoE has several files and no index, so vLLM loads all of them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import SHIM_ONLY, Result, Serving
+from harness import SHIM_ONLY, Serving
 from test_placed import ZIGZAG, by, random_file
 from test_serving import assert_answered, assert_close, assert_equal, largest_difference
 
-LING: dict[str, Any] = {"trust_remote_code": True, "attention_backend": "CPU_ATTN"}
 PLAIN: dict[str, Any] = {"attention_backend": "CPU_ATTN"}
+LING: dict[str, Any] = {**PLAIN, "trust_remote_code": True}
+GROUP_LIMITED: dict[str, dict[str, Any]] = {"ling": LING, "axk1": {}}  # A.X-K1 has latent attention, the default
 
 
 def ling(serving: Serving) -> Path:
@@ -23,22 +24,15 @@ def ling(serving: Serving) -> Path:
     return serving.model("ling")
 
 
-def stock(serving: Serving) -> Result:
-    """The answer of stock vLLM from Ling on two ranks, under its own zigzag placement."""
-    answer = serving.generate(ling(serving), ranks=2, placement="round_robin", plugins=SHIM_ONLY, **LING)
-    assert "Expert placement strategy: round_robin" in answer.log
-    return answer
-
-
-def test_ling_2_rewritten_equals_stock_round_robin(serving: Serving) -> None:
-    answer = serving.generate(serving.resharded(ling(serving), 2), ranks=2, **LING)
-    assert_equal(answer, stock(serving))
-
-
-def test_ling_2_placed_equals_stock_round_robin(serving: Serving) -> None:
-    answer = serving.generate(ling(serving), ranks=2, environment=ZIGZAG, **LING)
-    assert_equal(answer, stock(serving))
-    assert "2 MoE layers are placed" in answer.log
+@pytest.mark.parametrize("kind", GROUP_LIMITED)
+def test_a_group_limited_family_rewritten_and_placed_equals_stock_round_robin(kind: str, serving: Serving) -> None:
+    source, options = serving.model(kind), GROUP_LIMITED[kind]
+    stock = serving.generate(source, ranks=2, placement="round_robin", plugins=SHIM_ONLY, **options)
+    assert "Expert placement strategy: round_robin" in stock.log
+    assert_equal(serving.generate(serving.resharded(source, 2), ranks=2, **options), stock)
+    placed = serving.generate(source, ranks=2, environment=ZIGZAG, **options)
+    assert_equal(placed, stock)
+    assert "2 MoE layers are placed" in placed.log
 
 
 def test_ling_2_with_other_orders_rewritten_equals_the_original(serving: Serving) -> None:

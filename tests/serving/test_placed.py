@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from harness import BIN, COMPILED, HERE, PROMPTS, SHIM_ONLY, SPAWNED, TIMEOUT, Serving
+from oracle import read_safetensors
 from test_served_traffic import recorded, trace
 from test_serving import (
     MTP,
@@ -40,7 +41,7 @@ WORKER = {"worker_cls": "other.worker.Worker"}  # as a platform plugin of anothe
 
 def moe_layers(model: Path) -> tuple[list[str], int]:
     """The names of the modules that hold experts, draft layers included, and the number of experts."""
-    names = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
+    names = {name for path in model.glob("*.safetensors") for name in read_safetensors(path)[1]}
     experts = [name.split(".experts.") for name in names if ".experts." in name]
     numbers = {int(rest.split(".")[0]) for _, rest in experts}
     return sorted({layer for layer, _ in experts}), len(numbers)

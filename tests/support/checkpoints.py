@@ -646,6 +646,98 @@ FAMILIES: dict[str, Family] = {
         text_model_type="qwen4_exp_text",
         mtp="mtp.layers.{}",
     ),
+    "mistral4": Family(  # Mistral Small 4, as Transformers converts it
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        {"first_k_dense_replace": 0, "n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
+        root="model.language_model.",
+        attention=MLA,
+        shared="shared_experts",
+        others=(
+            "model.vision_tower.transformer.layers.0.feed_forward.gate_proj.weight",
+            "model.multi_modal_projector.linear_1.weight",
+        ),
+        fused="scaled",
+        text_model_type="mistral4",
+        groups=1,
+    ),
+    "kimi_vl": Family(
+        "kimi_vl",
+        "KimiVLForConditionalGeneration",
+        DEEPSEEK_CONFIG | {"q_lora_rank": None, "routed_scaling_factor": 2.446},
+        root="language_model.model.",
+        head="language_model.lm_head",
+        attention=("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj", "self_attn.o_proj"),
+        router_biases=("e_score_correction_bias",),
+        shared="shared_experts",
+        dense_layers=1,
+        others=("vision_tower.encoder.blocks.0.wqkv.weight", "multi_modal_projector.linear_1.weight"),
+        text_model_type="deepseek_v3",
+        groups=1,
+        remote_code="KimiVL",
+    ),
+    "deepseek_vl_v2": Family(
+        "deepseek_vl_v2",
+        "DeepseekVLV2ForCausalLM",
+        DEEPSEEK_V2_CONFIG
+        | {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 2.0},
+        root="language.model.",
+        head="language.lm_head",
+        attention=MLA,
+        router_biases=("e_score_correction_bias",),
+        shared="shared_experts",
+        dense_layers=1,
+        others=("vision.blocks.0.attn.qkv.weight", "projector.layers.0.weight", "view_seperator"),
+        text_model_type="deepseek_v2",
+        text_keys=("language_config",),
+        groups=1,
+    ),
+    "internvl_chat": Family(  # InternVL3.5
+        "internvl_chat",
+        "InternVLChatModel",
+        {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "router_aux_loss_coef": 0.001},
+        root="language_model.model.",
+        head="language_model.lm_head",
+        experts_key="num_experts",
+        others=("vision_model.encoder.layers.0.attn.qkv.weight", "mlp1.1.weight"),
+        text_model_type="qwen3_moe",
+        text_keys=("llm_config",),
+        remote_code="InternVLChat",
+    ),
+    "internvl_gpt_oss": Family(
+        "internvl_chat",
+        "InternVLChatModel",
+        {"swiglu_limit": 7.0, "layer_types": ["sliding_attention", "full_attention"]},
+        root="language_model.model.",
+        head="language_model.lm_head",
+        router="router",
+        router_biases=("bias",),
+        experts_key="num_local_experts",
+        others=("vision_model.encoder.layers.0.attn.qkv.weight", "mlp1.1.weight"),
+        fused="transposed",
+        text_model_type="gpt_oss",
+        text_keys=("llm_config",),
+        remote_code="InternVLChat",
+    ),
+    "internvl": Family(  # InternVL3.5 in Transformers' form
+        "internvl",
+        "InternVLForConditionalGeneration",
+        {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "router_aux_loss_coef": 0.001},
+        root="model.language_model.",
+        experts_key="num_experts",
+        others=("model.vision_tower.encoder.layer.0.attention.q_proj.weight",),
+        text_model_type="qwen3_moe",
+    ),
+    "interns1": Family(
+        "interns1",
+        "InternS1ForConditionalGeneration",
+        {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "router_aux_loss_coef": 0.001},
+        root="model.language_model.",
+        experts_key="num_experts",
+        others=("model.vision_tower.encoder.layer.0.attention.q_proj.weight",),
+        text_model_type="qwen3_moe",
+        remote_code="InternS1",
+    ),
 }
 
 
@@ -876,6 +968,10 @@ class _Model:
                 self.raw(f"{prefix}_bias", "BF16", experts, rows)
             elif layout == "transposed":
                 self.raw(prefix, "BF16", experts, columns, rows)
+            elif layout == "scaled":
+                self.raw(prefix, "F8_E4M3", experts, rows, columns)
+                self.raw(f"{prefix}_scale_inv", "BF16", experts, 1, 1)
+                self.raw(f"{prefix}_activation_scale", "BF16", experts)
             else:
                 self.raw(prefix, "BF16", experts, rows, columns)
 
