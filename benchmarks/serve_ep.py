@@ -253,9 +253,16 @@ def command(models: Path, start: Start, workload: Workload, port: int) -> list[s
 
 
 @contextlib.contextmanager
-def served(models: Path, start: Start, workload: Workload, log: Path, more: Mapping[str, str]) -> Iterator[str]:
+def served(
+    models: Path,
+    start: Start,
+    workload: Workload,
+    log: Path,
+    more: Mapping[str, str],
+    plugins: Mapping[str, str] = PLUGINS,
+) -> Iterator[str]:
     """Start a server, yield its address once it is up, end it. A RuntimeError tells the log's first error too."""
-    announce(models / "site", PLUGINS)
+    announce(models / "site", plugins)
     path = python_path(models / "site", ROOT, ROOT / "benchmarks")
     environment = {**UNLESS_SET, **os.environ, **MULTICAST_OFF, **more, "PYTHONPATH": path}
     with socket.socket() as free:

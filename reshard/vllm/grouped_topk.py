@@ -1,4 +1,4 @@
-"""Group-limited routing on CUDA in one kernel: it takes logits and returns weights and physical ids.
+"""Routing by groups on CUDA in one kernel, or by a single group: it takes logits and returns weights and physical ids.
 
 Logits and bias come in physical order (an output) or in logical order (an original that is served with a placement).
 The kernel scores groups of logical experts, and computes everything as vLLM does, to the last bit. vLLM has three ways:
@@ -34,6 +34,7 @@ MAX_TOKENS_LAUNCHED_EARLY = 64
 # Limits of vLLM's kernel for few experts (csrc/libtorch_stable/moe/grouped_topk_kernels.cu). It has one warp per group,
 # for eight groups; vLLM does not check for more groups before it calls this kernel.
 SMALL_EXPERTS, SMALL_GROUP, SMALL_CANDIDATES, SMALL_GROUPS, SMALL_CHOSEN_GROUPS, SMALL_TOP_K = 256, 32, 128, 8, 4, 8
+SMALL_EXPERTS_IN_ONE_GROUP = 512
 MAX_EXPERTS = 1024
 
 
@@ -99,19 +100,19 @@ class Choice:
     @property
     def arithmetic(self) -> Arithmetic | None:
         """Which of vLLM's implementations makes this choice; None if we do not reproduce it or it is undefined."""
-        if self.num_experts % self.n_group or not self.topk_group < self.n_group <= 32 or self.top_k > LANES:
+        one_group = self.n_group == self.topk_group == 1
+        groups_fit = one_group or self.topk_group < self.n_group <= 32
+        if not groups_fit or self.num_experts % self.n_group or self.num_experts > MAX_EXPERTS or self.top_k > LANES:
             return None
-        if self.num_experts > MAX_EXPERTS or (self.softmax and self.num_experts <= 128):
+        if self.softmax and self.num_experts <= 128:
             return None
         if not self.biased:
-            return None if self.renormalize else Arithmetic.TORCH
-        if (
-            self.num_experts <= SMALL_EXPERTS
-            and self.group_size <= SMALL_GROUP
-            and self.group_size * self.topk_group <= SMALL_CANDIDATES
-            and self.topk_group <= SMALL_CHOSEN_GROUPS
-            and self.top_k <= SMALL_TOP_K
-        ):
+            return None if self.renormalize or one_group else Arithmetic.TORCH
+        if one_group and self.num_experts <= SMALL_EXPERTS_IN_ONE_GROUP:
+            return Arithmetic.SMALL if self.top_k <= SMALL_TOP_K else None
+        small = self.num_experts <= SMALL_EXPERTS and self.group_size <= SMALL_GROUP and self.top_k <= SMALL_TOP_K
+        small &= self.group_size * self.topk_group <= SMALL_CANDIDATES and self.topk_group <= SMALL_CHOSEN_GROUPS
+        if small:
             return Arithmetic.SMALL if self.n_group <= SMALL_GROUPS else None
         return Arithmetic.FUSED
 

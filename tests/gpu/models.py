@@ -99,6 +99,7 @@ if __name__ == "__main__":
     if arguments.kind == "r1":
         make_r1(arguments.directory, layers=2)
     else:
+        sys.path.insert(0, str(ROOT / "tests" / "serving"))  # for the modules beside it
         small = runpy.run_path(str(ROOT / "tests" / "serving" / "models.py"))
         small["make"].__globals__["FILE_SIZE"] = "400MB"
         small["make"](arguments.kind, arguments.directory, {**SMALL, **arguments.config}, arguments.mtp, 0)

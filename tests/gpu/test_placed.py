@@ -36,9 +36,14 @@ from test_gpu import (
 ZIGZAG = {"RESHARD_PLACEMENT": "zigzag"}
 
 
-def without_groups(gpu: Gpu) -> Path:
-    """256 experts in one group, as in Kimi-K2: the kernel in `map_ids` maps their ids."""
+def one_group(gpu: Gpu) -> Path:
+    """256 experts in one group, sigmoid scores with a bias, as in Kimi-K2."""
     return _small(gpu, "deepseek_v3", n_group=1, topk_group=1)
+
+
+def softmax_in_one_group(gpu: Gpu) -> Path:
+    """160 experts in one group, softmax scores: vLLM's own router chooses, and the kernel in `map_ids` maps its ids."""
+    return _small(gpu, "deepseek_v2", n_routed_experts=160, n_group=1, topk_group=1, num_experts_per_tok=6)
 
 
 def random_placement(gpu: Gpu, model: Path, ep: int) -> dict[str, str]:
@@ -58,7 +63,7 @@ def assert_placed(log: str, layers: int = 2) -> None:
     assert re.search(rf"\b{layers} MoE layers are placed: .*digest .*every slot was seen", log)
 
 
-@pytest.mark.parametrize("model", [v3, v2, without_groups])
+@pytest.mark.parametrize("model", [v3, v2, one_group, softmax_in_one_group])
 def test_ep_1_with_torch_compile_and_cuda_graphs_is_identical_in_any_placement(model: Model, gpu: Gpu) -> None:
     source = model(gpu)
     placement = random_placement(gpu, source, 1)
@@ -67,7 +72,9 @@ def test_ep_1_with_torch_compile_and_cuda_graphs_is_identical_in_any_placement(m
     )
     assert_identical(answer, expected)
     assert_placed(answer.log)
-    if model is not without_groups:
+    if model is softmax_in_one_group:
+        assert "routers:" not in answer.log
+    else:
         assert_by_the_kernel(answer)
 
 
@@ -200,7 +207,7 @@ def test_data_parallel_answers_stay_right(gpu: Gpu) -> None:
 
 
 def test_the_control_a_router_that_ignores_the_placement_gives_other_tokens(gpu: Gpu) -> None:
-    source = without_groups(gpu)
+    source = softmax_in_one_group(gpu)
     placement = {**random_placement(gpu, source, 1), "ROUTER_FORGETS": "1"}
     spoilt, expected = together(
         lambda: gpu.answer(source, EAGER, environment=placement), lambda: gpu.answer(source, EAGER)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ling import make_ling
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -133,6 +132,8 @@ def make(kind: str, directory: Path, overrides: dict[str, Any], mtp: bool, seed:
     torch.manual_seed(seed)
     if kind == LING_KIND:
         shutil.rmtree(directory, ignore_errors=True)
+        from ling import make_ling  # here: benchmarks run this file from elsewhere
+
         make_ling(directory, overrides)
         save_tokenizer(directory)
         return

@@ -28,6 +28,10 @@ CASES = [  # experts, groups, groups per token, experts per token, order of summ
     (1024, 8, 4, 16, (1024, 8, False), False, "float32"),
     (1024, 8, 4, 16, (256, 2, True), False, "float32"),
     (384, 8, 4, 8, (512, 4, False), True, "float32"),
+    (256, 1, 1, 8, None, True, "float32"),  # one group: no choice of groups
+    (384, 1, 1, 8, None, True, "float32"),
+    (160, 1, 1, 8, None, True, "float32"),
+    (600, 1, 1, 8, None, True, "float32"),
 ]
 
 
