@@ -6,6 +6,7 @@ parses an expert's name. It trusts the manifest's digests, because `verify` has 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,6 +82,8 @@ def compare_tensors(source: Original, out: Path, manifest: Manifest, pool: Execu
     if {layer.name for layer in source.model.layers} != placement.keys():
         return [f"{checkpoint.root}: its MoE layers are not those of {MANIFEST}; is this the source of the output?"]
     digests = manifest.digests
+    contract = manifest.parsed_contract(MANIFEST)
+    flattened = set() if contract is None else {*contract.flattened}
     output_names = {renumber(name, placement): name for name in digests}
     if unmatched := sorted(output_names.keys() ^ checkpoint.tensors.keys()):
         return [f"{checkpoint.root}: tensor {name}: in source or output, but not in both" for name in unmatched]
@@ -89,10 +92,11 @@ def compare_tensors(source: Original, out: Path, manifest: Manifest, pool: Execu
         for tensor in read_header(out / record.name).tensors if record.tensors else ():
             written[tensor.name] = tensor
             origin = checkpoint.tensors[renumber(tensor.name, placement)]
-            if (tensor.dtype, tensor.shape) != (origin.dtype, origin.shape):
+            shape = (math.prod(origin.shape),) if tensor.name in flattened else origin.shape
+            if (tensor.dtype, tensor.shape) != (origin.dtype, shape):
                 where = f"{out / record.name}: tensor {tensor.name}"
-                expected = f"{origin.dtype} {list(origin.shape)}"
-                return [f"{where}: {tensor.dtype} {list(tensor.shape)}, but {origin.name} of the source is {expected}"]
+                expected = f"{origin.dtype} {list(shape)}, as {origin.name} of the source is {list(origin.shape)}"
+                return [f"{where}: {tensor.dtype} {list(tensor.shape)}, expected {expected}"]
     in_shards: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in checkpoint.tensors.values():
         if output_names[tensor.name] in written:

@@ -6,15 +6,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.header import Tensor, parse_header
+from ..checkpoint.header import Tensor, parse_header, read_header
 from ..checkpoint.source import find_source
 from ..errors import CheckpointError, OutputError, UnsupportedError
 from ..execute.holes import find_hole
 from ..model.names import Kind, kind_of, parse_expert_name
 from ..model.routing import Routing, why_plugin
+from ..placement.contract import mixture, numbering_in
 from ..placement.permutations import Placement, invert, rank_slots
 from ..placement.strategies import Placed, Zigzag
-from ..record.manifest import FileSummary, read_manifest, unpack
+from ..record.manifest import FileSummary, Manifest, read_manifest, unpack
 from .original import Original, check_ep_size, is_output, read_original, refuse_unfinished
 from .resharding import plan_resharding
 
@@ -37,7 +38,7 @@ class Inspection:
     for the requested `ep_size`, or None and empty without one. If `uniform`, every MoE layer has the same placement;
     otherwise `ranks` shows the first layer's. `staged_ranks` is None unless the directory is staged; all else then
     describes the whole output that it was staged from. With `ep_size`, `notes` has what `zigzag` would say of a source,
-    also if it would refuse it.
+    also if it would refuse it. Of an output, `notes` says whether its files' headers contradict its manifest.
     """
 
     path: str
@@ -155,8 +156,21 @@ def _of_output(root: Path, ep_size: int | None) -> Inspection:
             ep_size=manifest.ep_size,
             staged_ranks=None if manifest.staged_ranks is None else tuple(manifest.staged_ranks),
             resharded=True,
+            notes=tuple(_mixed(root, manifest)),
         )
     )
+
+
+def _mixed(root: Path, manifest: Manifest) -> Iterator[str]:
+    """What the headers in the output `root` say against its manifest."""
+    files = [root / record.name for record in manifest.files if record.tensors and (root / record.name).is_file()]
+    try:
+        numberings = {path.name: numbering_in(read_header(path).metadata) for path in files}
+    except CheckpointError as error:
+        yield str(error)
+        return
+    if fault := mixture(numberings, manifest.placement):
+        yield f"{fault}: files of two checkpoints lie here; run `reshard verify`, and write the output anew"
 
 
 def _describe(facts: _Facts) -> Inspection:

@@ -12,6 +12,7 @@ from ..checkpoint.weights import MIN_COPY, SINGLE, is_other_format
 from ..errors import CheckpointError
 from ..model.layers import MoeModel
 
+PARAMS = "params.json"  # a config in Mistral's form; vLLM reads it with --config-format mistral
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT, beside an adapter's weights
 
 
@@ -29,6 +30,11 @@ def notes(checkpoint: Checkpoint, model: MoeModel, ep_size: int) -> list[str]:
     for index in checkpoint.indices:
         if index != INDEX:
             found.append(f"{index} is not in the output, whose index is {INDEX}; restore brings it back")
+    if model.routing.group_limited and PARAMS in checkpoint.files:
+        found.append(
+            f"{PARAMS} is not in the output: it has the original's expert groups, and an engine that reads it in the "
+            "place of config.json would choose other experts; restore brings it back"
+        )
     if not checkpoint.indices and checkpoint.shards.keys() != {SINGLE}:
         found.append(
             f"no index: its {len(checkpoint.shards)} safetensors files are taken as the whole model, as vLLM takes "

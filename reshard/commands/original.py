@@ -15,7 +15,7 @@ from ..errors import CheckpointError, OutputError
 from ..execute.holes import find_hole
 from ..model.layers import MoeModel, read_model
 from ..model.sizes import ModelSizes, read_sizes
-from ..placement.contract import CONTRACT_KEY, MARK
+from ..placement.contract import CONTRACT_KEY, numbering_in
 from ..placement.placement_file import read_placement_file
 from ..placement.strategies import Balanced, FromFile, MoeShape, Placed, Strategy, check_placement
 from ..record.manifest import JOURNAL, MANIFEST, UNFINISHED
@@ -80,7 +80,7 @@ def read_original(src: str | Path) -> Original:
             f"{root / CONFIG}: has {mark}: already resharded, though {MANIFEST} is missing; give the original"
         )
     for name, header in checkpoint.shards.items():
-        if MARK.items() <= header.metadata.items():
+        if numbering_in(header.metadata) is not None:
             raise CheckpointError(
                 f"{root / name}: its metadata says that its experts are renumbered: already resharded, though "
                 f"{MANIFEST} is missing; give the original"

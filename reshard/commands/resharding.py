@@ -45,7 +45,7 @@ from ..record.manifest import (
     SourceFile,
     pack,
 )
-from .notes import known_checksums, notes, refuse_adapters
+from .notes import PARAMS, known_checksums, notes, refuse_adapters
 from .original import Original, check_ep_size
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
@@ -76,8 +76,8 @@ class Resharding:
     """All that is decided before the first byte is written.
 
     `index` and `config` are the bytes of the two files that are written last. `originals` has the source's bytes of
-    each small file that is rewritten, and of its indices, in whose place the output has `index`. `checksums` are those
-    that source files are compared with, {} if the user did not ask for that.
+    each small file that is rewritten, of its indices, in whose place the output has `index`, and of `PARAMS`, if that
+    would open the lock. `checksums` are those that source files are compared with, {} if the user did not ask for that.
     """
 
     checkpoint: Checkpoint
@@ -125,17 +125,18 @@ def plan_resharding(
     contract = None
     if model.routing.group_limited:
         groups = model.routing.n_group, model.routing.topk_group
-        contract = Contract(strategy, ep_size, *groups, placement, locked_values(checkpoint.config))
+        contract = Contract(strategy, ep_size, *groups, placement, locked_values(checkpoint.config), model.gates)
     weights, sharing = _weights(original, placement, ep_size, writing)
     _refuse_collisions(checkpoint, weights)
     refuse_adapters(checkpoint)
     rewritten = _rewritten_configs(checkpoint, model, placement, contract)
     rewritten[INDEX] = plan_index(weights, checkpoint.index_metadata)
-    replaced = {*rewritten, *checkpoint.indices}
+    withheld = () if contract is None else (PARAMS,)
+    replaced = {*rewritten, *checkpoint.indices, *withheld}
     copied = [
         literal_file(file.name, rewritten[file.name]) if file.name in rewritten else whole_file(file.name, file.size)
         for file in checkpoint.other_files
-        if file.name not in (*checkpoint.indices, CONFIG)
+        if file.name not in (*checkpoint.indices, CONFIG, *withheld)
     ]
     checksums = known_checksums(checkpoint) if writing.check_source else {}
     files, read_first = assign_checksums((*weights, *copied), checksums)

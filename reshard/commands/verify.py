@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from blake3 import blake3
 
 from ..arguments import as_path
-from ..checkpoint.directory import CONFIG, File, read_checkpoint
+from ..checkpoint.directory import CONFIG, Checkpoint, File, read_checkpoint
 from ..checkpoint.header import read_header
 from ..errors import CheckpointError, OutputError
 from ..execute.fill import Progress
@@ -26,8 +26,16 @@ from ..execute.run import count_workers
 from ..execute.sources import BLOCK_SIZE, OpenSources, SourceFiles
 from ..model.names import parse_expert_name
 from ..model.routing import routing_section
-from ..placement.contract import CONTRACT_KEY, LOCKED_GROUPS, Contract, unlock_config
-from ..placement.permutations import rank_slots
+from ..placement.contract import (
+    CONTRACT_KEY,
+    FLATTENED_SINCE,
+    LOCKED_GROUPS,
+    Contract,
+    mixture,
+    numbering_in,
+    unlock_config,
+)
+from ..placement.permutations import Placement, rank_slots
 from ..record.manifest import MANIFEST, FileRecord, FileSummary, Manifest, read_manifest
 from .compare import RouterComparison, compare_files, compare_routers, compare_tensors
 from .original import read_original, refuse_holes
@@ -98,7 +106,8 @@ def verify(
 
     routers = None
     with ThreadPoolExecutor(count_workers(workers), thread_name_prefix="reshard") as pool:
-        by_file = pool.map(lambda record: list(_check_file(root, record, report, quick)), records)
+        placement = manifest.placement
+        by_file = pool.map(lambda record: list(_check_file(root, record, placement, report, quick)), records)
         problems = [problem for of_file in by_file for problem in of_file]
         if not problems:  # after damage, an inconsistency would only be a second line for the same fault
             problems = list(_check_consistency(root, manifest))
@@ -133,7 +142,7 @@ class _Report(Protocol):
     def __call__(self, read: int, unread: int = 0) -> None: ...
 
 
-def _check_file(root: Path, record: FileRecord, report: _Report, quick: bool) -> Iterator[str]:
+def _check_file(root: Path, record: FileRecord, placement: Placement, report: _Report, quick: bool) -> Iterator[str]:
     """The problems of one file of the output."""
     path = root / record.name
     if not path.is_file():
@@ -147,7 +156,7 @@ def _check_file(root: Path, record: FileRecord, report: _Report, quick: bool) ->
     try:
         with SourceFiles(root, files).open() as opened:
             if record.tensors:
-                yield from _check_weights(opened, record, report, quick)
+                yield from _check_weights(opened, record, placement, report, quick)
             else:
                 yield from _check_bytes(opened, record, report, quick)
     except CheckpointError as error:
@@ -166,7 +175,9 @@ def _check_bytes(opened: OpenSources, record: FileRecord, report: _Report, quick
         yield f"{opened.root / record.name}: its bytes are not those that were written"
 
 
-def _check_weights(opened: OpenSources, record: FileRecord, report: _Report, quick: bool) -> Iterator[str]:
+def _check_weights(
+    opened: OpenSources, record: FileRecord, placement: Placement, report: _Report, quick: bool
+) -> Iterator[str]:
     path = opened.root / record.name
     header = read_header(path)
     report(len(header.raw))
@@ -174,7 +185,8 @@ def _check_weights(opened: OpenSources, record: FileRecord, report: _Report, qui
         fault = "missing from this file" if name in record.tensors else "not expected in this file"
         yield f"{path}: tensor {name}: {fault}, according to {MANIFEST}"
     if blake3(header.raw).hexdigest() != record.header:
-        yield f"{path}: its header is not the one that was written"
+        other = mixture({record.name: numbering_in(header.metadata)}, placement)
+        yield f"{path}: its header is not the one that was written" + (f": {other}" if other else "")
     whole = blake3(header.raw)
     buffer = _buffer(record.size)
     sound = True
@@ -223,6 +235,11 @@ def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
         if contract.physical_to_logical != manifest.placement:
             yield f"{root / CONFIG}: the placement in {CONTRACT_KEY} differs from that in {MANIFEST}"
         yield from _check_groups({**config, CONTRACT_KEY: manifest.contract}, contract, str(root / CONFIG))
+        yield from _check_gates(root, checkpoint, manifest, contract)
+    marked = contract is not None and bool(contract.flattened)
+    numberings = {name: numbering_in(header.metadata) for name, header in checkpoint.shards.items()}
+    if fault := mixture(numberings, manifest.placement, marked=marked):
+        yield f"{root}: {fault}"
     if manifest.routing.group_limited != manifest.plugin_required:
         yield f"{root / MANIFEST}: plugin_required is {manifest.plugin_required}, but its routing says otherwise"
     for name in sorted(checkpoint.files.keys() - {record.name for record in manifest.files} - {MANIFEST}):
@@ -236,6 +253,21 @@ def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
                 continue
             if record.rank is None or expert.expert not in slots[expert.layer][record.rank]:
                 yield f"{root / record.name}: tensor {name}: not an expert of rank {record.rank}"
+
+
+def _check_gates(root: Path, checkpoint: Checkpoint, manifest: Manifest, contract: Contract) -> Iterator[str]:
+    """Check that the contract's flattened tensors are router tensors and flat; version 3 has one in each layer."""
+    flattened = {*contract.flattened}
+    locked = manifest.contract is not None and manifest.contract["version"] >= FLATTENED_SINCE
+    rows = {layer.name: {*layer.rows} for layer in manifest.moe_layers}
+    for name in sorted(flattened - {row for of_layer in rows.values() for row in of_layer}):
+        yield f"{root / CONFIG}: {CONTRACT_KEY}.flattened names {name}, which is no router tensor in {MANIFEST}"
+    for layer, of_layer in rows.items() if locked else ():
+        if not of_layer & flattened:
+            yield f"{root / CONFIG}: {CONTRACT_KEY}.flattened names no gate of {layer}, so its routing is not locked"
+    for name in sorted(flattened & checkpoint.tensors.keys()):
+        if len(shape := checkpoint.tensors[name].shape) != 1:
+            yield f"{checkpoint.where(checkpoint.tensors[name])}: has shape {list(shape)}, expected one dimension"
 
 
 def _check_groups(config: Mapping[str, Any], contract: Contract, where: str) -> Iterator[str]:

@@ -59,6 +59,14 @@ class MoeModel:
     routing: Routing
     layers: tuple[MoeLayer, ...]
 
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """The router tensors [E, hidden] of all layers, whose rows turn a hidden state into logits."""
+        of_layers = ((layer.name, tensor.name) for layer in self.layers for tensor in layer.router)
+        return tuple(
+            name for layer, name in of_layers if ROUTER_TENSORS[name.removeprefix(f"{layer}.")].role is Role.LOGITS
+        )
+
 
 @dataclass(slots=True)
 class _Block:

@@ -100,7 +100,8 @@ def read_routers(layer: MoeLayer, files: Mapping[str, Path], wanted: dtype) -> I
         with safe_open(files[tensor.name], framework="pt") as file:
             known = ROUTER_TENSORS[tensor.name.removeprefix(f"{layer.name}.")]
             value = file.get_tensor(tensor.name).to(wanted)
-            by_role[known.role].append(value if known.role is Role.LOGITS else value.flatten())
+            shape = tensor.shape if known.role is Role.LOGITS else (-1,)  # an output's gate may have one dimension
+            by_role[known.role].append(value.reshape(shape))
     (weight,) = by_role[Role.LOGITS]
     logit_bias, weight_scale = (next(iter(by_role[role]), None) for role in (Role.LOGIT_BIAS, Role.WEIGHT_SCALE))
     corrections: list[Tensor | None] = [*by_role[Role.CORRECTION]]

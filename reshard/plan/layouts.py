@@ -2,12 +2,14 @@
 
 A tensor can share disk blocks with the source if it begins as far into a block as it does there. Headers are padded
 for that. In the layout by rank, if most of the source can be shared, the tensors of each source file are also
-reordered: small ones shift the large ones after them into place. Pure; no I/O. A new layout also needs its name in
+reordered: small ones shift the large ones after them into place. Gates of a model with expert groups get one dimension,
+which is part of the lock (see `placement.contract`). Pure; no I/O. A new layout also needs its name in
 `record.manifest.Layout` and a case in `commands.resharding`.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from ..checkpoint.directory import Checkpoint
 from ..checkpoint.header import DTYPE_BITS, Tensor, build_header
 from ..model.layers import MoeModel
 from ..model.names import renumber
-from ..placement.contract import MARK
+from ..placement.contract import mark_of
 from ..placement.permutations import Placement, invert, rank_slots
 from .extents import MIN_SHARED, shareable
 from .files import Content, Digests, ExpertIds, Literal, OutputFile, Part, Range, Rows
@@ -77,6 +79,7 @@ def by_rank(
 
     """
     items = _arrange(checkpoint, model, placement, digests)
+    mark = mark_of(placement)
     expert_tensors = {tensor.name for layer in model.layers for tensors in layer.experts for tensor in tensors}
     shared = [item for name, item in items.items() if name not in expert_tensors]
     ranks: list[list[_Item]] = [[] for _ in range(ep_size)]
@@ -94,7 +97,7 @@ def by_rank(
         else:
             shards = list(_cut_to_share(tensors, max_shard_size, block_size))
         for number, shard in enumerate(shards, start=1):
-            yield _file(f"{stem}-{number:05}-of-{len(shards):05}.safetensors", rank, shard, checkpoint)
+            yield _file(f"{stem}-{number:05}-of-{len(shards):05}.safetensors", rank, shard, checkpoint, mark)
 
     width = max(2, len(str(ep_size)))
     rank_files = (
@@ -117,12 +120,14 @@ def as_source(
     """
     items = _arrange(checkpoint, model, placement, digests)
     block_size = block_size or DEFAULT_BLOCK_SIZE
+    mark = mark_of(placement)
     return [
         _file(
             name,
             None,
             _Shard([items[tensor.name] for tensor in header.tensors], len(header.raw) % block_size, block_size),
             checkpoint,
+            mark,
         )
         for name, header in checkpoint.shards.items()
     ]
@@ -142,6 +147,7 @@ def why_not_shared(files: Sequence[OutputFile], checkpoint: Checkpoint, ep_size:
 def _arrange(checkpoint: Checkpoint, model: MoeModel, placement: Placement, digests: Digests) -> Mapping[str, _Item]:
     """Every tensor as it will be in the output, by its name in the source, in the source's order."""
     tables = {layer: invert(physical_to_logical) for layer, physical_to_logical in placement.items()}
+    flattened = {*model.gates} if model.routing.group_limited else set()
     rewritten: dict[str, Part] = {}
     for layer in model.layers:
         order = placement[layer.name]
@@ -156,7 +162,8 @@ def _arrange(checkpoint: Checkpoint, model: MoeModel, placement: Placement, dige
     for name, tensor in checkpoint.tensors.items():
         new_name = renumber(name, tables)
         copied = Part(new_name, Range(tensor.file, tensor.offset, tensor.size), digests)
-        renamed = Tensor(new_name, tensor.dtype, tensor.shape, tensor.file, tensor.offset, tensor.size)
+        shape = (math.prod(tensor.shape),) if name in flattened else tensor.shape
+        renamed = Tensor(new_name, tensor.dtype, shape, tensor.file, tensor.offset, tensor.size)
         items[name] = _Item(renamed, rewritten.get(name, copied))
     return items
 
@@ -165,8 +172,8 @@ def _rows(tensor: Tensor, order: Sequence[int]) -> Content:
     return Rows(tensor.file, tensor.offset, tensor.size, tuple(order))
 
 
-def _file(name: str, rank: int | None, shard: _Shard, checkpoint: Checkpoint) -> OutputFile:
-    metadata = _metadata(checkpoint, {item.tensor.file for item in shard.items})
+def _file(name: str, rank: int | None, shard: _Shard, checkpoint: Checkpoint, mark: Mapping[str, str]) -> OutputFile:
+    metadata = {**_metadata(checkpoint, {item.tensor.file for item in shard.items}), **mark}
     tensors = [item.tensor for item in shard.items]
     header = build_header(tensors, metadata, start=shard.start, alignment=shard.block_size)
     return OutputFile(name, (Part(None, Literal(header)), *(item.part for item in shard.items)), rank)
@@ -232,8 +239,8 @@ def _cut_to_share(items: Sequence[_Item], max_shard_size: int, block_size: int) 
 
 
 def _metadata(checkpoint: Checkpoint, sources: set[str]) -> dict[str, str]:
-    """The `__metadata__` of all `sources` together, and the mark; if two disagree on a key, the first file's value."""
+    """The `__metadata__` of all `sources` together; if two disagree on a key, the first file's value."""
     merged = {"format": "pt"}  # Transformers 4 refuses metadata without it
     for name in sorted(sources, reverse=True):
         merged.update(checkpoint.shards[name].metadata)
-    return merged | MARK
+    return merged

@@ -7,6 +7,7 @@ plugin replaces functions of vLLM as follows:
     routing    with a contract, routers score groups of logical experts and return physical ids
     loading    a rank opens only the shared files and its own (`rank_files`); every router is checked before the model
                serves
+    gates      they have one dimension in the files, and get their two again
     outputs    options that bring in the original's expert ids, or skip that choice of files, are refused
     updates    so are new weights in the original's numbering, but for the output's own files
     lora       so are adapters of experts and routers

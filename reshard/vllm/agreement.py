@@ -1,7 +1,9 @@
-"""Checks that every rank serves the same placement, before any rank loads weights.
+"""Checks that every rank serves the same placement, and that all ranks loaded files of outputs that are numbered alike.
 
 A collective would hang: a rank without the plugin never joins it. So each rank writes its placement's digest to the
-process group's store, and reads the other ranks' digests with a timeout.
+process group's store before it loads weights, and reads the other ranks' digests with a timeout. After loading, the
+first rank with files of an output writes how they number experts, and the others compare that with theirs: nobody
+waits, as an output without expert groups needs the plugin on no rank.
 """
 
 from __future__ import annotations
@@ -53,6 +55,27 @@ def agree(digest: str | None, *, draft: bool = False) -> None:
     if digest is not None:
         ranks = _stage() if draft else range(size)
         compare(store, load, ranks, digest, float(os.environ.get(VARIABLE, DEFAULT_SECONDS)))
+
+
+def agree_numbering(numbering: str | None, *, draft: bool = False) -> None:
+    """Raise UnsupportedError unless each rank that has read files of this output, a draft or not, found this numbering.
+
+    None or "": this rank cannot tell.
+    """
+    import torch
+
+    if not numbering or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    key = f"reshard/numbering/{'draft' if draft else 'model'}"
+    first = _get_default_store().compare_set(key, "", numbering).decode()
+    if first != numbering:
+        raise UnsupportedError(
+            f"rank {torch.distributed.get_rank()} read files of an output of reshard whose experts are numbered in "
+            f"another way than those that another rank read ({numbering[:12]} and {first[:12]}); give all nodes files "
+            "of the same output"
+        )
 
 
 def _stage() -> Sequence[int]:

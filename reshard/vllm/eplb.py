@@ -90,13 +90,17 @@ def _then_place(add_model: Callable[..., None]) -> Callable[..., None]:
 def place(model_state: Any, served: ServedPlacement, *, is_draft: bool) -> None:
     """Move the experts of an EplbModelState to their slots, commit its maps, and close the model to new weights.
 
-    Raises UnsupportedError if a layer is not in the placement, or if EPLB's maps differ from the placement afterwards.
+    Raises UnsupportedError if a layer is not in the placement or has a part that is not vLLM's own, or if EPLB's maps
+    differ from the placement afterwards.
     """
     import torch
     from vllm.distributed.eplb import eplb_state
     from vllm.distributed.parallel_state import get_ep_group
 
+    from .proof import refuse_foreign_parts  # imports torch
+
     model, old = model_state.model, model_state.physical_to_logical_map
+    refuse_foreign_parts(model, served)
     names = [layer.layer_name for layer in model.moe_layers]
     redundant = model.num_redundant_experts
     wanted = []

@@ -15,17 +15,23 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import UnsupportedError
-from ..placement.contract import CONTRACT_KEY, Contract, contract_from_json
+from ..placement.contract import Contract
+from .agreement import agree, agree_numbering
+from .gates import shape_gates
 from .outputs import (
     MANIFEST,
+    contract_beside,
     contract_in,
     format_of,
-    is_marked,
     is_output,
     note_output,
+    noted_numbering,
+    read_numberings,
+    refuse_mixture,
     refuse_options,
     refuse_other_contract,
     refuse_unknown_files,
+    told_contract,
 )
 from .patching import replace_if_there
 from .rank_files import RANK_FILE, Parallel, choose_files, placement_warnings
@@ -140,6 +146,7 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
             if not is_draft:
                 mark_checked(str(model_config.model))
         if is_output(model_config):
+            agree_numbering(noted_numbering(model_config), draft=is_draft)
             if returns_experts(config) and not is_draft:
                 check_returning(model)
             close(model, OUTPUT_UPDATE.format(model_config.model))
@@ -185,28 +192,26 @@ def _as_build(load: Callable[..., Any]) -> Callable[..., Any]:
 def _with_agreement(initialize: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(initialize)
     def initialize_model(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        from .agreement import agree
-
         served = served_placement(vllm_config)
         model_config = kwargs.get("model_config") or vllm_config.model_config
-        has_contract = getattr(getattr(model_config, "hf_config", None), CONTRACT_KEY, None) is not None
-        if not is_building() and (served is not None or has_contract):
+        contract = told_contract(model_config)
+        if not is_building() and (served is not None or contract is not None):
             raise UnsupportedError(
                 f"{model_config.model}: its experts are placed, and vLLM builds this model outside of its usual "
                 "loaders, as `vllm preload` does, so nothing would check it; serve it with a usual load format"
             )
         agree(None if served is None else served.digest, draft=builds_draft())
-        return initialize(vllm_config, *args, **kwargs)
+        model = initialize(vllm_config, *args, **kwargs)
+        if contract is not None:
+            shape_gates(model, contract)
+        return model
 
     return initialize_model
 
 
 def _contract_on_disk(model_config: Any) -> Contract | None:
     """The model's contract; from config.json if the config object lost it: then its routers did not see it."""
-    value = getattr(model_config.hf_config, CONTRACT_KEY, None)
-    if value is not None:
-        return contract_from_json(value, str(model_config.model))
-    return contract_in(Path(model_config.model))
+    return told_contract(model_config) or contract_in(Path(model_config.model))
 
 
 def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[str]]:
@@ -214,11 +219,13 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
     def filter_duplicate_safetensors_files(files: list[str], folder: str, index_file: str) -> list[str]:
         sizes = {int(match[2]) for file in files if (match := RANK_FILE.fullmatch(Path(file).name))}
         by_rank = len(sizes) == 1
-        contract = contract_in(Path(folder))
-        if not (sizes or contract or Path(folder, MANIFEST).is_file() or any(map(is_marked, files[:1]))):
-            if is_building() and is_output(current_build().model_config):
-                refuse_other_contract(current_build().model_config, folder)
-            return filter_files(files, folder, index_file)
+        contract = contract_beside(folder, told_contract(current_build().model_config) if is_building() else None)
+        if not (sizes or contract or Path(folder, MANIFEST).is_file()):
+            chosen = filter_files(files, folder, index_file)
+            if not any(numbering is not None for numbering in read_numberings(chosen).values()):
+                if is_building() and is_output(current_build().model_config):
+                    refuse_other_contract(current_build().model_config, folder)
+                return chosen
         from vllm.logger import init_logger
 
         build = current_build()
@@ -228,9 +235,15 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
         index = Path(folder, index_file)
         refuse_unknown_files(files, index, alone=not sizes and len(files) == 1)
         refuse_other_contract(build.model_config, folder)
-        note_output(build.model_config)
+
+        def checked(chosen: list[str]) -> list[str]:
+            numberings = read_numberings(chosen)
+            refuse_mixture(folder, numberings, contract)
+            note_output(build.model_config, next(iter(numberings.values()), None) or "")
+            return chosen
+
         if not (by_rank or contract) or not index.is_file():
-            return filter_files(files, folder, index_file)
+            return checked(filter_files(files, folder, index_file))
         weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
         parallel = _parallel(parallel_config, str(build.load_config.load_format), weight_map)
         logger = init_logger("vllm.plugins.reshard")
@@ -238,11 +251,11 @@ def _with_ranks(filter_files: Callable[..., list[str]]) -> Callable[..., list[st
         for warning in placement_warnings(made_for, parallel, _redundant(parallel_config)):
             logger.warning("%s: %s", folder, warning)
         if not by_rank:
-            return filter_files(files, folder, index_file)
+            return checked(filter_files(files, folder, index_file))
         named = [str(Path(folder, name)) for name in sorted(set(weight_map.values()))]
         chosen = choose_files(named, files, build.model_config.get_num_experts(), parallel)
         logger.info("EP rank %d reads %d of %d files", parallel.ep_rank, len(chosen), len(named))
-        return chosen
+        return checked(chosen)
 
     return filter_duplicate_safetensors_files
 

@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError, UnsupportedError
-from ..placement.contract import CONTRACT_KEY, GROUP_KEYS, MARK, Contract, contract_from_json, placement_from_json
+from ..errors import IntegrityError, OutputError, UnsupportedError
+from ..placement.contract import (
+    CONTRACT_KEY,
+    GROUP_KEYS,
+    Contract,
+    contract_from_json,
+    mixture,
+    numbering_in,
+    placement_from_json,
+)
 from ..placement.permutations import Placement
 
 MANIFEST, INDEX = "reshard_manifest.json", "model.safetensors.index.json"
@@ -34,23 +42,55 @@ WORKERS = (
 def is_output(model_config: Any) -> bool:
     """Whether reshard wrote the model: its config has a contract, its directory a manifest, or its files say so.
 
-    Only the files tell an output without expert groups that vLLM took from the Hub; see `note_output`.
+    Of a model that vLLM takes from the Hub, nothing but the files may say so, once they are read; see `note_output`.
     """
-    has_contract = getattr(getattr(model_config, "hf_config", None), CONTRACT_KEY, None) is not None
-    return has_contract or Path(str(model_config.model), MANIFEST).is_file() or hasattr(model_config, "reshard_output")
+    if getattr(getattr(model_config, "hf_config", None), CONTRACT_KEY, None) is not None:
+        return True
+    folder = Path(str(model_config.model))
+    return (folder / MANIFEST).is_file() or noted_numbering(model_config) is not None or _is_marked(folder)
 
 
-def note_output(model_config: Any) -> None:
-    """Remember that the files of this model are an output's, though its directory may not say so."""
-    model_config.reshard_output = True
+def _is_marked(folder: Path) -> bool:
+    """Whether the first safetensors file at the top of a directory says that its experts are renumbered."""
+    from safetensors import SafetensorError
+
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    try:
+        return any(numbering is not None for numbering in read_numberings([str(file) for file in files[:1]]).values())
+    except (SafetensorError, OSError):  # if vLLM reads this file, it says so itself
+        return False
 
 
-def is_marked(file: str) -> bool:
-    """Whether a safetensors file says in its header that its experts are renumbered."""
+def note_output(model_config: Any, numbering: str = "") -> None:
+    """Remember how the files of this model number its experts, though its directory may not say it; see `mixture`."""
+    model_config.reshard_numbering = numbering
+
+
+def noted_numbering(model_config: Any) -> str | None:
+    """What `note_output` was told of this model; None if no file of it was read that is an output's."""
+    found: str | None = getattr(model_config, "reshard_numbering", None)
+    return found
+
+
+def read_numberings(files: Sequence[str]) -> dict[str, str | None]:
+    """How safetensors files say in their headers that their experts are numbered, by file; see `numbering_in`."""
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt") as opened:
-        return MARK.items() <= (opened.metadata() or {}).items()
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            found[Path(file).name] = numbering_in(opened.metadata() or {})
+    return found
+
+
+def refuse_mixture(folder: str, numberings: Mapping[str, str | None], contract: Contract | None) -> None:
+    """IntegrityError if the files that a rank reads in `folder` are not all of the output there, with this contract."""
+    placement = _placement_in(Path(folder, MANIFEST)) if contract is None else contract.physical_to_logical
+    if fault := mixture(numberings, placement, marked=contract is not None and bool(contract.flattened)):
+        raise IntegrityError(
+            f"{folder}: {fault}; files of two checkpoints lie here, and experts would be taken for others: run "
+            "`reshard verify`, and write the output anew"
+        )
 
 
 def read_placement(model: str, hf_config: Any = None) -> Placement | None:
@@ -82,6 +122,23 @@ def contract_in(folder: Path) -> Contract | None:
     path = folder / "config.json"
     value = json.loads(path.read_bytes()).get(CONTRACT_KEY) if path.is_file() else None
     return contract_from_json(value, str(path)) if value is not None else None
+
+
+def told_contract(model_config: Any) -> Contract | None:
+    """The contract in a ModelConfig, None if it has none."""
+    value = getattr(getattr(model_config, "hf_config", None), CONTRACT_KEY, None)
+    return contract_from_json(value, str(model_config.model)) if value is not None else None
+
+
+def contract_beside(folder: str, told: Contract | None) -> Contract | None:
+    """The contract of the weights in `folder`, None if they have none.
+
+    With --download-dir, vLLM keeps config.json elsewhere than the weights. Then they have the contract that vLLM was
+    `told`, if their headers say so: `refuse_mixture` compares them.
+    """
+    if told is not None and told.flattened and not Path(folder, "config.json").is_file():
+        return told
+    return contract_in(Path(folder))
 
 
 def refuse_options(config: Any, output: str, formats: Sequence[str] | None = None) -> None:
@@ -142,10 +199,9 @@ def refuse_other_contract(model_config: Any, folder: str) -> None:
 
     The config may be another one than lies there, and a server may be given new weights.
     """
-    told = getattr(getattr(model_config, "hf_config", None), CONTRACT_KEY, None)
-    here = contract_in(Path(folder))
-    if told is not None:
-        contract = contract_from_json(told, str(model_config.model))
+    contract = told_contract(model_config)
+    here = contract_beside(folder, contract)
+    if contract is not None:
         if here is None or _routing(here) != _routing(contract):
             what = "no output of reshard with expert groups" if here is None else "another output of reshard"
             raise UnsupportedError(

@@ -66,7 +66,7 @@ def check_kernels(model: Any, served: ServedPlacement, ep_size: int) -> set[str]
         if not isinstance(runner.router, Placed):
             continue
         if foreign := foreign_part(runner):
-            raise _refusal(served, f"layer {name}: a part of it is not vLLM's own ({foreign})")
+            raise _foreign(served, name, foreign)
         method = runner.routed_experts.quant_method
         if lets_kernel_route(runner):
             raise _refusal(served, f"layer {name} lets its kernel {type(method).__name__} route by itself")
@@ -79,6 +79,16 @@ def check_kernels(model: Any, served: ServedPlacement, ep_size: int) -> set[str]
             )
         names.add(type(method if experts is None else experts).__name__)
     return names
+
+
+def refuse_foreign_parts(model: Any, served: ServedPlacement) -> None:
+    """UnsupportedError if another package than vLLM defines a MoE layer of `model` or a part of one.
+
+    For models with EPLB, whose routers are vLLM's own.
+    """
+    for name, runner in moe_runners(model).items():
+        if foreign := foreign_part(runner):
+            raise _foreign(served, name, foreign)
 
 
 def counts_by_rank(kernel: type) -> bool:
@@ -125,6 +135,10 @@ def _check_all_layers_present(served: ServedPlacement, placed: list[str]) -> Non
 def without_experts_suffix(names: list[str]) -> list[str]:
     """vLLM's layer names without the `.experts` at the end."""
     return [name.removesuffix(".experts") for name in names]
+
+
+def _foreign(served: ServedPlacement, layer: str, foreign: str) -> UnsupportedError:
+    return _refusal(served, f"layer {layer}: a part of it is not vLLM's own ({foreign})")
 
 
 def _refusal(served: ServedPlacement, fault: str) -> UnsupportedError:

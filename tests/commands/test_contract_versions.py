@@ -1,7 +1,7 @@
-"""What config.json of a group-limited output says to an engine without the plugin, in both versions of the contract.
+"""What a group-limited output says to an engine without the plugin, in each version of the contract.
 
-Version 2 has a text in the place of the group counts. What published remote code computes with them is followed here;
-Transformers' and vLLM's own routers are tried in tests/serving.
+Since version 2, a text stands in the place of the group counts. What published remote code computes with them is
+followed here; Transformers' and vLLM's own routers are tried in tests/serving, as are the gates of version 3.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ import pytest
 import torch
 from checkpoints import FAMILIES, Spec, build
 from command_line import run, run_well
+from earlier_contracts import header_of, to_version_1, to_version_2, with_shaped_gates
 from forgery import forge, record
 from oracle import assert_identical_trees
 from torch import Tensor
-from version_1 import to_version_1
 
 GROUP_LIMITED = [name for name, family in FAMILIES.items() if family.group_limited]
 
 
 @pytest.fixture(scope="module", params=GROUP_LIMITED)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a `source`, its `output`, and `old`, the same output with a contract of version 1."""
+    """A directory with a `source`, its `output`, and `old` and `older`, the same with contracts of versions 2 and 1."""
     directory = tmp_path_factory.mktemp(request.param)
     build(Spec(request.param, experts=8, layers=2), directory / "source")
     run_well("zigzag", "--src", directory / "source", "--ep", 2, "--out", directory / "output")
-    shutil.copytree(directory / "output", directory / "old")
-    to_version_1(directory / "source", directory / "old")
+    for name, change in (("old", to_version_2), ("older", to_version_1)):
+        shutil.copytree(directory / "output", directory / name)
+        change(directory / "source", directory / name)
     return directory
 
 
@@ -69,7 +70,7 @@ def test_published_code_raises_for_an_output_and_did_not_for_one_of_version_1(
     choose: Callable[[dict[str, Any], Tensor], Tensor], made: Path
 ) -> None:
     scores = torch.rand(5, 8, generator=torch.Generator().manual_seed(0))
-    for name in ("source", "old"):
+    for name in ("source", "older"):
         assert choose(config_of(made / name), scores).shape[0] == 5
     with pytest.raises(TypeError):
         choose(config_of(made / "output"), scores)
@@ -78,11 +79,14 @@ def test_published_code_raises_for_an_output_and_did_not_for_one_of_version_1(
         choose(half_open, scores)
 
 
-def test_an_output_of_version_1_is_read_verified_staged_and_restored(made: Path, tmp_path: Path) -> None:
-    source, old = made / "source", made / "old"
-    assert config_of(old)["n_group"] == config_of(source)["n_group"]
-    found = {name: json.loads(run_well("inspect", made / name, "--json")) for name in ("output", "old")}
-    assert {**found["old"], "path": ""} == {**found["output"], "path": ""}
+@pytest.mark.parametrize("name", ["old", "older"])
+def test_an_output_of_an_earlier_version_is_read_verified_staged_and_restored(
+    name: str, made: Path, tmp_path: Path
+) -> None:
+    source, old = made / "source", made / name
+    assert (config_of(old)["n_group"] == config_of(source)["n_group"]) == (name == "older")
+    found, expected = (json.loads(run_well("inspect", one, "--json")) for one in (old, made / "output"))
+    assert {**found, "path": ""} == {**expected, "path": ""}
     run_well("export", old, "--to", "vllm", "--out", tmp_path / "placement.json")
     run_well("verify", old)
     run_well("verify", old, "--src", source)
@@ -124,3 +128,53 @@ def test_verify_finds_a_contract_that_would_put_back_other_groups(made: Path) ->
     result = run("verify", output)
     assert result.exit_code == 1
     assert "expert_placement.original makes n_group 2, but the contract has 4" in result.output
+
+
+def test_a_gate_lies_in_one_dimension_and_verify_finds_one_that_does_not(made: Path) -> None:
+    """Whatever is given the original's config would route with it."""
+    tensors = {
+        name: entry for path in (made / "output").glob("*.safetensors") for name, entry in header_of(path).items()
+    }
+    gates = {name: entry["shape"] for name, entry in tensors.items() if name.endswith(".gate.weight")}
+    assert gates
+    assert all(len(shape) == 1 for shape in gates.values())
+    output = shutil.copytree(made / "output", made / "gates")
+    for name in with_shaped_gates(made / "source", output):
+        record(output, name)
+    result = run("verify", output)
+    assert result.exit_code == 1
+    assert "expected one dimension" in result.output
+    assert all(name in result.output for name in gates)
+
+
+@pytest.mark.parametrize(
+    ("flattened", "fault"),
+    [([], "names no gate of"), (["lm_head.weight"], "lm_head.weight, which is no router tensor")],
+)
+def test_verify_finds_a_contract_that_does_not_name_the_gates(flattened: list[str], fault: str, made: Path) -> None:
+    output = shutil.copytree(made / "output", made / f"flattened {len(flattened)}")
+    config = json.loads((output / "config.json").read_bytes())
+    config["expert_placement"]["flattened"] = flattened
+    (output / "config.json").write_text(json.dumps(config))
+    forge(output, lambda manifest: manifest.update(contract=config["expert_placement"]))
+    record(output, "config.json")
+    result = run("verify", output)
+    assert result.exit_code == 1
+    assert fault in " ".join(result.output.split())
+
+
+def test_a_config_in_mistrals_form_is_no_part_of_an_output_and_is_brought_back(made: Path) -> None:
+    """It was copied with its group counts, and vLLM reads it with --config-format mistral."""
+    source = shutil.copytree(made / "source", made / "with params")
+    (source / "params.json").write_text('{"moe": {"num_expert_groups": 4, "num_expert_groups_per_tok": 2}}')
+    (source / "original").mkdir()
+    shutil.copy(source / "params.json", source / "original")
+    output, restored = made / "without params", made / "restored params"
+    said = run("zigzag", "--src", source, "--ep", 2, "--out", output)
+    assert "params.json is not in the output: it has the original's expert groups" in " ".join(said.output.split())
+    assert not (output / "params.json").exists()
+    assert (output / "original" / "params.json").exists(), "an engine reads none there"
+    run_well("verify", output)
+    run_well("verify", output, "--src", source)
+    run_well("restore", output, "--out", restored)
+    assert_identical_trees(source, restored)

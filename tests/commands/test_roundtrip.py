@@ -295,10 +295,10 @@ def test_without_one_of_its_checks_restore_would_let_a_flipped_bit_pass(
 
 
 def test_verify_finds_a_header_that_was_changed_together_with_its_digests(good: Path, spoilt: Path) -> None:
-    path, start, _ = find_tensors(spoilt, ".mlp.gate.weight")[0]
+    path, start, _ = find_tensors(spoilt, ".down_proj.weight")[0]
     data = path.read_bytes()
     header = data[:start]
-    name = header.index(b'.mlp.gate.weight"')
+    name = header.index(b'.down_proj.weight"')
     shape = header.index(b'"shape":[', name) + len(b'"shape":[')
     end = header.index(b"]", shape)
     rows, columns = header[shape:end].split(b",")
@@ -309,7 +309,7 @@ def test_verify_finds_a_header_that_was_changed_together_with_its_digests(good: 
     run_well("verify", spoilt)
     result = run("verify", spoilt, "--src", good / "source")
     assert result.exit_code == 1
-    assert ".mlp.gate.weight" in result.output
+    assert ".down_proj.weight" in result.output
 
 
 @pytest.mark.parametrize("name", ["hf_quant_config.json", "modeling_extra.py", "deep/er.json"])

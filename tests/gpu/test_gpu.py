@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from earlier_contracts import with_shaped_gates
 from harness import EAGER, EXPERT_PARALLEL, GRAPHS, HERE, Answer, Gpu, together
 
 REPEATS = 4
@@ -114,12 +115,13 @@ WITHOUT_PLUGIN = {"VLLM_PLUGINS": "one_gpu"}  # with it, an output that lost its
 
 
 def without_the_contract(gpu: Gpu) -> Path:
-    """The output of `v3`, but with the original's config.json."""
+    """The output of `v3`, but with the original's config.json, and gates in the original's shape."""
 
     def make(directory: Path) -> None:
         shutil.copytree(gpu.resharded(v3(gpu), 8), directory, copy_function=os.link)
         (directory / "config.json").unlink()
         shutil.copy(v3(gpu) / "config.json", directory)
+        with_shaped_gates(v3(gpu), directory)
 
     return gpu.made("no-contract", make)
 

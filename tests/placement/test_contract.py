@@ -64,9 +64,9 @@ def test_a_contract_of_version_1_unlocks_what_it_locked() -> None:
     assert unlock_config({**changed, "expert_placement": {"version": 1, "original": NAMES}}) == config
 
 
-@pytest.mark.parametrize("version", [0, 3, True, "2", 2.0, None])
+@pytest.mark.parametrize("version", [0, 4, True, "3", 3.0, None])
 def test_a_contract_of_an_unknown_version_is_refused(version: object) -> None:
     contract = locked(NAMES)["expert_placement"]
     assert contract_from_json(contract, "here")
-    with pytest.raises(CheckpointError, match=r"here: .*version .*reads versions 1 and 2; upgrade"):
+    with pytest.raises(CheckpointError, match=r"here: .*version .*reads versions 1 to 3; upgrade"):
         contract_from_json({**contract, "version": version}, "here")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from click.testing import CliRunner
-from version_1 import to_version_1
+from earlier_contracts import to_version_1, to_version_2
 
 from reshard.cli.main import main
 
@@ -183,15 +183,15 @@ class Serving:
 
         return self._made(f"{model.name}-zz{ep}-{layout}", make)
 
-    def version_1(self, model: Path, ep: int) -> Path:
-        """The output of `reshard zigzag` for a model, with a contract of version 1."""
+    def earlier(self, model: Path, ep: int, version: int) -> Path:
+        """The output of `reshard zigzag` for a model, with a contract of version 1 or 2."""
         output = self.resharded(model, ep)
 
         def make(directory: Path) -> None:
             shutil.copytree(output, directory)
-            to_version_1(model, directory)
+            (to_version_1, to_version_2)[version - 1](model, directory)
 
-        return self._made(f"{output.name}-version1", make)
+        return self._made(f"{output.name}-version{version}", make)
 
     def placed(self, model: Path, ep: int, seed: int = 0) -> Path:
         """The output of `reshard place` for a model, with another random order in each MoE layer."""

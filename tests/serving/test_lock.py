@@ -86,11 +86,11 @@ print(json.dumps(found))
 GROUPS_LOCKED = r"Strict\w+Error: .*n_group.*\n?.*resharded: needs the reshard plugin"
 
 
-@pytest.mark.parametrize(("order", "version"), [("plugin first", 2), ("plugin last", 2), ("plugin last", 1)])
+@pytest.mark.parametrize(("order", "version"), [("plugin first", 3), ("plugin last", 3), ("plugin last", 1)])
 def test_beside_the_plugin_transformers_refuses_what_vllm_reads(order: str, version: int, serving: Serving) -> None:
     """It loaded the output as the original, and chose other experts."""
     source = v3(serving)
-    output = serving.resharded(source, 2) if version == 2 else serving.version_1(source, 2)
+    output = serving.resharded(source, 2) if version == 3 else serving.earlier(source, 2, version)
     folder = serving.directory / f"saved by {order} {version}"
     ran = serving.python(f"{BEGINNING}\n{ORDERS[order]}\n{ATTEMPTS}", output, source, folder)
     assert ran.returncode == 0, ran.stderr[-4000:]

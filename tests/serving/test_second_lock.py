@@ -1,6 +1,7 @@
-"""The second lock on a group-limited output: where the first is forced open by hand, every router raises.
+"""The second and third lock on a group-limited output, where the first is forced open by hand, without the plugin.
 
-The plugin is not loaded here. Outputs of contract version 1, which have the first lock only, are the controls.
+By the second, every router raises. By the third, no loader takes the gates, even if it is given the original's config.
+Outputs of earlier versions of the contract, which lack a lock, are the controls.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def test_classes_named_by_hand_and_all_their_routers_raise(serving: Serving) -> 
 
 def test_outputs_of_version_1_have_no_second_lock(serving: Serving) -> None:
     """The control of the test above."""
-    found = attempted(serving, *(serving.version_1(model(serving), 2) for model in (v2, v3)), [4, 2])
+    found = attempted(serving, *(serving.earlier(model(serving), 2, 1) for model in (v2, v3)), [4, 2])
     assert {name: error for name, error in found.items() if re.match(r"\w+Error: ", error)} == {}
 
 
@@ -103,14 +104,59 @@ def test_vllm_told_the_models_class_refuses_an_output_and_answers_wrongly_from_o
     assert refusal.status != 0
     assert "resharded: needs the reshard plugin" in refusal.log
     assert not refusal.opened, "it started to load weights"
-    wrong = serving.generate(serving.version_1(source, 2), plugins=SHIM_ONLY, hf_overrides=BY_HAND)
+    wrong = serving.generate(serving.earlier(source, 2, 1), plugins=SHIM_ONLY, hf_overrides=BY_HAND)
     assert_answered(wrong)
     assert wrong.tokens != serving.generate(source, plugins=SHIM_ONLY).tokens
 
 
-@pytest.mark.parametrize("model", [v3, v2], ids=["V3", "V2"])
-def test_with_the_plugin_an_output_of_version_1_equals_the_original_under_round_robin(
-    model: Any, serving: Serving
+@pytest.mark.parametrize(("model", "version"), [(v3, 1), (v3, 2), (v2, 2)])
+def test_with_the_plugin_an_output_of_an_earlier_version_equals_the_original_under_round_robin(
+    model: Any, version: int, serving: Serving
 ) -> None:
     source = model(serving)
-    assert_equal(serving.generate(serving.version_1(source, 2), ranks=2), round_robin(serving, source))
+    assert_equal(serving.generate(serving.earlier(source, 2, version), ranks=2), round_robin(serving, source))
+
+
+WITH_A_CONFIG = """
+import json, sys
+import torch, transformers
+plugin, config, *models = sys.argv[1:]
+if plugin:
+    import reshard.vllm
+    reshard.vllm.register()
+config, found = transformers.DeepseekV3Config.from_pretrained(config), []
+assert config.n_group == 4
+for model in models:
+    try:
+        loaded = transformers.DeepseekV3ForCausalLM.from_pretrained(model, config=config, dtype=torch.float32)
+        found.append(loaded(torch.arange(5, 45)[None]).logits.argmax(-1).flatten().tolist())
+    except Exception as error:
+        found.append(f"{type(error).__name__}: {error}")
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("plugin", ["", "with the plugin"])
+def test_transformers_with_the_originals_config_takes_no_gates_of_an_output(plugin: str, serving: Serving) -> None:
+    """It took them, and chose other experts."""
+    source = v3(serving)
+    ran = serving.python(
+        WITH_A_CONFIG, plugin, source, source, serving.earlier(source, 2, 2), serving.resharded(source, 2)
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    original, wrong, refusal = json.loads(ran.stdout.splitlines()[-1])
+    assert len(original) == len(wrong) == 40
+    assert sum(a == b for a, b in zip(original, wrong, strict=True)) < 20, "the control"
+    assert re.match(r"RuntimeError: .*(size|shape)", refusal, re.DOTALL), refusal
+
+
+def test_vllm_with_the_originals_config_takes_no_gates_of_an_output(serving: Serving) -> None:
+    """Without the plugin it took them, and chose other experts."""
+    source = v3(serving)
+    told: dict[str, Any] = {"plugins": SHIM_ONLY, "hf_config_path": str(source)}
+    refusal = serving.generate(serving.resharded(source, 2), **told)
+    assert refusal.status != 0
+    assert "Tried to load weights of size torch.Size([1024])" in refusal.log, "16 experts, a hidden size of 64"
+    wrong = serving.generate(serving.earlier(source, 2, 2), **told)
+    assert_answered(wrong)
+    assert wrong.tokens != serving.generate(source, plugins=SHIM_ONLY).tokens, "the control"

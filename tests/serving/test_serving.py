@@ -129,7 +129,7 @@ def test_without_expert_groups_the_output_needs_no_plugin(model: Model, serving:
 def test_the_control_without_the_contract_gives_other_tokens(serving: Serving) -> None:
     source = v3(serving)
     config = json.loads((source / "config.json").read_text())
-    spoilt = serving.edited(serving.resharded(source, 2), "no-contract", lambda _: config)
+    spoilt = serving.edited(serving.earlier(source, 2, 1), "no-contract", lambda _: config)
     answer = serving.generate(spoilt, ranks=2, plugins=SHIM_ONLY)
     assert_answered(answer)
     original = round_robin(serving, source)

@@ -12,7 +12,7 @@ import re
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -119,13 +119,18 @@ def assert_resharded(
     tensors may lack a digest, and do.
     """
     wanted, placements = _wanted_tensors(source, ranks, placement)
+    if _group_limited(json.loads((source / "config.json").read_bytes())):
+        wanted = {
+            name: replace(tensor, shape=(prod(tensor.shape),)) if _is_gate(name) else tensor
+            for name, tensor in wanted.items()
+        }
     files = {path.name: read_safetensors(path) for path in sorted(output.glob("*.safetensors"))}
     if by_rank:
         _check_file_names(files.keys(), ranks)
     else:
         _check_same_files(source, files, placements)
     _check_tensors(wanted, files, ranks if by_rank else None)
-    _check_layout(source, output, files, by_rank)
+    _check_layout(source, output, files, by_rank, placements)
     _check_index(output, files)
     contract = _check_configs(source, output, placements)
     if contract is not None:
@@ -301,12 +306,20 @@ def _check_tensors(wanted: dict[str, Wanted], files: Files, ranks: int | None) -
                 assert rank == want.rank, f"{name} is in {file}, but belongs to rank {want.rank} of {ranks}"
 
 
-def _check_layout(source: Path, output: Path, files: Files, aligned: bool) -> None:
-    """Aligned tensors, metadata kept, and the usual library can load every tensor."""
+def _is_gate(name: str) -> bool:
+    """Whether a tensor of a model with expert groups turns hidden states into the logits of a router."""
+    return name.endswith(".gate.weight")
+
+
+def _check_layout(source: Path, output: Path, files: Files, aligned: bool, placements: dict[str, list[int]]) -> None:
+    """Aligned tensors, metadata kept and marked, and the usual library can load every tensor."""
+    orders = json.dumps(placements, sort_keys=True).encode()
+    mark = {"reshard": "experts are renumbered", "reshard_numbering": hashlib.sha256(orders).hexdigest()}
     sources = [read_safetensors(path)[0].items() for path in source.glob("*.safetensors")]
     common = dict(set.intersection(*map(set, sources)))
     for file, (metadata, tensors) in files.items():
         assert common.items() <= metadata.items(), f"{file} lost metadata: {metadata}, source has {common}"
+        assert metadata.items() >= mark.items(), f"{file} is marked {metadata}, expected {mark}"
         begin = min(tensor.start for tensor in tensors.values())
         assert begin % 8 == 0 or not aligned, f"{file}: the data starts at {begin}, which is not a multiple of 8"
         for name, tensor in tensors.items() if aligned else ():
@@ -387,7 +400,9 @@ def _check_contract(contract: Any, source: Path, ranks: int, placements: dict[st
     values = list(_values(contract))
     for key in ("model_type", "architectures", "auto_map"):
         assert key not in config or config[key] in values, f"the contract does not keep {key}: {contract}"
-    assert contract.get("version") == 2, f"the contract's version is not 2: {contract}"
+    assert contract.get("version") == 3, f"the contract's version is not 3: {contract}"
+    gates = {name for path in source.glob("*.safetensors") for name in read_safetensors(path)[1] if _is_gate(name)}
+    assert gates and set(contract.get("flattened")) == gates, f"the contract's gates are not {gates}: {contract}"
     text = config.get("text_config", config)
     for key in ("n_group", "topk_group"):
         assert contract.get(key) == text[key], f"the contract's {key} is not {text[key]}: {contract}"
@@ -413,9 +428,12 @@ def _check_placement(actual: Any, placements: dict[str, list[int]], where: str) 
 
 def _check_other_files(source: Path, output: Path) -> None:
     """Everything that is neither tensors nor named above is there as it was, and nothing else is."""
+    limited = _group_limited(json.loads((source / "config.json").read_bytes()))
+    withheld = {"params.json"} if limited else set()
+    assert not any((output / name).exists() for name in withheld), "params.json opens the lock"
 
     def others(directory: Path) -> dict[str, str]:
-        special = {INDEX, MANIFEST, *CONFIGS}
+        special = {INDEX, MANIFEST, *CONFIGS, *withheld}
         return {
             name: digest
             for name, digest in tree(directory).items()

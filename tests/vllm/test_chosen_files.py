@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from checkpoints import Spec, build
 from command_line import run_well
+from earlier_contracts import MARKS, with_shaped_gates
 
-from reshard import OutputError, UnsupportedError
+from reshard import IntegrityError, OutputError, UnsupportedError
 from reshard.placement.contract import CONTRACT_KEY
 from reshard.vllm import loading, recording, worker
 from reshard.vllm.loading import Build, building
@@ -60,7 +61,7 @@ def checkpoint(folder: Path, family: str = PLAIN, layout: str | None = None, fil
         return folder / "source"
     options = ["--ep", "2", "--layout", layout, "--quiet"]
     run_well("zigzag", "--src", folder / "source", "--out", folder / "output", *options)
-    (folder / "output" / MANIFEST).unlink()
+    (folder / "output" / MANIFEST).rename(folder / MANIFEST)
     return folder / "output"
 
 
@@ -77,6 +78,13 @@ def built(folder: Path, **changes: Any) -> Build:
         **changes,
     }
     return Build(SimpleNamespace(model_config=model, **settings), model, SimpleNamespace(load_format="auto"))
+
+
+def model_of(build: Build, **changes: Any) -> Build:
+    """The same, with another ModelConfig."""
+    model = SimpleNamespace(**{**vars(build.model_config), **changes})
+    model.__dict__.pop("reshard_numbering", None)
+    return Build(build.vllm_config, model, build.load_config)
 
 
 def chosen(loader: Any, folder: Path, build: Build | None = None, pattern: str = "*", index: str = INDEX) -> set[str]:
@@ -123,7 +131,7 @@ def test_second_weights_of_mistrals_names_are_refused_beside_an_output(
     """vLLM prefers such files, and experts had the original's ids in a model that routes by the output's."""
     folder = checkpoint(tmp_path, family, layout)
     if layout is not None and family == PLAIN:  # the other one is known by its contract
-        (folder / MANIFEST).write_text("{}")
+        shutil.copy(tmp_path / MANIFEST, folder)
     shutil.copy(next((tmp_path / "source").glob("*.safetensors")), folder / "consolidated.safetensors")
     if layout is None:
         assert chosen(loader, folder, None, "consolidated*", CONSOLIDATED) == {"consolidated.safetensors"}, (
@@ -145,8 +153,12 @@ def test_an_output_without_its_manifest_is_known_by_its_files(
     if files == 1 and layout == "source":
         (folder / INDEX).unlink()
     build = built(folder)
+    assert is_output(build.model_config) == (layout is not None), "before anything is loaded, too"
     assert chosen(loader, folder, build) == weights(folder)
     assert is_output(build.model_config) == (layout is not None)
+    by_id = model_of(build, model="org/model")
+    assert chosen(loader, folder, by_id) == weights(folder)
+    assert is_output(by_id.model_config) == (layout is not None), "from the Hub, after its files were read"
     fault = recording._unsupported(build.vllm_config)
     assert (fault is None) if layout is None else "no manifest there says which experts" in str(fault)
 
@@ -234,3 +246,88 @@ def test_a_config_that_its_manifest_contradicts_is_refused(loader: Any, tmp_path
     shutil.copy(tmp_path / "4" / "config.json", output)
     with pytest.raises(UnsupportedError, match=r"differs from that in reshard_manifest\.json"):
         loaded(loader, output, built(output))
+
+
+def two_outputs(folder: Path, family: str, layout: str) -> tuple[Path, Path]:
+    """Two outputs of one checkpoint, whose files have equal names."""
+    first = checkpoint(folder, family, layout)
+    (folder / "map.json").write_text(json.dumps({"physical_to_logical": [7, 6, 5, 4, 3, 2, 1, 0]}))
+    options = ["--strategy", "file", "--map", folder / "map.json", "--ep", "2", "--layout", layout, "--quiet"]
+    run_well("place", "--src", folder / "source", "--out", folder / "second", *options)
+    (folder / "second" / MANIFEST).unlink()
+    return first, folder / "second"
+
+
+@pytest.mark.parametrize("family", [LIMITED, PLAIN])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", [0, 1, -1])
+def test_files_of_two_outputs_in_one_directory_are_refused(
+    family: str, layout: str, which: int, loader: Any, tmp_path: Path
+) -> None:
+    """Experts of one, behind routers of the other, were served."""
+    output, other = two_outputs(tmp_path, family, layout)
+    assert chosen(loader, output) == weights(output) == weights(other), "the control"
+    name = sorted(weights(output))[which]
+    shutil.copy(other / name, output)
+    with pytest.raises(IntegrityError, match="numbered in different ways, by their headers; files of two checkpoints"):
+        chosen(loader, output)
+
+
+@pytest.mark.parametrize("family", [LIMITED, PLAIN])
+@pytest.mark.parametrize("which", [0, 1, -1])
+def test_files_of_an_output_and_of_its_source_in_one_directory_are_refused(
+    family: str, which: int, loader: Any, tmp_path: Path
+) -> None:
+    output = checkpoint(tmp_path, family, "source")
+    names = sorted(weights(output))
+    shutil.copy(tmp_path / "source" / names[which], output)
+    with pytest.raises(IntegrityError, match=r"are renumbered, and those in .* are not, by their headers"):
+        chosen(loader, output)
+    for name in names:
+        shutil.copy(tmp_path / "source" / name, output)
+    if family == PLAIN:
+        shutil.copy(tmp_path / "source" / INDEX, output)
+        assert chosen(loader, output) == {*names}, "all files are the source's, and so is config.json"
+        return
+    with pytest.raises(IntegrityError, match="does not say that its experts are numbered as in this output"):
+        chosen(loader, output)
+
+
+@pytest.mark.parametrize(("family", "by"), [(LIMITED, "config.json"), (PLAIN, MANIFEST)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_files_of_another_output_than_the_placement_says_are_refused(
+    family: str, by: str, layout: str, loader: Any, tmp_path: Path
+) -> None:
+    output, other = two_outputs(tmp_path, family, layout)
+    if by == MANIFEST:
+        shutil.copy(tmp_path / MANIFEST, output)
+    assert chosen(loader, output), "the control"
+    for name in weights(other):
+        shutil.copy(other / name, output)
+    with pytest.raises(IntegrityError, match="numbered in another way than the placement says, by its header"):
+        chosen(loader, output)
+
+
+@pytest.mark.parametrize("marks", [(), MARKS[:1]])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_outputs_of_earlier_versions_whose_files_say_less_are_loaded(
+    marks: tuple[str, ...], layout: str, loader: Any, tmp_path: Path
+) -> None:
+    output = checkpoint(tmp_path, PLAIN, layout)
+    shutil.copy(tmp_path / MANIFEST, output)
+    with_shaped_gates(tmp_path / "source", output, marks)
+    assert chosen(loader, output) == weights(output)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_output_whose_config_lies_elsewhere_is_known_by_its_files(layout: str, loader: Any, tmp_path: Path) -> None:
+    """With --download-dir, vLLM keeps only weights and index there; outputs with expert groups were refused."""
+    output, other = two_outputs(tmp_path, LIMITED, layout)
+    told, others = built(output), built(other)
+    (output / "config.json").unlink()
+    assert chosen(loader, output, told) == weights(output)
+    with pytest.raises(IntegrityError, match="numbered in another way than the placement says"):
+        chosen(loader, output, others)
+    with_shaped_gates(tmp_path / "source", output, MARKS[:1])
+    with pytest.raises(IntegrityError, match="does not say that its experts are numbered as in this output"):
+        chosen(loader, output, told)

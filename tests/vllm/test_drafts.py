@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from stand_ins import vllms_own
 
 from reshard import UnsupportedError
@@ -178,6 +179,8 @@ def test_a_rank_reads_the_files_of_its_drafts_experts(
     said = SimpleNamespace(init_logger=lambda name: logger)
     monkeypatch.setitem(sys.modules, "vllm.logger", said)  # type: ignore[arg-type]
     names = [f"model-ep{rank:02}-of-03-00001-of-00001.safetensors" for rank in range(3)]
+    for name in names:
+        save_file({}, tmp_path / name)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {name: name for name in names}}))
     default_loader: Any = SimpleNamespace(filter_duplicate_safetensors_files=lambda files, folder, index: files)
     loading.install_file_choice(default_loader)

@@ -359,7 +359,7 @@ def test_a_model_that_is_built_outside_of_vllms_usual_loaders_is_refused() -> No
     )
     install_check(module)
     loader, placed = BaseModelLoader(), {"reshard": served_strategy("zigzag", 1, 8, 2, 3)}
-    original, limited = model_config("m"), model_config("m", expert_placement={})
+    original, limited = model_config("m"), model_config("m", expert_placement=contract_to_json(CONTRACT))
     for config in (vllm_config(original, additional_config=placed), vllm_config(limited)):
         assert loader.load_model(config, config.model_config) == "built"
         with pytest.raises(UnsupportedError, match=r"^m: its experts are placed, .*outside of its usual loaders"):

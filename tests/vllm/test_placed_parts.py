@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from stand_ins import another_packages, vllms_own
 
 from reshard.errors import UnsupportedError
 from reshard.placement.permutations import invert, node_zigzag, rank_slots, zigzag
@@ -277,6 +279,26 @@ def test_a_draft_is_compared_within_its_pipeline_stage_whatever_other_stages_loa
         load(3, "draft", 1, "a" * 64)
 
 
+def test_ranks_that_read_files_of_outputs_with_other_numbers_are_refused_and_nobody_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nodes with outputs of their own, without expert groups, answered wrongly: each had other experts in its slots."""
+    store: Any = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: store)
+    for numbering in ("a" * 64, "", None, "a" * 64):
+        agreement.agree_numbering(numbering)
+    agreement.agree_numbering("b" * 64, draft=True)
+    with pytest.raises(
+        UnsupportedError, match=r"rank 3 read files .* \(b{12} and a{12}\); give all nodes files of the same"
+    ):
+        agreement.agree_numbering("b" * 64)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    agreement.agree_numbering("b" * 64)
+
+
 # EPLB
 
 
@@ -298,15 +320,20 @@ def test_copies_follow_a_ranks_own_experts_and_no_rank_holds_an_expert_twice(
             assert held[: len(own)] == order[own.start : own.stop]
 
 
-def test_a_model_whose_experts_eplb_moved_takes_no_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM loads experts where they were at first: a trainer's weights went to other experts' slots."""
+class Moe(torch.nn.Module):
+    """A model with one MoE layer, as EPLB sees it."""
 
-    class Moe(torch.nn.Module):
-        num_redundant_experts, num_logical_experts, expert_weights = 0, 8, ()
-        moe_layers = (SimpleNamespace(layer_name="model.layers.1.mlp.experts"),)
+    num_redundant_experts, num_logical_experts, expert_weights = 0, 8, ()
+    moe_layers = (SimpleNamespace(layer_name="model.layers.1.mlp.experts"),)
 
-        def load_weights(self, weights: list[str]) -> list[str]:
-            return weights
+    def load_weights(self, weights: list[str]) -> list[str]:
+        """Take them."""
+        return weights
+
+
+@pytest.fixture
+def balanced(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The state of vLLM's EPLB, and what the plugin uses of vLLM for it."""
 
     def commit(state: Any, new_physical_to_logical_map: torch.Tensor) -> None:
         state.physical_to_logical_map = new_physical_to_logical_map
@@ -323,12 +350,35 @@ def test_a_model_whose_experts_eplb_moved_takes_no_new_weights(monkeypatch: pyte
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(worker, "_proved", [])
     linear = torch.arange(8)[None]
-    state = SimpleNamespace(model=Moe(), physical_to_logical_map=linear, expert_buffer=None, communicator=None)
-    assert state.model.load_weights(["a"]) == ["a"], "the control"
-    place(state, served_strategy("zigzag", 1, 8, 2, 3), is_draft=False)
-    assert state.physical_to_logical_map.tolist() == [list(zigzag(8, 2))]
+    return SimpleNamespace(model=Moe(), physical_to_logical_map=linear, expert_buffer=None, communicator=None)
+
+
+def test_a_model_whose_experts_eplb_moved_takes_no_new_weights(balanced: Any) -> None:
+    """vLLM loads experts where they were at first: a trainer's weights went to other experts' slots."""
+    assert balanced.model.load_weights(["a"]) == ["a"], "the control"
+    place(balanced, served_strategy("zigzag", 1, 8, 2, 3), is_draft=False)
+    assert balanced.physical_to_logical_map.tolist() == [list(zigzag(8, 2))]
     with pytest.raises(UnsupportedError, match=r"new weights are refused .*with EPLB"):
-        state.model.load_weights(["a"])
+        balanced.model.load_weights(["a"])
+
+
+@pytest.mark.parametrize("part", ["router", "routed_experts"])
+def test_with_eplb_a_layer_with_a_part_of_another_packages_is_refused_too(part: str, balanced: Any) -> None:
+    """Nothing shows that it follows EPLB's maps."""
+    parts = {"router": vllms_own(), "routed_experts": vllms_own(quant_method=vllms_own()), part: another_packages()}
+    balanced.model.layer = own_layer(**parts)
+    with pytest.raises(UnsupportedError, match=r"layer layer: a part of it is not vLLM's own \(other\.stand_in\."):
+        place(balanced, served_strategy("zigzag", 1, 8, 2, 3), is_draft=False)
+    assert balanced.physical_to_logical_map.tolist() == [list(range(8))], "nothing was moved"
+    balanced.model.layer = own_layer(router=vllms_own(), routed_experts=vllms_own(quant_method=vllms_own()))
+    place(balanced, served_strategy("zigzag", 1, 8, 2, 3), is_draft=False)
+
+
+def own_layer(**parts: Any) -> torch.nn.Module:
+    """A MoE layer of vLLM's own class, with these parts."""
+    layer = type("Layer", (torch.nn.Module,), {"__module__": "vllm.stand_in"})()
+    vars(layer).update(parts)
+    return layer
 
 
 def test_copies_that_do_not_fit_on_different_ranks_are_refused() -> None:
@@ -404,7 +454,9 @@ def test_a_model_with_a_placement_reads_no_output_whatever_names_it(
     """Named by its id in the Hub's cache, an output's weights were once loaded in the original's order."""
     module = SimpleNamespace(filter_duplicate_safetensors_files=lambda files, folder, index: files)
     loading.install_file_choice(module)  # type: ignore[arg-type]
-    (tmp_path / "reshard_manifest.json").write_text("{}")
+    (tmp_path / "reshard_manifest.json").write_text('{"moe_layers": [{"name": "m"}], "physical_to_logical": [1, 0]}')
+    files = [str(tmp_path / "a.safetensors")]
+    save_file({}, files[0])
     serves_output = SimpleNamespace(
         model_config=SimpleNamespace(model=str(tmp_path), hf_config=SimpleNamespace()),
         parallel_config=SimpleNamespace(expert_placement_strategy="linear"),
@@ -416,7 +468,7 @@ def test_a_model_with_a_placement_reads_no_output_whatever_names_it(
     logger = SimpleNamespace(init_logger=lambda name: None)
     monkeypatch.setitem(sys.modules, "vllm.logger", logger)  # type: ignore[arg-type]
     monkeypatch.setattr(worker, "_proved", [])
-    assert module.filter_duplicate_safetensors_files(["a"], str(tmp_path), INDEX) == ["a"], "the control"
+    assert module.filter_duplicate_safetensors_files(files, str(tmp_path), INDEX) == files, "the control"
     worker.mark_proved(served_strategy("zigzag", 1, 8, 2, 3))
     with pytest.raises(UnsupportedError, match="an output of reshard"):
-        module.filter_duplicate_safetensors_files(["a"], str(tmp_path), INDEX)
+        module.filter_duplicate_safetensors_files(files, str(tmp_path), INDEX)

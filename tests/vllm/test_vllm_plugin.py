@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from stand_ins import another_packages, vllms_own
 
 from reshard import CheckpointError, OutputError, UnsupportedError
@@ -128,8 +129,8 @@ def test_a_locked_config_reads_as_the_original_and_keeps_its_contract(monkeypatc
     assert read.pop("expert_placement") == contract_to_json(contract())
     assert read == CONFIG
     assert read_config(CONFIG, "here") is CONFIG
-    locked["expert_placement"] = {**locked["expert_placement"], "version": 3}
-    with pytest.raises(CheckpointError, match=r"version 3.* reads versions 1 and 2; upgrade reshard"):
+    locked["expert_placement"] = {**locked["expert_placement"], "version": 4}
+    with pytest.raises(CheckpointError, match=r"version 4.* reads versions 1 to 3; upgrade reshard"):
         read_config(locked, "here")
 
 
@@ -393,6 +394,8 @@ def test_round_robin_on_top_of_an_output_is_refused_when_its_files_are_chosen(
     contract = vllm_config.model_config.hf_config.expert_placement
     (tmp_path / "config.json").write_text(json.dumps({"expert_placement": contract}))
     files = [str(tmp_path / Path(name).name) for name in NAMED]
+    for name in files:
+        save_file({}, name)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {name: Path(name).name for name in files}}))
     module = SimpleNamespace(filter_duplicate_safetensors_files=lambda files, folder, index: files)
     install_file_choice(module)  # type: ignore[arg-type]
