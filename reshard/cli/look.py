@@ -121,7 +121,7 @@ def analyze_command(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare how placements would load the EP ranks and how long steps would take, and recommend one.
+    """Compare placements by load and time, and recommend one.
 
     Reads only the gates of SRC, and writes no checkpoint. With --trace, measures placements on the recorded choices
     instead, and reads no gates. If a placement is made from the trace, it is made from the first half of every
