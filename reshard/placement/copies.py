@@ -3,7 +3,7 @@
 A batch chooses which copy of each active expert serves it (see `copy_choice`). So copies are well placed if the busiest
 rank has little to do *after the best choice*. How much that is follows from sets of ranks. Experts without a copy
 outside a set must be served inside it, so one of its ranks gets at least their weight divided by the set's size. By
-Hall's theorem, the largest of these bounds, over all sets, is what the best choice reaches, rounded up to whole experts.
+Hall's theorem, the largest of these bounds over all sets, rounded up to whole experts, is what the best choice reaches.
 For many batches at once, the bounds are a matrix product. The steps, in the order of the code:
 
     1. sampled     draw batches of random tokens from the trace, since tokens of a decoding batch come from many texts
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BATCH_SIZES = (8, 32, 64)  # tokens
-BATCHES = 256  # drawn of each size
+DRAWN = 1 << 13  # tokens of each batch size: small batches differ more, so there are more of them
+MIN_BATCHES = 64  # of each size
 SMOOTHNESS = 0.3  # of an average active expert: estimates take in the sets that are this close to the largest
 SHARPNESS = 0.1  # as SMOOTHNESS, for the value that the search lowers
 MOVES = 24  # computed exactly at a time
@@ -66,7 +67,7 @@ class Sample:
 def sampled(
     ids_TK: Tensor, num_experts: int, ep_size: int, sizes: Sequence[int], weigh: Weigh = active, seed: int = 0
 ) -> Sample:
-    """Draw BATCHES batches of each size.
+    """Draw batches of each size: of DRAWN tokens in all, at least MIN_BATCHES.
 
     Parameters:
         ids_TK: [T, K], the logical experts that each token chose
@@ -81,15 +82,16 @@ def sampled(
     generator = torch.Generator().manual_seed(seed)
     weights, shares = [], []
     for size in sizes:
-        rows_BT = torch.randint(len(ids_TK), (BATCHES, size), generator=generator)
-        count_BE = torch.zeros(BATCHES, num_experts)
+        number = max(MIN_BATCHES, DRAWN // size)
+        rows_BT = torch.randint(len(ids_TK), (number, size), generator=generator)
+        count_BE = torch.zeros(number, num_experts)
         for first in range(0, size, 64):  # bounds the memory used for large batches
-            ids_BN = ids_TK[rows_BT[:, first : first + 64]].reshape(BATCHES, -1).long()
+            ids_BN = ids_TK[rows_BT[:, first : first + 64]].reshape(number, -1).long()
             count_BE.scatter_add_(1, ids_BN, torch.ones(ids_BN.shape))
         weight_BE = weigh(count_BE).float()
         weight_BE /= weight_BE.sum() / (count_BE > 0).sum()
         weights.append(weight_BE)
-        shares.append(torch.full((BATCHES,), 1 / len(sizes)) * ep_size / weight_BE.sum())
+        shares.append(torch.full((number,), ep_size / (len(sizes) * float(weight_BE.sum()))))
     return Sample(torch.cat(weights), torch.cat(shares))
 
 
