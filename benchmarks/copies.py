@@ -1,8 +1,8 @@
 """How many active experts the busiest rank has with copies, simulated on recorded routing; no GPU is needed.
 
 Placements are made from the first half of the tokens and judged on batches of random tokens of the second half. The
-optimum of a batch is exact: see `reshard.placement.copies`. `EPLB` is DeepSeek's replication and packing. Copies are chosen
-as reshard does, or by a token's position, as vLLM does.
+optimum of a batch is exact: see `reshard.placement.copies`. `EPLB` is DeepSeek's replication and packing. Copies are
+chosen as reshard does, or by a token's position, as vLLM does.
 
 python copies.py TRACES [--ep 8] [--spare 2,4,8] [--json FILE]      TRACES: {kind: [layers, tokens, top k]}
 """
