@@ -19,7 +19,7 @@ from measure import median
 
 from reshard.placement.copies import first, placement_of
 from reshard.placement.copy_choice import schedule
-from reshard.vllm.choose_copies import choose_copies, tables
+from reshard.vllm.choose_copies import Record, choose_copies, tables
 from reshard.vllm.grouped_topk import Choice, grouped_topk
 from reshard.vllm.map_ids import map_ids
 
@@ -37,14 +37,16 @@ def ways(tokens: int, warps: list[int], eplb: bool) -> dict[str, Map]:
     on_gpu = tables(schedule(placement, R1.num_experts, RANKS), "cuda")
     count = torch.tensor([tokens], dtype=torch.int32, device="cuda")
     place_E = torch.arange(R1.num_experts, device="cuda", dtype=torch.int32)
+    load_P = torch.zeros(len(placement), device="cuda", dtype=torch.int32)
+    record = Record(load_P, torch.zeros((), device="cuda", dtype=torch.bool))  # as vLLM while it records nothing
     found: dict[str, Map] = {
         "router alone": lambda ids: ids,
         "map_ids": lambda ids: map_ids(ids, place_E),
-        "copies": lambda ids: choose_copies(ids, on_gpu, count),
+        "copies": lambda ids: choose_copies(ids, on_gpu, count, record),
     }
 
     def with_warps(number: int) -> Map:
-        return lambda ids: choose_copies(ids, on_gpu, count, warps=number)
+        return lambda ids: choose_copies(ids, on_gpu, count, record, warps=number)
 
     for number in warps:
         found[f"copies, {number} warps"] = with_warps(number)
@@ -55,14 +57,12 @@ def ways(tokens: int, warps: list[int], eplb: bool) -> dict[str, Map]:
         most = max(map(len, slots))
         of_expert = torch.tensor([row + [-1] * (most - len(row)) for row in slots], device="cuda")
         replicas = torch.tensor([len(row) for row in slots], device="cuda")
-        load = torch.zeros(len(placement), dtype=torch.int32, device="cuda")
-        record = torch.zeros(1, dtype=torch.bool, device="cuda")
         found["EPLB's map"] = lambda ids: base_router.eplb_map_to_physical_and_record(
             topk_ids=ids,
-            expert_load_view=load,
+            expert_load_view=load_P,
             logical_to_physical_map=of_expert,
             logical_replica_count=replicas,
-            record_enabled=record,
+            record_enabled=record.wanted,
             num_unpadded_tokens=count,
         )
     return found

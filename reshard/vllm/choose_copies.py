@@ -66,13 +66,29 @@ def tables(prepared: Schedule, device: torch.device | str) -> Tables:
     return Tables(members_MR.to(device), next_WR.to(device), copy_CE.to(device), fixed, rounds)
 
 
-def choose_copies(ids_TK: Tensor, tables: Tables, tokens: Tensor | None = None, *, warps: int | None = None) -> Tensor:
+@dataclass(frozen=True, eq=False, slots=True)
+class Record:
+    """Where the kernel counts the tokens of each physical expert: added to load_P, int32, while `wanted` is not 0."""
+
+    load_P: Tensor
+    wanted: Tensor
+
+
+def choose_copies(
+    ids_TK: Tensor,
+    tables: Tables,
+    tokens: Tensor | None = None,
+    record: Record | None = None,
+    *,
+    warps: int | None = None,
+) -> Tensor:
     """Map logical to physical experts; of each expert, one copy serves the batch.
 
     Parameters:
         ids_TK: logical ids of at most MAX_TOKENS tokens, of any integer type; negative ids stay as they are
         tables: of the placement
         tokens: [1], how many of the rows are tokens, on the GPU; the rest is padding and makes no expert active
+        record: counts tokens, without padding
         warps: of the program; by default as many as are fastest
 
     Returns:
@@ -93,6 +109,8 @@ def choose_copies(ids_TK: Tensor, tables: Tables, tokens: Tensor | None = None, 
         tables.members_MR,
         tables.next_WR,
         tables.copy_CE,
+        record.load_P if record else None,
+        record.wanted if record else None,
         ids_TK.numel(),
         TOP_K=top_k,
         FIXED=tables.fixed,
@@ -100,6 +118,7 @@ def choose_copies(ids_TK: Tensor, tables: Tables, tokens: Tensor | None = None, 
         COPIES=len(tables.copy_CE),
         SWEEPS=SWEEPS,
         PADDED=tokens is not None,
+        RECORD=record is not None,
         EARLY=early,
         BLOCK=block,
         RANKS=ranks,
@@ -137,6 +156,8 @@ def _choose_copies(
     members: tl.tensor,
     following: tl.tensor,
     copies: tl.tensor,
+    record: tl.tensor,
+    recording: tl.tensor,
     numel: tl.tensor,
     TOP_K: tl.constexpr,
     FIXED: tl.constexpr,
@@ -144,6 +165,7 @@ def _choose_copies(
     COPIES: tl.constexpr,
     SWEEPS: tl.constexpr,
     PADDED: tl.constexpr,
+    RECORD: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -171,7 +193,8 @@ def _choose_copies(
     counts = logical >= 0
     if PADDED:
         counts &= at < tl.load(tokens) * TOP_K
-    active_E = (tl.histogram(tl.maximum(logical, 0), EXPERTS, mask=counts) > 0).to(tl.int64)
+    count_E = tl.histogram(tl.maximum(logical, 0), EXPERTS, mask=counts)
+    active_E = (count_E > 0).to(tl.int64)
     active_MR = tl.where(member_MR >= 0, tl.gather(active_E, tl.maximum(member_MR, 0), 0), 0)
     bit = tl.maximum(tl.arange(0, MEMBERS) - FIXED + LOAD, 0)
     bit = tl.where(tl.arange(0, MEMBERS) < FIXED, 0, bit)
@@ -203,5 +226,9 @@ def _choose_copies(
         owner_E = (copy_E >> SLOT) & ((1 << RANK) - 1)
         taken_E = tl.gather(mine, owner_E & (RANKS - 1), 0) >> (tl.maximum(copy_E, 0) >> (SLOT + RANK))
         chosen_E = tl.where((copy_E >= 0) & ((taken_E & 1) == 1), copy_E, chosen_E)
-    physical = tl.gather(chosen_E & ((1 << SLOT) - 1), tl.maximum(logical, 0), 0)
+    chosen_E = chosen_E & ((1 << SLOT) - 1)
+    physical = tl.gather(chosen_E, tl.maximum(logical, 0), 0)
     tl.store(mapped + at, tl.where(logical >= 0, physical, logical).to(ids.dtype.element_ty), mask=at < numel)
+    if RECORD:
+        wanted = tl.load(recording).to(tl.int32) != 0
+        tl.atomic_add(record + chosen_E, count_E, mask=(count_E > 0) & wanted, sem="relaxed")

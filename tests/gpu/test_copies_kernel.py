@@ -61,24 +61,28 @@ def test_the_kernel_chooses_as_the_pure_function_does(
     shape: tuple[int, int, int, int, int], sizes: tuple[int, ...], dtype: str
 ) -> None:
     from reshard.placement.copy_choice import schedule
-    from reshard.vllm.choose_copies import choose_copies, tables
+    from reshard.vllm.choose_copies import Record, choose_copies, tables
 
     torch.manual_seed(0)
     experts, ranks, spare, most, top_k = shape
     placement = random_placement(experts, ranks, spare, most)
     prepared = schedule(placement, experts, ranks)
     on_gpu = tables(prepared, "cuda")
+    load, counted = torch.zeros(len(placement), dtype=torch.int32, device="cuda"), torch.zeros(len(placement))
+    record = Record(load, torch.tensor(True, device="cuda"))
     for tokens in sizes:
         for number in range(BATCHES):
             ids = random_ids(tokens, experts, top_k).to(getattr(torch, dtype))
             real = random.randrange(tokens + 1) if number % 2 else tokens
             if number % 3 == 2:
                 ids[torch.rand(tokens, device="cuda") < 0.3] = -1
-            found = choose_copies(ids, on_gpu, torch.tensor([real], dtype=torch.int32, device="cuda"))
+            found = choose_copies(ids, on_gpu, torch.tensor([real], dtype=torch.int32, device="cuda"), record)
             assert found.dtype == ids.dtype
             found = found.cpu().long()
             assert torch.equal(found, expected(ids, real, prepared)), f"{tokens} tokens, {real} of them real"
             assert torch.equal(torch.tensor([*placement, -1])[found], ids.cpu().long())
+            counted += found[:real][found[:real] >= 0].bincount(minlength=len(placement))
+    assert torch.equal(load.cpu().float(), counted)
 
 
 def test_a_graph_chooses_anew_at_each_replay_and_equal_batches_alike() -> None:

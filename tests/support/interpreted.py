@@ -108,12 +108,16 @@ def choose_some_copies(case: list[Any]) -> list[Any]:
     prepared = schedule(placement, experts, ranks)
     ids = torch.tensor(rows, dtype=getattr(torch, dtype))
     tokens = None if real is None else torch.tensor([real], dtype=torch.int32)
-    mapped = kernel.choose_copies(ids, kernel.tables(prepared, "cpu"), tokens)
+    on_cpu, load = kernel.tables(prepared, "cpu"), torch.zeros(len(placement), dtype=torch.int32)
+    for wanted in (True, False):  # only the first is counted
+        record = kernel.Record(load, torch.tensor(wanted))
+        mapped = kernel.choose_copies(ids, on_cpu, tokens, record)
+        assert torch.equal(mapped, kernel.choose_copies(ids, on_cpu, tokens))
     assert mapped.dtype == ids.dtype
     active = torch.zeros(1, experts, dtype=torch.long)
     counted = ids[:real].long()
     active[0, counted[counted >= 0]] = 1
-    return [mapped.tolist(), choose_copies(active, prepared)[0].tolist()]
+    return [mapped.tolist(), choose_copies(active, prepared)[0].tolist(), load.tolist()]
 
 
 def answer(what: str, case: list[Any]) -> None:

@@ -164,11 +164,13 @@ def test_of_each_active_expert_one_copy_serves_the_whole_batch(case: tuple[int, 
     for dtype, real in (("int32", None), ("int64", tokens - 3)):
         rows = [draw.sample(range(experts), top_k) for _ in range(tokens)]
         rows[0][0] = -1
-        mapped, chosen = interpreted("copies", placement, experts, ranks, rows, real, dtype)
+        mapped, chosen, load = interpreted("copies", placement, experts, ranks, rows, real, dtype)
         for row, found in zip(rows, mapped, strict=True):
             assert [placement[slot] if slot >= 0 else slot for slot in found] == row
             assert found == [chosen[expert] if expert >= 0 else expert for expert in row]
-        used = {slot for found in mapped[:real] for slot in found if slot >= 0}
+        counted = [slot for found in mapped[:real] for slot in found if slot >= 0]
+        assert load == [counted.count(slot) for slot in range(len(placement))]
+        used = set(counted)
         assert len({placement[slot] for slot in used}) == len(used)  # no expert is served twice
         if spare and tokens * top_k > 2 * experts:
             loads = [sum(slot // slots == rank for slot in used) for rank in range(ranks)]
