@@ -230,5 +230,5 @@ def _choose_copies(
     physical = tl.gather(chosen_E, tl.maximum(logical, 0), 0)
     tl.store(mapped + at, tl.where(logical >= 0, physical, logical).to(ids.dtype.element_ty), mask=at < numel)
     if RECORD:
-        wanted = tl.load(recording).to(tl.int32) != 0
-        tl.atomic_add(record + chosen_E, count_E, mask=(count_E > 0) & wanted, sem="relaxed")
+        if tl.load(recording).to(tl.int32) != 0:
+            tl.atomic_add(record + chosen_E, count_E, mask=count_E > 0, sem="relaxed")

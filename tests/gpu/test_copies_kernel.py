@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("default"),  # PyTorch and Triton run in this process and emit warnings
+]
 
 BATCHES = 60  # of each size
 R1 = 256, 8, 8, 2, 8  # experts, ranks, spare slots on each rank, copies of an expert at most, experts per token
