@@ -229,6 +229,6 @@ def _choose_copies(
     chosen_E = chosen_E & ((1 << SLOT) - 1)
     physical = tl.gather(chosen_E, tl.maximum(logical, 0), 0)
     tl.store(mapped + at, tl.where(logical >= 0, physical, logical).to(ids.dtype.element_ty), mask=at < numel)
-    if RECORD:
+    if RECORD:  # noqa: SIM102 - decided while compiling, without loading
         if tl.load(recording).to(tl.int32) != 0:
             tl.atomic_add(record + chosen_E, count_E, mask=count_E > 0, sem="relaxed")
