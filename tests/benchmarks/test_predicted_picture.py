@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
+from pathlib import Path
 from typing import Any
 
 import pytest
 from predicted_picture import COLOURS, picture
 
+DOCS = Path(__file__).parents[2] / "docs"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -45,3 +48,9 @@ def test_each_placement_has_a_colour_for_light_and_for_dark() -> None:
     for name, (on_white, on_black) in COLOURS.items():
         assert f".{name}{{color:{on_white}}}" in light
         assert f".{name}{{color:{on_black}}}" in dark
+
+
+def test_the_picture_in_the_docs_is_that_of_the_results_beside_it() -> None:
+    records = [json.loads((DOCS / "gpu" / f"predicted-steps-{name}.json").read_text()) for name in ("tp4", "dp4")]
+    drawn = picture({record["mode"]: record["predicted"] for record in records})
+    assert (DOCS / "predicted-steps.svg").read_text() == drawn
