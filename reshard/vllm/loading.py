@@ -23,6 +23,7 @@ from .outputs import (
     contract_beside,
     contract_in,
     format_of,
+    holds_output,
     is_output,
     note_output,
     noted_numbering,
@@ -267,7 +268,7 @@ def _refuse_originals(build: Build, folder: str) -> None:
             f"{folder}: an output of reshard, whose experts are renumbered already; a model with a placement takes "
             "weights in the original's ids only"
         )
-    if own_files_are_read() and not is_output(build.model_config):
+    if own_files_are_read() and not holds_output(build.model_config):
         raise UnsupportedError(
             f"{folder}: an output of reshard, whose experts are renumbered; the running model is an original, and "
             "takes an original's weights only: start anew to serve the output"

@@ -50,6 +50,11 @@ def is_output(model_config: Any) -> bool:
     return (folder / MANIFEST).is_file() or noted_numbering(model_config) is not None or _is_marked(folder)
 
 
+def holds_output(model_config: Any) -> bool:
+    """Whether a loaded model has an output's weights, whatever its path says: `reload_weights` changes the path."""
+    return told_contract(model_config) is not None or noted_numbering(model_config) is not None
+
+
 def _is_marked(folder: Path) -> bool:
     """Whether the first safetensors file at the top of a directory says that its experts are renumbered."""
     from safetensors import SafetensorError

@@ -320,7 +320,7 @@ def test_a_placement_on_a_newer_vllm_ends_the_start_with_a_line_that_names_the_v
     refusal = serving.generate(v3(serving), ranks=2, environment={**NEWER, "RESHARD_PLACEMENT": "zigzag"})
     assert refusal.status != 0
     assert re.search(r"RESHARD_PLACEMENT=zigzag: .*found 0\.34\.0.*RESHARD_UNTESTED_VLLM=1 allows it", refusal.log)
-    assert not refusal.opened
+    assert refusal.opened.keys() <= {"engine"}, "which reads one header, to see whether this is an output; no rank did"
 
 
 def test_the_variable_does_not_allow_a_vllm_whose_routers_escape_the_plugin(serving: Serving) -> None:
