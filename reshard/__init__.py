@@ -23,6 +23,7 @@ Each package's docstring says what comes in, what goes out, and what it leaves t
 
 from ._version import __version__
 from .checkpoint.directory import Checkpoint, read_checkpoint
+from .checkpoint.source import Hub
 from .commands.analyze import analyze
 from .commands.compare import RouterComparison
 from .commands.export import Export, export, write_export
@@ -55,6 +56,7 @@ __all__ = [
     "Effect",
     "Export",
     "FromFile",
+    "Hub",
     "Inspection",
     "IntegrityError",
     "Linear",

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "vllm": {"placement", "traffic.trace_file"},
 }
 PUBLIC = """
-    Analysis Balanced Checkpoint CheckpointError Contract Coselection Digests Effect Export FromFile Inspection
+    Analysis Balanced Checkpoint CheckpointError Contract Coselection Digests Effect Export FromFile Hub Inspection
     IntegrityError Linear Manifest MoeLayer MoeModel NodeZigzag Outcome OutputError Placed ReshardError Resharding
     RouterComparison Routing Staging Strategy TraceError UnsupportedError Verification Zigzag __version__ analyze
     export inspect place plan_placement plan_stage read_checkpoint read_manifest read_model restore stage verify

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ..checkpoint.source import Hub, find_source
 from ..commands.analyze import BATCH_SIZES, RANDOM_TOKENS, analyze
 from ..commands.engine_files import FORMAT_NAMES, FormatName
 from ..commands.export import export, write_export
@@ -16,7 +17,7 @@ from ..commands.trace_info import trace_info
 from ..placement.strategies import STRATEGIES, Linear, Options, Zigzag
 from ..traffic.choices import MAX_TOKENS
 from ..traffic.report import describe_analysis
-from .options import json_option, make_strategy, quiet_option, strategy_options
+from .options import hub_options, json_option, make_strategy, quiet_option, strategy_options
 from .progress import layer_bar
 from .render import (
     describe_export,
@@ -33,13 +34,14 @@ FITTED_SHARE = 0.5  # of a trace: analyze makes balanced placements from it, and
 @click.command("inspect")
 @click.argument("directory")
 @click.option("--ep", type=int, help="Also show the experts that zigzag would place on each of this many EP ranks.")
+@hub_options
 @json_option
-def inspect_command(directory: str, ep: int | None, as_json: bool) -> None:
+def inspect_command(directory: str, ep: int | None, hub: Hub, as_json: bool) -> None:
     """Describe a checkpoint or an output of reshard.
 
     Shows its experts, expert groups and sizes; for an output also its placement.
     """
-    inspection = inspect(directory, ep)
+    inspection = inspect(directory, ep, hub)
     print_report(asdict(inspection), describe_inspection(inspection), quiet=False, as_json=as_json)
 
 
@@ -55,6 +57,7 @@ def inspect_command(directory: str, ep: int | None, as_json: bool) -> None:
     "and those that --nodes, --trace and --map make possible]",
 )
 @strategy_options
+@hub_options
 @click.option(
     "--tokens",
     type=click.IntRange(1, 1 << 20),
@@ -79,6 +82,7 @@ def analyze_command(
     src: str,
     ep: int,
     placing: Options,
+    hub: Hub,
     placements: tuple[str, ...],
     tokens: int | None,
     batches: tuple[int, ...],
@@ -102,7 +106,7 @@ def analyze_command(
         raise click.UsageError(f"--placement {impossible[0]} needs --{STRATEGIES[impossible[0]].needs[0]}")
     options = replace(placing, share=FITTED_SHARE, progress=layer_bar(as_json))
     if html is not None:
-        refuse_page(html, src)
+        refuse_page(html, find_source(src, hub).root)
     analysis = analyze(
         src,
         [STRATEGIES[name].make(ep, options) for name in dict.fromkeys(placements or possible)],
@@ -111,6 +115,7 @@ def analyze_command(
         tokens=tokens,
         batch_sizes=sorted(set(batches)) or BATCH_SIZES,
         seed=seed,
+        hub=hub,
     )
     if placements and analysis.unfit:
         fail(next(iter(analysis.unfit.values())), 1)
@@ -153,6 +158,7 @@ def trace_info_command(directory: Path, as_json: bool) -> None:
     help="As for place. Leave it out if SRC is an output, which has a placement.",
 )
 @strategy_options
+@hub_options
 @click.option("--out", type=click.Path(path_type=Path), help="File to write; must not exist.  [default: stdout]")
 @quiet_option
 @json_option
@@ -162,6 +168,7 @@ def export_command(
     ep: int | None,
     strategy: str,
     placing: Options,
+    hub: Hub,
     out: Path | None,
     quiet: bool,
     as_json: bool,
@@ -172,7 +179,7 @@ def export_command(
     reshard, the file has its placement. It is still for serving the original, not the output.
     """
     made = make_strategy(strategy, placing, quiet or as_json)
-    exported = export(src, to, ep, Zigzag if strategy == Zigzag.name else made)
+    exported = export(src, to, ep, Zigzag if strategy == Zigzag.name else made, hub)
     if out is not None:
         write_export(exported, out)
     report = {key: value for key, value in asdict(exported).items() if key != "content" or out is None}

@@ -11,6 +11,7 @@ import click
 
 from .. import __version__
 from ..checkpoint.directory import CONFIG, INDEX
+from ..checkpoint.source import Hub, find_source
 from ..commands.place import plan_placement, room_for, write_resharding
 from ..commands.restore import restore
 from ..commands.stage import plan_stage, write_staging
@@ -20,10 +21,11 @@ from ..execute.ready import shareable_size
 from ..placement.strategies import STRATEGIES, Linear, Options, Strategy, Zigzag
 from ..plan.files import Digests
 from ..plan.sharing import Reflink
-from ..record.manifest import Layout, read_manifest
+from ..record.manifest import Layout, manifest_in, read_manifest
 from .look import analyze_command, export_command, inspect_command, trace_group
 from .options import (
     allow_holes_option,
+    hub_options,
     json_option,
     make_strategy,
     out_option,
@@ -114,6 +116,7 @@ def place_command(src: str, ep: int, out: Path, strategy: str, placing: Options,
 class _WritingOptions:
     """The options of `writing_options`, as click passes them."""
 
+    hub: Hub
     layout: Layout
     max_shard_size: int
     reflink: Reflink
@@ -132,6 +135,7 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         src,
         strategy,
         out,
+        hub=options.hub,
         layout=options.layout,
         max_shard_size=options.max_shard_size,
         reflink=options.reflink,
@@ -158,12 +162,20 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--src", help="Also compare every tensor and router with SRC, the checkpoint that OUT was made from.")
 @click.option("--quick", is_flag=True, help="Check only sizes, headers, index and configs.")
+@hub_options
 @allow_holes_option
 @workers_option
 @quiet_option
 @json_option
 def verify_command(
-    out: Path, src: str | None, quick: bool, allow_holes: bool, workers: int | None, quiet: bool, as_json: bool
+    out: Path,
+    src: str | None,
+    quick: bool,
+    hub: Hub,
+    allow_holes: bool,
+    workers: int | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Check every file and tensor of OUT against its manifest."""
     if quick and src is not None:
@@ -173,7 +185,9 @@ def verify_command(
     if src is not None:
         total += sum(record.size for record in manifest.expected_files if record.tensors)
     with bar("verify", total, quiet or as_json) as progress:
-        verification = verify(out, src, quick=quick, allow_holes=allow_holes, workers=workers, progress=progress)
+        verification = verify(
+            out, src, hub=hub, quick=quick, allow_holes=allow_holes, workers=workers, progress=progress
+        )
     report = {**asdict(verification), "out": str(out), "sound": not verification.problems}
     silent = quiet and not verification.problems
     print_report(report, describe_verification(verification, src, quick), silent, as_json)
@@ -213,7 +227,8 @@ def stage_command(
 
 
 @main.command("restore")
-@click.argument("resharded", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("resharded", metavar="OUT")
+@hub_options
 @out_option
 @reflink_option
 @workers_option
@@ -221,16 +236,25 @@ def stage_command(
 @quiet_option
 @json_option
 def restore_command(
-    resharded: Path, out: Path, reflink: Reflink, workers: int | None, restart: bool, quiet: bool, as_json: bool
+    resharded: str,
+    hub: Hub,
+    out: Path,
+    reflink: Reflink,
+    workers: int | None,
+    restart: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Rebuild the source of the output OUT, every file byte-identical.
 
+    OUT is a directory, or where the output was uploaded to: a repository of the Hugging Face Hub, or a bucket.
+
     Rerun the command to resume, even after a power cut.
     """
-    source = read_manifest(resharded).source
+    source = manifest_in(find_source(resharded, hub)).source
     total = sum(file.size for file in source.files if file.name not in (INDEX, CONFIG))
     with bar("restore", total, quiet or as_json) as progress:
-        outcome = restore(resharded, out, reflink=reflink, restart=restart, workers=workers, progress=progress)
+        outcome = restore(resharded, out, hub=hub, reflink=reflink, restart=restart, workers=workers, progress=progress)
     done = describe_restoring(outcome, resharded)
     done += [f"note: the output never had {name} of the source" for name in source.left_out]
     print_report(outcome_json(outcome), done, quiet, as_json)

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from ..checkpoint.source import Hub
 from ..placement.strategies import STRATEGIES, Options, Strategy
 from ..plan.files import Digests
 from ..plan.sharing import REFLINK
@@ -63,7 +64,11 @@ out_option = click.option(
 
 
 source_option = click.option(
-    "--src", required=True, help="Checkpoint directory, or a repository id in the Hugging Face cache."
+    "--src",
+    required=True,
+    help="Checkpoint directory, repository of the Hugging Face Hub (org/name or hf://org/name@revision), or folder of "
+    "an object store (s3://bucket/folder, gs://…). A repository that is not in the cache is not downloaded: what is "
+    "needed of it is read from the Hub.",
 )
 layout_option = click.option(
     "--layout",
@@ -99,6 +104,22 @@ check_source_option = click.option(
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Print the plan and write nothing; fail where the run would fail before it writes."
 )
+
+
+def hub_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say how to ask the Hugging Face Hub; the command receives them as `hub`."""
+
+    @functools.wraps(command)
+    def with_options(revision: str | None, token: str | None, download: bool, **options: Any) -> None:
+        command(hub=Hub(revision, token, download), **options)
+
+    for option in (
+        click.option("--download", is_flag=True, help="Download the whole repository to the Hugging Face cache first."),
+        click.option("--token", help="Access token for the Hub.  [default: HF_TOKEN, or that of `hf auth login`]"),
+        click.option("--revision", help="Branch, tag or commit of the repository.  [default: main]"),
+    ):
+        with_options = option(with_options)
+    return with_options
 
 
 def strategy_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -164,4 +185,4 @@ def writing_options(command: Callable[..., None]) -> Callable[..., None]:
     )
     for option in reversed((*options, quiet_option, json_option)):
         command = option(command)
-    return command
+    return hub_options(command)

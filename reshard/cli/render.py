@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from ..checkpoint.place import Place
 from ..commands.export import Export
 from ..commands.resharding import Resharding
 from ..commands.stage import Staging
@@ -88,16 +89,18 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def serve_command(model: str | Path, ep_size: int, placement: str | None = None) -> str:
+def serve_command(model: Place | str, ep_size: int, placement: str | None = None) -> str:
     """The command that serves an output, or with `placement` an original placed, on one node."""
-    command = ["vllm", "serve", str(model), "--tensor-parallel-size", str(ep_size), "--enable-expert-parallel"]
+    repo_id, _, commit = str(model).removeprefix("hf://").partition("@")
+    name = [repo_id, "--revision", commit] if str(model).startswith("hf://") else [str(model)]
+    command = ["vllm", "serve", *name, "--tensor-parallel-size", str(ep_size), "--enable-expert-parallel"]
     variable = "" if placement is None else f"RESHARD_PLACEMENT={shlex.quote(placement)} "
     return variable + shlex.join(command)
 
 
 def serve_commands(analysis: Analysis, placing: Options) -> dict[str, list[str]]:
     """For each placement that was analyzed, the commands that serve the original by it. Linear needs none."""
-    src, ep_size = str(analysis.path), analysis.ep_size
+    src, ep_size = analysis.path, analysis.ep_size
     found = {}
     for name in (candidate.strategy for candidate in analysis.candidates):
         if name == Zigzag.name:
@@ -113,7 +116,7 @@ def serve_commands(analysis: Analysis, placing: Options) -> dict[str, list[str]]
                 if value and option[2:] in takes
                 for word in (option, value)
             ]
-            export = ["reshard", "export", src, "--to", "vllm", "--ep", str(ep_size), "--strategy", name, *options]
+            export = ["reshard", "export", str(src), "--to", "vllm", "--ep", str(ep_size), "--strategy", name, *options]
             found[name] = [shlex.join([*export, "--out", f"{name}.json"]), serve_command(src, ep_size, f"{name}.json")]
     return found
 
@@ -198,17 +201,17 @@ def describe_staging(staging: Staging, outcome: Outcome) -> list[str]:
     what = "" if ranks is None else f"EP ranks {describe_ranks(ranks)} of {staging.manifest.ep_size}: "
     return [
         *(f"note: {note}" for note in staging.notes),
-        *_done_lines(outcome, f"staged {what}".rstrip(), staging.plan.source, QUICKLY_CHECKED),
+        *_done_lines(outcome, f"staged {what}".rstrip(), staging.plan.source.root, QUICKLY_CHECKED),
         f"check it:  reshard verify {shlex.quote(str(outcome.out))}",
     ]
 
 
-def describe_restoring(outcome: Outcome, resharded: Path) -> list[str]:
+def describe_restoring(outcome: Outcome, resharded: str) -> list[str]:
     """The lines of `restore`."""
     return _done_lines(outcome, "restored", resharded, "every byte is what restore would write")
 
 
-def _done_lines(outcome: Outcome, done: str, source: Path, checked: str) -> list[str]:
+def _done_lines(outcome: Outcome, done: str, source: Place | str, checked: str) -> list[str]:
     """What a run wrote, and what it resumed, shared and noted; or that all was there, and what was `checked`."""
     what = f"{outcome.files} files, {bytes_text(outcome.size)}"
     if outcome.already_complete:
@@ -227,7 +230,7 @@ def _serve_line(resharding: Resharding, out: Path) -> str:
     return f"serve it{where}:  {serve_command(out, resharding.ep_size)}"
 
 
-def _sharing_lines(outcome: Outcome, source: Path) -> list[str]:
+def _sharing_lines(outcome: Outcome, source: Place | str) -> list[str]:
     """How much is shared with the source or why nothing is, and how many tensors have no digest."""
     if outcome.why_not_shared:
         lines = [f"copied: {outcome.why_not_shared}"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import check_whole
+from ..checkpoint.source import ANY, Hub
 from ..errors import OutputError
 from ..model.routing import Routing
 from ..placement.permutations import Placement, rank_slots
@@ -45,6 +46,7 @@ def analyze(
     tokens: int | None = None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     seed: int = 0,
+    hub: Hub = ANY,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> Analysis:
     """Measure how placements would load the EP ranks of the checkpoint `src`.
@@ -53,13 +55,14 @@ def analyze(
     at all and takes the recorded choices.
 
     Parameters:
-        src: directory, or repository id in the Hugging Face cache
+        src: as in `plan_placement`
         strategies: all for the same number of EP ranks
         nodes: the number of nodes that these ranks are spread over
         trace: directory of a trace
         tokens: the most tokens to measure; None for RANDOM_TOKENS, or traffic.choices.MAX_TOKENS with a trace
         batch_sizes: in tokens; batches larger than the traffic are left out
         seed: of the random hidden states
+        hub: how to ask the Hugging Face Hub
         progress: called with the number of layers routed
 
     Raises:
@@ -68,7 +71,7 @@ def analyze(
         OutputError: ranks, nodes or tokens do not fit, or no strategy does
 
     """
-    original = read_original(src)
+    original = read_original(src, hub)
     root, model, routing = original.root, original.model, original.model.routing
     ep_sizes = [strategy.ep_size for strategy in strategies]
     if len(set(ep_sizes)) != 1:

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.directory import CONFIG, INDEX
-from ..checkpoint.source import identify
+from ..checkpoint.source import ANY, Hub
 from ..errors import OutputError
 from ..execute.checksums import check_sources
 from ..execute.destination import free_space
 from ..execute.fill import Progress
 from ..execute.ready import Room, find_room
 from ..execute.reflink import find_sharing
+from ..execute.remote import sources_of
 from ..execute.run import Outcome, count_workers, run
-from ..execute.sources import SourceFiles
 from ..placement.strategies import Balanced, Strategy, Zigzag
 from ..plan.files import Digests, OutputFile, fingerprint, literal_file
 from ..plan.sharing import Reflink
 from ..record.manifest import MANIFEST, FileRecord, Layout, Manifest, encode_manifest, record_bytes
 from .earlier import already_complete, earlier_placement, finished_output, names_of, refuse_other
 from .original import check_strategy, place_experts, read_original, refuse_holes
-from .resharding import DEFAULT_MAX_SHARD_SIZE, Resharding, Writing, manifest_of, path_text, plan_resharding
+from .resharding import DEFAULT_MAX_SHARD_SIZE, Resharding, Writing, manifest_of, plan_resharding, source_text
 
 
 def plan_placement(
@@ -30,6 +30,7 @@ def plan_placement(
     strategy: Strategy,
     out: str | Path,
     *,
+    hub: Hub = ANY,
     layout: Layout = "ranks",
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
     reflink: Reflink = "auto",
@@ -41,10 +42,12 @@ def plan_placement(
     """Decide how the checkpoint `src` is rewritten into `out`. Reads no weights, writes nothing.
 
     Parameters:
-        src: a checkpoint directory, or the id of a repository in the Hugging Face cache
+        src: a checkpoint directory; a repository of the Hugging Face Hub, org/name or hf://org/name@revision, which is
+            read from the cache if it is there, or else from the Hub; or a folder of an object store, s3://… or gs://…
         strategy: decides where experts go; its ep_size R is 2 to E and need not divide E
         out: absent, empty, an unfinished run or a finished one. This function checks whether it can share blocks with
             `src`, and takes from such a run a placement that the same options may not make again
+        hub: how to ask the Hugging Face Hub
         layout: "ranks" writes files by EP rank; "source" writes a file for each file of the source
         max_shard_size: the most bytes of tensors in a file; with layout "source" files are as large as the source's
         reflink: "auto" shares disk blocks with the source if the file system can; "always" refuses if it cannot
@@ -59,7 +62,7 @@ def plan_placement(
         OutputError: `strategy`, `max_shard_size` or `reflink` does not fit
 
     """
-    original = read_original(src)
+    original = read_original(src, hub)
     check_strategy(strategy, original)
     if not allow_holes:
         refuse_holes(original)
@@ -85,6 +88,7 @@ def place(
     strategy: Strategy,
     out: str | Path,
     *,
+    hub: Hub = ANY,
     layout: Layout = "ranks",
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
     reflink: Reflink = "auto",
@@ -105,6 +109,7 @@ def place(
         src,
         strategy,
         out,
+        hub=hub,
         layout=layout,
         max_shard_size=max_shard_size,
         reflink=reflink,
@@ -148,7 +153,7 @@ def write_resharding(
 def _check_source(resharding: Resharding, workers: int | None, progress: Progress) -> None:
     """Read all source files that have checksums, and compare them."""
     checkpoint = resharding.checkpoint
-    sources = SourceFiles(checkpoint.root, checkpoint.files)
+    sources = sources_of(checkpoint.source, checkpoint.files)
     check_sources(sources, resharding.checksums, count_workers(workers), progress)
 
 
@@ -169,8 +174,7 @@ def _replaced(resharding: Resharding, out: Path, finished: Manifest | None) -> S
     """
     if finished is None:
         return None
-    source = finished.source
-    identity = identify(resharding.checkpoint.root)
-    if source.path != path_text(resharding.checkpoint.root) and (source.repo_id or "") != identity.repo_id:
+    source, given = finished.source, resharding.checkpoint.source
+    if source.path != source_text(given) and (source.repo_id or "") != given.identity.repo_id:
         raise OutputError(f"{out}: holds an output made from {source.path}; remove it, or choose another --out")
     return names_of(finished)

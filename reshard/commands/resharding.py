@@ -13,7 +13,7 @@ from pathlib import Path
 from .._version import __version__
 from ..arguments import check_one_of, check_whole
 from ..checkpoint.directory import CONFIG, INDEX, Checkpoint
-from ..checkpoint.source import identify
+from ..checkpoint.files import Files
 from ..errors import CheckpointError, OutputError
 from ..model.config_ids import map_config_files
 from ..model.layers import MoeModel
@@ -148,7 +148,7 @@ def plan_resharding(
         placement=placement,
         contract=contract,
         plan=Plan(
-            source=checkpoint.root,
+            source=checkpoint.source,
             source_files=checkpoint.files,
             headers={name: header.raw for name, header in checkpoint.shards.items()},
             sharing=sharing,
@@ -160,8 +160,8 @@ def plan_resharding(
             placement=placement if request else None,
         ),
         index=rewritten[INDEX],
-        config=rewritten.get(CONFIG) or (checkpoint.root / CONFIG).read_bytes(),
-        originals={name: (checkpoint.root / name).read_bytes() for name in replaced if name in checkpoint.files},
+        config=rewritten.get(CONFIG) or checkpoint.source.read(CONFIG),
+        originals={name: checkpoint.source.read(name) for name in replaced if name in checkpoint.files},
         notes=(*placed.notes, *notes(checkpoint, model, ep_size)),
         checksums=checksums,
     )
@@ -219,9 +219,9 @@ def _refuse_collisions(checkpoint: Checkpoint, weights: Sequence[OutputFile]) ->
 def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:
     """The manifest of an output with the files `records`. Its digest is still empty."""
     checkpoint, model, routing = resharding.checkpoint, resharding.model, resharding.model.routing
-    identity = identify(checkpoint.root)
+    identity = checkpoint.source.identity
     source = Source(
-        path=path_text(checkpoint.root),
+        path=source_text(checkpoint.source),
         repo_id=identity.repo_id,
         revision=identity.revision,
         files=[_source_file(resharding, name) for name in checkpoint.files],
@@ -257,9 +257,12 @@ def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:
     )
 
 
-def path_text(path: Path) -> str:
-    """A path as a manifest has it."""
-    return os.fsencode(path.absolute()).decode(errors="replace")
+def source_text(source: Files) -> str:
+    """Where the source is, as a manifest has it: repository and commit if these are known, wherever the files lie."""
+    identity, root = source.identity, source.root
+    if identity.repo_id is not None and identity.revision is not None:
+        return f"hf://{identity.repo_id}@{identity.revision}"
+    return os.fsencode(root.absolute()).decode(errors="replace") if isinstance(root, Path) else str(root)
 
 
 def _source_file(resharding: Resharding, name: str) -> SourceFile:

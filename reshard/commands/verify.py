@@ -18,7 +18,9 @@ from typing import Any, Protocol
 from blake3 import blake3
 
 from ..checkpoint.directory import CONFIG, File, read_checkpoint
+from ..checkpoint.files import LocalFiles
 from ..checkpoint.header import read_header
+from ..checkpoint.source import ANY, Hub
 from ..errors import CheckpointError, OutputError
 from ..execute.fill import Progress
 from ..execute.run import count_workers
@@ -57,6 +59,7 @@ def verify(
     out: str | Path,
     src: str | Path | None = None,
     *,
+    hub: Hub = ANY,
     quick: bool = False,
     allow_holes: bool = False,
     workers: int | None = None,
@@ -76,7 +79,7 @@ def verify(
     root = Path(out)
     manifest = read_manifest(root)
     records = _records(root, manifest)
-    source = None if src is None else read_original(src)
+    source = None if src is None else read_original(src, hub)
     if source is not None and not allow_holes:
         refuse_holes(source)
     if quick and source is not None:
@@ -97,7 +100,8 @@ def verify(
         if not problems:  # after damage, an inconsistency would only be a second line for the same fault
             problems = list(_check_consistency(root, manifest))
         if source is not None and not problems:
-            problems = compare_tensors(source, root, manifest, pool, report) or compare_files(source, manifest)
+            written = LocalFiles(root)
+            problems = compare_tensors(source, written, manifest, pool, report) or compare_files(source, manifest)
             if not problems:
                 routers = compare_routers(source, root, manifest)
                 problems += routers.problems
@@ -141,7 +145,7 @@ def _check_file(root: Path, record: FileRecord, report: _Report, quick: bool) ->
     try:
         with SourceFiles(root, files).open() as opened:
             if record.tensors:
-                yield from _check_weights(opened, record, report, quick)
+                yield from _check_weights(root, opened, record, report, quick)
             else:
                 yield from _check_bytes(opened, record, report, quick)
     except CheckpointError as error:
@@ -160,8 +164,8 @@ def _check_bytes(opened: OpenSources, record: FileRecord, report: _Report, quick
         yield f"{opened.root / record.name}: its bytes are not those that were written"
 
 
-def _check_weights(opened: OpenSources, record: FileRecord, report: _Report, quick: bool) -> Iterator[str]:
-    path = opened.root / record.name
+def _check_weights(root: Path, opened: OpenSources, record: FileRecord, report: _Report, quick: bool) -> Iterator[str]:
+    path = root / record.name
     header = read_header(path)
     report(len(header.raw))
     for name in sorted(record.tensors.keys() ^ {tensor.name for tensor in header.tensors}):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from ..checkpoint.place import Place
 from .effect import Coselection, Effect
 
 
@@ -40,7 +40,7 @@ class Analysis:
     strategy that does not fit the model, the ranks or the trace, and why.
     """
 
-    path: Path
+    path: Place
     family: str
     num_experts: int
     top_k: int
