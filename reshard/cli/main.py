@@ -117,6 +117,7 @@ class _WritingOptions:
     """The options of `writing_options`, as click passes them."""
 
     hub: Hub
+    ranks: tuple[int, ...] | None
     layout: Layout
     max_shard_size: int
     reflink: Reflink
@@ -142,6 +143,7 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         digests=Digests(options.digests) if options.digests else None,
         allow_holes=options.allow_holes,
         check_source=options.check_source,
+        ranks=options.ranks,
         restart=options.restart,
     )
     if options.dry_run:

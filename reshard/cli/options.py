@@ -29,8 +29,10 @@ def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
     return int(match[1]) * SIZE_UNITS[match[2].upper()]
 
 
-def parse_ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    """EP ranks and ranges of them, such as 0-3,6."""
+def parse_ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """EP ranks and ranges of them, such as 0-3,6; None if the option is not given."""
+    if value is None:
+        return None
     ranks: set[int] = set()
     for item in value.split(","):
         match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", item.strip())
@@ -100,6 +102,11 @@ check_source_option = click.option(
     is_flag=True,
     help="Compare SRC with the checksums that it was downloaded by (Hugging Face cache, or hf download --local-dir): "
     "while copying, with --layout source; otherwise in a read of its own, before anything is written.",
+)
+ranks_option = click.option(
+    "--ranks",
+    callback=parse_ranks,
+    help="Write only what these EP ranks need, like 0-7 or 0-3,6: their files, and those that every rank needs.",
 )
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Print the plan and write nothing; fail where the run would fail before it writes."
@@ -172,6 +179,7 @@ def writing_options(command: Callable[..., None]) -> Callable[..., None]:
     options = (
         source_option,
         ep_option,
+        ranks_option,
         out_option,
         layout_option,
         max_shard_size_option,

@@ -186,10 +186,11 @@ def describe_checks(resharding: Resharding) -> list[str]:
 
 def describe_outcome(resharding: Resharding, outcome: Outcome) -> list[str]:
     """The lines of `zigzag` and `place`."""
-    root = resharding.checkpoint.root
+    root, ranks = resharding.checkpoint.root, resharding.ranks
+    of_ranks = "" if ranks is None else f", for EP ranks {describe_ranks(ranks)} of {resharding.ep_size} alone:"
     return [
         *_describe_model(resharding),
-        *_done_lines(outcome, "wrote", root, QUICKLY_CHECKED),
+        *_done_lines(outcome, f"wrote{of_ranks}", root, QUICKLY_CHECKED),
         f"check it:  reshard verify {shlex.quote(str(outcome.out))} --src {shlex.quote(str(root))}",
         _serve_line(resharding, outcome.out),
     ]

@@ -22,7 +22,15 @@ from ..plan.sharing import Reflink
 from ..record.manifest import MANIFEST, FileRecord, Layout, Manifest, encode_manifest, record_bytes
 from .earlier import already_complete, earlier_placement, finished_output, names_of, refuse_other
 from .original import check_strategy, place_experts, read_original, refuse_holes
-from .resharding import DEFAULT_MAX_SHARD_SIZE, Resharding, Writing, manifest_of, plan_resharding, source_text
+from .resharding import (
+    DEFAULT_MAX_SHARD_SIZE,
+    Resharding,
+    Writing,
+    manifest_of,
+    plan_resharding,
+    records_of,
+    source_text,
+)
 
 
 def plan_placement(
@@ -37,6 +45,7 @@ def plan_placement(
     digests: Digests | None = None,
     allow_holes: bool = False,
     check_source: bool = False,
+    ranks: Sequence[int] | None = None,
     restart: bool = False,
 ) -> Resharding:
     """Decide how the checkpoint `src` is rewritten into `out`. Reads no weights, writes nothing.
@@ -54,6 +63,8 @@ def plan_placement(
         digests: which tensors to checksum; None for all, or with layout "source" for those that are copied
         allow_holes: take parts of tensors that were never written for the model's zeros
         check_source: compare each file of `src` with the checksum that it was downloaded by, if one is known
+        ranks: write only the files of these EP ranks and those that every rank needs, as `stage` would copy them from
+            the whole output; None for all
         restart: as `write_resharding` will be told; the placement is then made anew
 
     Raises:
@@ -73,11 +84,12 @@ def plan_placement(
         find_sharing(original.root, checkpoint.shards, checkpoint.directories, out_path, reflink),
         (Digests.COPIED if layout == "source" else Digests.ALL) if digests is None else digests,
         check_source,
+        None if ranks is None else tuple(ranks),
     )
     request = strategy.request if isinstance(strategy, Balanced) else ""
     if request and not restart and (earlier := earlier_placement(out_path, strategy.name, original.shape)):
         resharding = plan_resharding(original, strategy.name, strategy.ep_size, earlier.placed, writing, request)
-        if fingerprint(resharding.plan) == earlier.fingerprint:
+        if earlier.fingerprint in (fingerprint(resharding.plan), resharding.fingerprint):
             return resharding
     placed = place_experts(original, strategy)
     return plan_resharding(original, strategy.name, strategy.ep_size, placed, writing, request)
@@ -95,6 +107,7 @@ def place(
     digests: Digests | None = None,
     allow_holes: bool = False,
     check_source: bool = False,
+    ranks: Sequence[int] | None = None,
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
@@ -116,6 +129,7 @@ def place(
         digests=digests,
         allow_holes=allow_holes,
         check_source=check_source,
+        ranks=ranks,
         restart=restart,
     )
     return write_resharding(resharding, Path(out), restart=restart, workers=workers, progress=progress)
@@ -143,7 +157,11 @@ def write_resharding(
 
     def finish(records: list[FileRecord]) -> list[OutputFile]:
         index, config = literal_file(INDEX, resharding.index), literal_file(CONFIG, resharding.config)
-        records = [*records, record_bytes(INDEX, resharding.index), record_bytes(CONFIG, resharding.config)]
+        records = [
+            *records_of(resharding, records),
+            record_bytes(INDEX, resharding.index),
+            record_bytes(CONFIG, resharding.config),
+        ]
         return [literal_file(MANIFEST, encode_manifest(manifest_of(resharding, records))), index, config]
 
     replaced = _replaced(resharding, out, finished)

@@ -76,8 +76,9 @@ class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of the output. `rank` is the only EP rank that needs it, null if every rank does. `digest` is BLAKE3 over
     the whole file. For a safetensors file, `header` is the BLAKE3 of its header (with the length before it), and
-    `tensors` has that of each tensor's bytes. A digest is null if some of the bytes were not read, because their blocks
-    are shared with the source or, in outputs of earlier versions, because the kernel copied them.
+    `tensors` has that of each tensor's bytes. A digest is null if some of the bytes were not read: their blocks
+    are shared with the source; or the file is of a rank that was not written here; or, in outputs of earlier versions,
+    the kernel copied them.
     """
 
     name: str

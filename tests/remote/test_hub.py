@@ -20,26 +20,18 @@ from typing import Any
 import pytest
 from checkpoints import Spec, build
 from command_line import run, run_well, slowly
+from hub_outputs import MANIFEST, assert_same_output, committed, refused
 from hub_server import Fault, Hub, Request, serving
 from interruption import resumed_after_every_cut
-from oracle import assert_identical_trees, tree
+from oracle import assert_identical_trees
 from scratch import checkpoint
 
 from reshard import zigzag
 
-MANIFEST, JOURNAL = "reshard_manifest.json", ".reshard-journal"
+JOURNAL = ".reshard-journal"
 REPO, COMMIT, LATER = "org/model", "1" * 40, "2" * 40
 SPEC = Spec("deepseek_v3", experts=8, layers=3, shuffled=False)
 WIDE = Spec("deepseek_v3", experts=8, layers=3, scale=16, aligned=True, shuffled=False)  # 18 MB
-
-
-def committed(directory: Path, target: Path) -> Path:
-    """A copy without empty folders, which a repository cannot hold."""
-    shutil.copytree(directory, target)
-    for folder in sorted(target.rglob("*"), reverse=True):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -73,25 +65,6 @@ def hub(tmp_path: Path, source: Path) -> Iterator[Hub]:
 def streamed(out: Path, *more: object, src: str = REPO) -> str:
     """Write an output straight from the Hub; what was printed."""
     return run_well("zigzag", "--src", src, "--ep", 3, "--out", out, *more)
-
-
-def refused(*arguments: object) -> str:
-    """The one line with which a command refuses."""
-    result = run(*arguments)
-    assert result.exit_code == 1, result.output
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("reshard: error")]
-    return line
-
-
-def assert_same_output(expected: Path, actual: Path) -> None:
-    """Every file is the same, and the manifests differ only in what they say of the source's place and times."""
-    ours, theirs = (json.loads((out / MANIFEST).read_bytes()) for out in (actual, expected))
-    for manifest in (ours, theirs):
-        for key in ("path", "repo_id", "revision"):
-            manifest["source"].pop(key)
-        manifest.pop("fingerprint"), manifest.pop("digest")
-    assert ours == theirs
-    assert {**tree(expected), MANIFEST: ""} == {**tree(actual), MANIFEST: ""}
 
 
 def everywhere(fault: Fault, every: int, of: str = "/") -> Any:
