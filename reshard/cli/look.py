@@ -18,7 +18,7 @@ from ..placement.strategies import STRATEGIES, Linear, Options, Zigzag
 from ..traffic.choices import MAX_TOKENS
 from ..traffic.report import describe_analysis
 from .options import hub_options, json_option, make_strategy, quiet_option, strategy_options
-from .progress import layer_bar
+from .progress import bar, layer_bar
 from .render import (
     describe_export,
     describe_serving,
@@ -104,19 +104,21 @@ def analyze_command(
     ]
     if impossible := [name for name in placements if name not in possible]:
         raise click.UsageError(f"--placement {impossible[0]} needs --{STRATEGIES[impossible[0]].needs[0]}")
-    options = replace(placing, share=FITTED_SHARE, progress=layer_bar(as_json))
+    options = replace(placing, share=FITTED_SHARE, progress=layer_bar(quiet=False))
     if html is not None:
         refuse_page(html, find_source(src, hub).root)
-    analysis = analyze(
-        src,
-        [STRATEGIES[name].make(ep, options) for name in dict.fromkeys(placements or possible)],
-        nodes=placing.nodes or 1,
-        trace=placing.trace,
-        tokens=tokens,
-        batch_sizes=sorted(set(batches)) or BATCH_SIZES,
-        seed=seed,
-        hub=hub,
-    )
+    with bar("analyze", None, False, " layers") as progress:
+        analysis = analyze(
+            src,
+            [STRATEGIES[name].make(ep, options) for name in dict.fromkeys(placements or possible)],
+            nodes=placing.nodes or 1,
+            trace=placing.trace,
+            tokens=tokens,
+            batch_sizes=sorted(set(batches)) or BATCH_SIZES,
+            seed=seed,
+            hub=hub,
+            progress=progress,
+        )
     if placements and analysis.unfit:
         fail(next(iter(analysis.unfit.values())), 1)
     if html is not None:
@@ -178,7 +180,7 @@ def export_command(
     Nothing is resharded: the engine loads the original and places its experts by the file. If SRC is an output of
     reshard, the file has its placement. It is still for serving the original, not the output.
     """
-    made = make_strategy(strategy, placing, quiet or as_json)
+    made = make_strategy(strategy, placing, quiet)
     exported = export(src, to, ep, Zigzag if strategy == Zigzag.name else made, hub)
     if out is not None:
         write_export(exported, out)

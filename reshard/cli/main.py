@@ -108,8 +108,7 @@ def place_command(src: str, ep: int, out: Path, strategy: str, placing: Options,
 
     Rerun the command to resume, even after a power cut. SRC is never written to.
     """
-    silent = options["quiet"] or options["as_json"]
-    _rewrite(src, make_strategy(strategy, placing, silent)(ep), out, _WritingOptions(**options))
+    _rewrite(src, make_strategy(strategy, placing, options["quiet"])(ep), out, _WritingOptions(**options))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +153,7 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         return
     if checks := [] if options.quiet else describe_checks(resharding):
         click.echo("\n".join(checks), err=True)
-    with bar(strategy.name, resharding.work, options.quiet or options.as_json) as progress:
+    with bar(strategy.name, resharding.work, options.quiet) as progress:
         outcome = write_resharding(resharding, out, restart=options.restart, workers=options.workers, progress=progress)
     report = {**plan_json(resharding, out), **outcome_json(outcome), "serve": serve_command(out, resharding.ep_size)}
     print_report(report, describe_outcome(resharding, outcome), options.quiet, options.as_json)
@@ -186,7 +185,7 @@ def verify_command(
     total = sum(record.size for record in manifest.expected_files)
     if src is not None:
         total += sum(record.size for record in manifest.expected_files if record.tensors)
-    with bar("verify", total, quiet or as_json) as progress:
+    with bar("verify", total, quiet) as progress:
         verification = verify(
             out, src, hub=hub, quick=quick, allow_holes=allow_holes, workers=workers, progress=progress
         )
@@ -222,7 +221,7 @@ def stage_command(
     a power cut.
     """
     staging = plan_stage(resharded, ranks, out, reflink=reflink)
-    with bar("stage", staging.plan.size, quiet or as_json) as progress:
+    with bar("stage", staging.plan.size, quiet) as progress:
         outcome = write_staging(staging, out, restart=restart, workers=workers, progress=progress)
     report = {**outcome_json(outcome), "staged_ranks": staging.manifest.staged_ranks, "notes": staging.notes}
     print_report(report, describe_staging(staging, outcome), quiet, as_json)
@@ -255,7 +254,7 @@ def restore_command(
     """
     source = manifest_in(find_source(resharded, hub)).source
     total = sum(file.size for file in source.files if file.name not in (INDEX, CONFIG))
-    with bar("restore", total, quiet or as_json) as progress:
+    with bar("restore", total, quiet) as progress:
         outcome = restore(resharded, out, hub=hub, reflink=reflink, restart=restart, workers=workers, progress=progress)
     done = describe_restoring(outcome, resharded)
     done += [f"note: the output never had {name} of the source" for name in source.left_out]

@@ -159,7 +159,7 @@ def strategy_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_options
 
 
-def make_strategy(name: str, options: Options, silent: bool) -> Callable[[int], Strategy]:
+def make_strategy(name: str, options: Options, quiet: bool) -> Callable[[int], Strategy]:
     """A function that makes the strategy `name` for a number of EP ranks.
 
     UsageError if an option that it needs is absent, or one that it does not take is given.
@@ -171,7 +171,7 @@ def make_strategy(name: str, options: Options, silent: bool) -> Callable[[int], 
             raise click.UsageError(f"--strategy {name} needs --{option}")
         if given and option not in (*offer.needs, *offer.takes):
             raise click.UsageError(f"--{option} does not go with --strategy {name}")
-    return lambda ep_size: offer.make(ep_size, replace(options, progress=layer_bar(silent)))
+    return lambda ep_size: offer.make(ep_size, replace(options, progress=layer_bar(quiet)))
 
 
 def writing_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -63,7 +63,7 @@ def analyze(
         batch_sizes: in tokens; batches larger than the traffic are left out
         seed: of the random hidden states
         hub: how to ask the Hugging Face Hub
-        progress: called with the number of layers routed
+        progress: called with the number of layers just routed, or measured for a placement
 
     Raises:
         CheckpointError, UnsupportedError: as `plan_placement` does
@@ -98,7 +98,10 @@ def analyze(
         )
     candidates = []
     for name, placement in placements.items():
-        layers = {layer: effect(ids, placement[layer], ep_size, nodes, sizes) for layer, ids in traffic.ids.items()}
+        layers = {}
+        for layer, ids in traffic.ids.items():
+            layers[layer] = effect(ids, placement[layer], ep_size, nodes, sizes)
+            progress(1)
         candidates.append(Candidate(name, mean_effect(list(layers.values())), layers))
     return Analysis(
         path=root,

@@ -118,12 +118,12 @@ def random_traffic(
     """Route `tokens` random hidden states through the gate of every MoE layer.
 
     If a layer chooses by token id instead (`tid2eid`), looks up random token ids in its table. Calls `progress` with
-    the number of layers done.
+    the number of layers just done.
     """
     ids = {}
     for number, layer in enumerate(model.layers):
         ids[layer.name] = _choices(checkpoint, model, layer, tokens, seed + number)
-        progress(number + 1)
+        progress(1)
     return Traffic(ids, tokens, tokens)
 
 
