@@ -135,6 +135,7 @@ def _in_store(url: str, scheme: str) -> Files:
     except ImportError as error:
         library = _STORES[scheme]
         raise CheckpointError(f"{url}: reading {scheme}:// needs {library}: pip install {library}") from error
+    store.invalidate_cache()  # fsspec keeps file systems, with listings from earlier
     return RemoteFiles(Url(url.rstrip("/")), store, path)
 
 
