@@ -12,6 +12,7 @@ import click
 from .. import __version__
 from ..checkpoint.directory import CONFIG, INDEX
 from ..checkpoint.source import Hub, find_source
+from ..commands.merge import part_of, write_merged
 from ..commands.place import plan_placement, room_for, write_resharding
 from ..commands.restore import restore
 from ..commands.stage import plan_stage, write_staging
@@ -117,6 +118,7 @@ class _WritingOptions:
 
     hub: Hub
     ranks: tuple[int, ...] | None
+    merge: bool
     layout: Layout
     max_shard_size: int
     reflink: Reflink
@@ -131,10 +133,13 @@ class _WritingOptions:
 
 
 def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) -> None:
+    if options.merge and options.ranks is None:
+        raise click.UsageError("--merge puts the parts of several runs together: give each its --ranks")
+    part = part_of(out, options.ranks) if options.merge and options.ranks is not None else out
     resharding = plan_placement(
         src,
         strategy,
-        out,
+        part,
         hub=options.hub,
         layout=options.layout,
         max_shard_size=options.max_shard_size,
@@ -146,7 +151,7 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         restart=options.restart,
     )
     if options.dry_run:
-        room, shareable = room_for(resharding, out, restart=options.restart), shareable_size(resharding.plan)
+        room, shareable = room_for(resharding, part, restart=options.restart), shareable_size(resharding.plan)
         report = {**plan_json(resharding, out), "shareable": shareable, "needed": room.needed, "free": room.free}
         print_report(report, describe_plan(resharding, out, shareable, room), options.quiet, options.as_json)
         room.check(out)
@@ -154,7 +159,8 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
     if checks := [] if options.quiet else describe_checks(resharding):
         click.echo("\n".join(checks), err=True)
     with bar(strategy.name, resharding.work, options.quiet) as progress:
-        outcome = write_resharding(resharding, out, restart=options.restart, workers=options.workers, progress=progress)
+        write = write_merged if options.merge else write_resharding
+        outcome = write(resharding, out, restart=options.restart, workers=options.workers, progress=progress)
     report = {**plan_json(resharding, out), **outcome_json(outcome), "serve": serve_command(out, resharding.ep_size)}
     print_report(report, describe_outcome(resharding, outcome), options.quiet, options.as_json)
 

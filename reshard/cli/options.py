@@ -108,6 +108,12 @@ ranks_option = click.option(
     callback=parse_ranks,
     help="Write only what these EP ranks need, like 0-7 or 0-3,6: their files, and those that every rank needs.",
 )
+merge_option = click.option(
+    "--merge",
+    is_flag=True,
+    help="Add these ranks to OUT, where other runs may write other ranks at the same time. After the last one, OUT is "
+    "what a run without --ranks writes.",
+)
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Print the plan and write nothing; fail where the run would fail before it writes."
 )
@@ -180,6 +186,7 @@ def writing_options(command: Callable[..., None]) -> Callable[..., None]:
         source_option,
         ep_option,
         ranks_option,
+        merge_option,
         out_option,
         layout_option,
         max_shard_size_option,
