@@ -7,7 +7,7 @@
 
 Data flows one way through the packages, and imports follow it:
 
-    checkpoint  what lies on disk, and where
+    checkpoint  what lies on disk or on the Hub, and where
     model       which tensor belongs to which expert, and how the model routes
     placement   where experts go: permutations, strategies, balance, contract
     plan        what to write, as byte ranges
