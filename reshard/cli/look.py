@@ -48,7 +48,7 @@ FITTED_SHARE = 0.5  # of a trace: analyze makes balanced placements from it, and
     examples=(
         "reshard inspect ./DeepSeek-R1",
         "reshard inspect ./DeepSeek-R1 --ep 8",
-        "reshard inspect deepseek-ai/DeepSeek-R1 --revision main",
+        "reshard inspect deepseek-ai/DeepSeek-R1",
         "reshard inspect ./R1-zz --json",
     ),
 )
@@ -127,11 +127,12 @@ def analyze_command(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare how placements would load the EP ranks and how long steps would take, and recommend one.
+    """Compare placements: how they load the EP ranks, and how fast.
 
-    Reads only the gates of SRC, and writes no checkpoint. With --trace, measures placements on the recorded choices
-    instead, and reads no gates. If a placement is made from the trace, it is made from the first half of every
-    recording, and all placements are measured on the second half.
+    Predicts how long steps would take, and recommends a placement. Reads only the gates of SRC, and writes no
+    checkpoint. With --trace, measures placements on the recorded choices instead, and reads no gates. If a placement is
+    made from the trace, it is made from the first half of every recording, and all placements are measured on the
+    second half.
     """
     possible = [
         name

@@ -98,7 +98,7 @@ def main() -> None:
         "reshard zigzag --src ./DeepSeek-R1 --ep 8 --out ./R1-zz --dry-run",
         "reshard zigzag --src ./DeepSeek-R1 --ep 8 --out ./R1-zz",
         "reshard zigzag --src ./DeepSeek-R1 --ep 16 -o ./R1-zz16 --layout source",
-        "reshard zigzag --src deepseek-ai/DeepSeek-R1 --ep 16 --ranks 0-7 --out ./R1-zz",
+        "reshard zigzag --src deepseek-ai/DeepSeek-R1 --ep 16 --ranks 0-7 \\\n      --out ./node0/R1-zz16",
     ),
 )
 @writing_options
@@ -276,11 +276,7 @@ def stage_command(
     print_report(report, describe_staging(staging, outcome), printing, outcome.files)
 
 
-@main.command(
-    "restore",
-    cls=Command,
-    examples=("reshard restore ./R1-zz --out ./R1", "reshard restore org/R1-zz --revision main --out ./R1"),
-)
+@main.command("restore", cls=Command, examples=("reshard restore ./R1-zz --out ./R1",))
 @click.argument("resharded", metavar="DIRECTORY", type=Source())
 @hub_options
 @out_option

@@ -26,7 +26,8 @@ from interruption import resumed_after_every_cut
 from oracle import assert_identical_trees
 from scratch import checkpoint
 
-from reshard import zigzag
+import reshard
+from reshard import verify, zigzag
 
 JOURNAL = ".reshard-journal"
 REPO, COMMIT, LATER = "org/model", "1" * 40, "2" * 40
@@ -89,6 +90,15 @@ def test_an_output_from_the_hub_is_the_one_from_a_directory(src: str, hub: Hub, 
     streamed(tmp_path / "out", src=src)
     assert_same_output(whole, tmp_path / "out")
     assert not (tmp_path / "cache").exists()
+
+
+def test_python_asks_for_a_revision_as_the_option_does(hub: Hub, source: Path, whole: Path, tmp_path: Path) -> None:
+    hub.add(REPO, other_weights(tmp_path / "later"), LATER)
+    at_first, out = reshard.Hub(revision=COMMIT), tmp_path / "out"
+    zigzag(REPO, out, 3, hub=at_first)
+    assert_same_output(whole, out)
+    assert verify(out, REPO, hub=at_first).ok
+    assert not verify(out, REPO).ok, "the control: main has other weights"
 
 
 def test_the_manifest_names_repository_and_commit_and_no_path(hub: Hub, tmp_path: Path) -> None:
@@ -217,7 +227,7 @@ def test_a_run_cut_anywhere_is_resumed_and_ends_the_same(hub: Hub, tmp_path: Pat
         return zigzag(REPO, out, 3, max_shard_size=4000, **options)
 
     found = resumed_after_every_cut(
-        whole, tmp_path / "out", 4, write, lambda out: zigzag(REPO, out, 3, max_shard_size=4000).resumed
+        whole, tmp_path / "out", 5, write, lambda out: zigzag(REPO, out, 3, max_shard_size=4000).resumed
     )
     assert found[-1] > found[0]
 

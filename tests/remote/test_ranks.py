@@ -20,7 +20,7 @@ from interruption import Cut, cut_after
 from oracle import assert_identical_trees, tree
 from scratch import checkpoint
 
-from reshard import zigzag
+from reshard import OutputError, zigzag
 
 REPO = "org/model"
 WIDE = Spec("deepseek_v3", experts=8, layers=3, scale=16, aligned=True, shuffled=False)  # 18 MB
@@ -151,6 +151,17 @@ def test_merged_parts_are_the_whole_output_in_whatever_order(source: Path, whole
     assert "already complete" in zigzag_ranks(source, "0-1", out, "--merge")
     run_well("restore", out, "--out", tmp_path / "back")
     assert_identical_trees(source, tmp_path / "back")
+
+
+def test_python_merges_parts_too(small: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    zigzag(small, whole, 4, reflink="never")
+    for ranks in ([3], [0, 1, 2]):
+        zigzag(small, out, 4, ranks=ranks, merge=True, reflink="never")
+    assert_identical_trees(whole, out)
+    for ranks in (None, [], [-1], ["0"]):
+        with pytest.raises(OutputError, match="--ranks"):
+            zigzag(small, out, 4, ranks=ranks, merge=True)
 
 
 def test_runs_at_the_same_time_merge_their_parts(hub: Hub, source: Path, tmp_path: Path) -> None:
