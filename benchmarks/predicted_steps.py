@@ -54,6 +54,16 @@ class Predicted:
         low, middle, high = quartiles(self.measured)
         return max(0.01, high - middle, middle - low)
 
+    @property
+    def is_met(self) -> bool:
+        """Whether the prediction is off by no more than is allowed."""
+        return abs(self.error) <= self.allowed
+
+    @property
+    def is_met_by_none(self) -> bool:
+        """Whether the prediction that placements gain nothing would be met too."""
+        return abs(statistics.median(self.measured) - 1) <= self.allowed
+
 
 def counts(ids_BT: Sequence[Sequence[int]], chosen_LVK: Tensor, experts: int) -> Tensor:
     """How many tokens of each batch choose each expert, [B, L, E]."""
@@ -131,11 +141,29 @@ def table(found: Sequence[Predicted]) -> str:
     heads = ["step", "placement", f"{BASE} over it, measured", "predicted", "error", "within", "active", "pairs"]
     lines = [f"| {' | '.join(heads)} |", f"| --- | --- |{' --- |' * (len(heads) - 2)}"]
     for one in found:
-        within = "yes" if abs(one.error) <= one.allowed else f"no ({one.allowed:.4f})"
+        within = "yes" if one.is_met else f"no ({one.allowed:.4f})"
         cells = [one.case, one.placement, shown(one.measured), f"{statistics.median(one.predicted):.4f}"]
         cells += [f"{one.error:+.4f}", within, f"{one.active:.2f}", f"{one.pairs:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *map(summary, (found, *by_phase(found)))])
+
+
+def by_phase(found: Sequence[Predicted]) -> list[list[Predicted]]:
+    """The predictions of decoding, then those of prefill, where there are any."""
+    phases = [[one for one in found if one.case.startswith(phase)] for phase in ("decode", "prefill")]
+    return [phase for phase in phases if phase]
+
+
+def summary(found: Sequence[Predicted]) -> str:
+    """How many predictions are met, and the mean error; beside those of the prediction that nothing is gained."""
+    met, none = sum(one.is_met for one in found), sum(one.is_met_by_none for one in found)
+    error = statistics.mean(abs(one.error) for one in found)
+    gained = statistics.mean(abs(statistics.median(one.measured) - 1) for one in found)
+    phases = " and ".join(sorted({one.case.split()[0] for one in found}))
+    return (
+        f"- {phases}: {met} of {len(found)} within, mean error {100 * error:.2f} points. "
+        f"A prediction of no gain: {none} within, {100 * gained:.2f} points."
+    )
 
 
 def main() -> None:
@@ -153,7 +181,8 @@ def main() -> None:
     found = predict(record, load_file(options.choices), orders, R1_EXPERT, read_gpu(options.gpu))
     print(table(found))
     if options.json:
-        write_json(options.json, [vars(one) for one in found])
+        about = {"mode": record["mode"], "ranks": record["ranks"], "gpu": options.gpu}
+        write_json(options.json, about | {"predicted": [vars(one) for one in found]})
 
 
 if __name__ == "__main__":

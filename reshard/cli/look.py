@@ -127,12 +127,11 @@ def analyze_command(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare placements: how they load the EP ranks, and how fast.
+    """Compare placements by load and time, and recommend one.
 
-    Predicts how long steps would take, and recommends a placement. Reads only the gates of SRC, and writes no
-    checkpoint. With --trace, measures placements on the recorded choices instead, and reads no gates. If a placement is
-    made from the trace, it is made from the first half of every recording, and all placements are measured on the
-    second half.
+    Reads only the gates of SRC, and writes no checkpoint. With --trace, measures placements on the recorded choices
+    instead, and reads no gates. If a placement is made from the trace, it is made from the first half of every
+    recording, and all placements are measured on the second half.
     """
     possible = [
         name

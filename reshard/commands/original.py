@@ -46,8 +46,7 @@ class Original:
         """What a strategy needs to know of it."""
         routing = self.model.routing
         layers = tuple(layer.name for layer in self.model.layers)
-        limited, expert = routing.group_limited, self.sizes.expert
-        return MoeShape(str(self.root), layers, routing.num_experts, routing.n_group, limited, expert)
+        return MoeShape(str(self.root), layers, routing.num_experts, routing.n_group, routing.group_limited)
 
     @property
     def sizes(self) -> ModelSizes:
@@ -141,7 +140,7 @@ def place_experts(original: Original, strategy: Strategy) -> Placed:
     match strategy:
         case Balanced():
             traffic = recorded_traffic(Path(strategy.trace), original.model, original.root, end=strategy.share)
-            placed = strategy.place(shape, traffic.ids)
+            placed = strategy.place(shape, original.sizes.expert, traffic.ids)
         case FromFile():
             placed = strategy.place(shape, read_placement_file(Path(strategy.path)))
         case _:

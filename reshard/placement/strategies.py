@@ -36,7 +36,7 @@ LayerProgress = Callable[[Sequence[str]], Iterable[str]]
 
 @dataclass(frozen=True, slots=True)
 class MoeShape:
-    """What a strategy needs to know about a model: its MoE layers by name, E, its expert groups, an expert's size.
+    """What a strategy needs to know about a model: its MoE layers by name, E, and its expert groups.
 
     `where` names the model in error messages.
     """
@@ -46,7 +46,6 @@ class MoeShape:
     num_experts: int
     n_group: int
     group_limited: bool
-    expert: ExpertShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +139,12 @@ class Balanced:
         where = f"{self.nodes} nodes of {self.gpu} for {describe_mix(self.mix)}"
         return f"balanced on {where} from the first {self.share} of {Path(self.trace).absolute()}"
 
-    def place(self, model: MoeShape, traffic: Mapping[str, Tensor]) -> Placed:
+    def place(self, model: MoeShape, expert: ExpertShape, traffic: Mapping[str, Tensor]) -> Placed:
         """Each layer's own permutation; zigzag for a layer without traffic.
 
         Parameters:
             model: the model to place
+            expert: the size of its experts
             traffic: ids_TK of each layer, the logical experts that each token chose
 
         Raises OutputError if nodes do not divide the ranks, or the trace is too short.
@@ -164,7 +164,7 @@ class Balanced:
                 "traffic that the model serves"
             )
         recorded = [traffic[layer] for layer in model.layers if layer in traffic]
-        aim = Aim(self.mix, model.expert, read_gpu(self.gpu))
+        aim = Aim(self.mix, expert, read_gpu(self.gpu))
         balanced = balanced_layers(recorded, model.num_experts, self.ep_size, aim, self.nodes)
         without = [layer for layer in model.layers if layer not in traffic]
         placement = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lifted_model import R1_EXPERT
-from predicted_steps import Predicted, counts, layer_times, predict, table
+from predicted_steps import Predicted, counts, layer_times, predict, summary, table
 from step_times import Case, batches
 
 from reshard.placement.permutations import zigzag
@@ -113,3 +113,14 @@ def test_what_is_allowed_is_a_point_or_the_quartiles() -> None:
     assert narrow.error == pytest.approx(0.009)
     wide = Predicted("decode 8", "zigzag", [1.0, 1.02, 1.08], [1.02] * 3, 1.0, 1.0)
     assert wide.allowed == pytest.approx(statistics.median([1.02, 1.08]) - 1.02)
+
+
+def test_a_summary_counts_what_no_gain_would_meet_too() -> None:
+    met = Predicted("decode 8", "zigzag", [1.03], [1.031], 1.0, 1.0)
+    off = Predicted("decode 8", "packing", [1.03], [1.05], 1.0, 1.0)
+    small = Predicted("prefill 4096", "zigzag", [1.001], [1.0], 1.0, 1.0)
+    assert summary([met, off, small]) == (
+        "- decode and prefill: 2 of 3 within, mean error 0.73 points. A prediction of no gain: 1 within, 2.03 points."
+    )
+    lines = table([met, off, small]).splitlines()
+    assert [line.split(":")[0] for line in lines[-3:]] == ["- decode and prefill", "- decode", "- prefill"]

@@ -25,6 +25,7 @@ from reshard.errors import OutputError
 from reshard.model.layers import read_model
 from reshard.placement.permutations import zigzag
 from reshard.placement.strategies import STRATEGIES, Balanced, MoeShape, Offer, Placed, Zigzag
+from reshard.placement.time_model import ExpertShape
 from reshard.traffic.effect import Coselection, Effect, coselection, effect, mean_coselection, mean_effect
 
 EXPERTS, RANKS, GROUP = 16, 4, 4
@@ -308,7 +309,7 @@ def test_tokens_that_a_placement_was_made_from_do_not_judge_it(
     class Made(Balanced):  # of any trace, however short
         name = "made"
 
-        def place(self, model: MoeShape, traffic: Mapping[str, Tensor]) -> Placed:
+        def place(self, model: MoeShape, expert: ExpertShape, traffic: Mapping[str, Tensor]) -> Placed:
             return Zigzag(self.ep_size).place(model)
 
     def offer(share: float) -> Offer:

@@ -86,7 +86,11 @@ def test_an_output_of_an_earlier_version_is_read_verified_staged_and_restored(
     source, old = made / "source", made / name
     assert (config_of(old)["n_group"] == config_of(source)["n_group"]) == (name == "older")
     found, expected = (json.loads(run_well("inspect", one, "--json")) for one in (old, made / "output"))
-    assert {**found, "path": ""} == {**expected, "path": ""}
+    for inspection in (found, expected):
+        for file in inspection["files"]:
+            del file["size"]  # the headers' marks differ
+        del inspection["path"]
+    assert found == expected
     run_well("export", old, "--to", "vllm", "--out", tmp_path / "placement.json")
     run_well("verify", old)
     run_well("verify", old, "--src", source)

@@ -56,7 +56,7 @@ def batches(ids_TK: Tensor, experts: int, ranks: int) -> Batches:
 
 def as_place_does(source: Path, ids_TK: Tensor, ranks: int, nodes: int = 1) -> tuple[int, ...]:
     """With the aim that the command line has unless told otherwise."""
-    aim = Aim(DEFAULT_MIX, read_original(source).shape.expert, read_gpu("H200"))
+    aim = Aim(DEFAULT_MIX, read_original(source).sizes.expert, read_gpu("H200"))
     return balance.balanced(ids_TK, EXPERTS_OF_SOURCE, ranks, aim, nodes)
 
 

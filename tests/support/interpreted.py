@@ -3,6 +3,7 @@
 python interpreted.py route CASE      JSON in, a line of JSON out: see `route`
 python interpreted.py sum CASE        the same: see `sum_rows`
 python interpreted.py map CASE        the same: see `map_some_ids`
+python interpreted.py copies CASE     the same: see `choose_some_copies`
 python interpreted.py                 for each line of input, such as ["route", ...CASE], a line
 """
 
@@ -97,9 +98,32 @@ def map_some_ids(case: list[Any]) -> list[Any]:
     return [ids.tolist(), place.tolist(), mapped.tolist()]
 
 
+def choose_some_copies(case: list[Any]) -> list[Any]:
+    """What the kernel makes of ids [T, K], of which the first `real` rows count, and what the pure function chooses."""
+    from reshard.placement.copy_choice import choose_copies, schedule
+    from reshard.vllm import choose_copies as kernel
+
+    torch.cuda.get_device_capability = lambda device: (8, 0)  # type: ignore[assignment,misc]
+    placement, experts, ranks, rows, real, dtype = case
+    prepared = schedule(placement, experts, ranks)
+    ids = torch.tensor(rows, dtype=getattr(torch, dtype))
+    tokens = None if real is None else torch.tensor([real], dtype=torch.int32)
+    on_cpu, load = kernel.tables(prepared, "cpu"), torch.zeros(len(placement), dtype=torch.int32)
+    for wanted in (True, False):  # only the first is counted
+        record = kernel.Record(load, torch.tensor(wanted))
+        mapped = kernel.choose_copies(ids, on_cpu, tokens, record)
+        assert torch.equal(mapped, kernel.choose_copies(ids, on_cpu, tokens))
+    assert mapped.dtype == ids.dtype
+    active = torch.zeros(1, experts, dtype=torch.long)
+    counted = ids[:real].long()
+    active[0, counted[counted >= 0]] = 1
+    return [mapped.tolist(), choose_copies(active, prepared)[0].tolist(), load.tolist()]
+
+
 def answer(what: str, case: list[Any]) -> None:
     """Print what was asked for."""
-    print(json.dumps({"route": route, "sum": sum_rows, "map": map_some_ids}[what](case)), flush=True)
+    asked = {"route": route, "sum": sum_rows, "map": map_some_ids, "copies": choose_some_copies}
+    print(json.dumps(asked[what](case)), flush=True)
 
 
 if __name__ == "__main__":

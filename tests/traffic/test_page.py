@@ -27,7 +27,7 @@ from reshard.traffic.page import render
 BROWSER_REQUIRED = "RESHARD_TEST_BROWSER"
 PATIENCE = 120_000  # milliseconds: a machine may be busy
 RANKS, GROUPS, EXPERTS = 8, 4, 16
-ENVELOPE = ("schema_version", "command", "serve")  # what the command adds to the analysis
+ENVELOPE = ("schema_version", "command")  # what the command adds to the analysis
 HOSTILE = "</script><script>window.hit = 1</script><img src='http://127.0.0.1:9/x' onerror='window.hit = 2'><!--"
 
 

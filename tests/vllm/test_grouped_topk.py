@@ -1,12 +1,13 @@
-"""The router's kernel in Triton's interpreter, compared with a plain implementation of group-limited routing.
+"""The plugin's kernels in Triton's interpreter, compared with plain implementations.
 
-These tests check which experts are chosen, and in which order. tests/gpu compares bits with vLLM's own router.
+The router's tests check which experts are chosen, and in which order. tests/gpu compares bits with vLLM's own router.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -144,3 +145,50 @@ def sums(interpreted: Ask, *case: Any) -> tuple[list[list[float]], list[float]]:
 def test_logical_ids_are_mapped_and_padding_is_unchanged(case: tuple[Any, ...], interpreted: Ask) -> None:
     ids, place, mapped = interpreted("map", *case)
     assert mapped == [[place[expert] if expert >= 0 else expert for expert in row] for row in ids]
+
+
+COPIES = [  # experts, ranks, spare slots on each rank, copies of an expert at most, tokens, experts per token
+    (256, 8, 8, 2, 8, 8),
+    (256, 8, 8, 2, 64, 8),
+    (64, 8, 4, 5, 16, 4),
+    (60, 6, 5, 3, 9, 4),
+    (16, 2, 6, 2, 5, 2),
+    (64, 4, 0, 1, 4, 8),
+    (256, 8, 20, 2, 32, 8),
+    (128, 16, 4, 3, 7, 6),
+]
+
+
+@pytest.mark.parametrize("case", COPIES, ids=str)
+def test_of_each_active_expert_one_copy_serves_the_whole_batch(case: tuple[int, ...], interpreted: Ask) -> None:
+    experts, ranks, spare, most, tokens, top_k = case
+    draw = random.Random(tokens)
+    placement = random_copies(draw, experts, ranks, spare, most)
+    slots = len(placement) // ranks
+    for dtype, real in (("int32", None), ("int64", tokens - 3)):
+        rows = [draw.sample(range(experts), top_k) for _ in range(tokens)]
+        rows[0][0] = -1
+        mapped, chosen, load = interpreted("copies", placement, experts, ranks, rows, real, dtype)
+        for row, found in zip(rows, mapped, strict=True):
+            assert [placement[slot] if slot >= 0 else slot for slot in found] == row
+            assert found == [chosen[expert] if expert >= 0 else expert for expert in row]
+        counted = [slot for found in mapped[:real] for slot in found if slot >= 0]
+        assert load == [counted.count(slot) for slot in range(len(placement))]
+        used = set(counted)
+        assert len({placement[slot] for slot in used}) == len(used)  # no expert is served twice
+        if spare and tokens * top_k > 2 * experts:
+            loads = [sum(slot // slots == rank for slot in used) for rank in range(ranks)]
+            assert max(loads) - min(loads) <= 1
+
+
+def random_copies(draw: random.Random, experts: int, ranks: int, spare: int, most: int) -> list[int]:
+    """physical_to_logical with random copies, about `most` of an expert at most, and none twice on a rank."""
+    held = [list(range(rank, experts, ranks)) for rank in range(ranks)]
+    count = [1] * experts
+    for of_rank in held:
+        for _ in range(spare):
+            others = [expert for expert in range(experts) if expert not in of_rank]
+            expert = draw.choice([expert for expert in others if count[expert] < most] or others)
+            of_rank.append(expert)
+            count[expert] += 1
+    return [expert for of_rank in held for expert in draw.sample(of_rank, len(of_rank))]
