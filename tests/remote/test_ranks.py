@@ -169,9 +169,9 @@ def test_runs_at_the_same_time_merge_their_parts(hub: Hub, source: Path, tmp_pat
     command = [sys.executable, "-m", "reshard", "zigzag", "--src", REPO, "--ep", "4", "--out", str(tmp_path / "out")]
     runs = [
         subprocess.Popen([*command, "--ranks", ranks, "--merge", "--quiet"], env=environment)
-        for ranks in ("0", "1", "2-3")
+        for ranks in ("0-1", "2-3")
     ]
-    assert [process.wait() for process in runs] == [0, 0, 0]
+    assert [process.wait() for process in runs] == [0, 0]
     run_well("zigzag", "--src", REPO, "--ep", 4, "--out", tmp_path / "expected")
     assert_identical_trees(tmp_path / "expected", tmp_path / "out")
 
