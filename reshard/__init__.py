@@ -7,7 +7,7 @@
 
 Data flows one way through the packages, and imports follow it:
 
-    checkpoint  what lies on disk, and where
+    checkpoint  what lies on disk or on the Hub, and where
     model       which tensor belongs to which expert, and how the model routes
     placement   where experts go: permutations, strategies, balance, contract
     plan        what to write, as byte ranges
@@ -23,17 +23,19 @@ Each package's docstring says what comes in, what goes out, and what it leaves t
 
 from ._version import __version__
 from .checkpoint.directory import Checkpoint, read_checkpoint
+from .checkpoint.source import Hub
 from .commands.analyze import analyze
 from .commands.compare import RouterComparison
 from .commands.export import Export, export, write_export
 from .commands.inspect import Inspection, inspect
 from .commands.page import write_page
-from .commands.place import place, plan_placement, write_resharding, zigzag
+from .commands.place import place, plan_placement, zigzag
 from .commands.resharding import Resharding
 from .commands.restore import restore
 from .commands.stage import Staging, plan_stage, stage, write_staging
 from .commands.trace_info import RecordingInfo, TraceInfo, trace_info
 from .commands.verify import Verification, verify
+from .commands.writing import write_resharding
 from .errors import CheckpointError, IntegrityError, OutputError, ReshardError, TraceError, UnsupportedError
 from .execute.run import Outcome
 from .model.layers import MoeLayer, MoeModel, read_model
@@ -57,6 +59,7 @@ __all__ = [
     "Export",
     "FileSummary",
     "FromFile",
+    "Hub",
     "Inspection",
     "IntegrityError",
     "Linear",

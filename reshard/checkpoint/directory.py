@@ -7,35 +7,26 @@ tensors, each in one file. `model.layers` finds out which tensors belong to whic
 from __future__ import annotations
 
 import json
-import os
 import re
-import stat
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .header import Header, Tensor, read_header
+from .files import File as File
+from .files import Files, LocalFiles
+from .files import is_left_out as is_left_out
+from .header import Header, Tensor
 from .lfs import refuse_pointer
+from .place import Place
 from .weights import INDEX as INDEX
 from .weights import indices_among, is_weights, refuse_second_copy, refuse_without_index
 
 CONFIG = "config.json"
 MAX_NESTING = 100  # levels of JSON; Python's own limit depends on how deep the caller is
-# Copies of what the checkpoint holds anyway: Git's own folder has the weights once more.
-_LEFT_OUT = re.compile(r"(.*/)?\.git|\.cache/huggingface")
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)  # strings match too: their brackets do not count
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a UTF-16 pair: alone, UTF-8 and file names cannot hold it
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """A file as it was when the checkpoint was read; `name` is its path relative to the checkpoint's directory."""
-
-    name: str
-    size: int
-    mtime_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +37,7 @@ class Checkpoint:
     `indices` are the files that say which shard has which tensor: `INDEX`, msModelSlim's, both, or none.
     """
 
-    root: Path
+    source: Files
     files: dict[str, File]
     directories: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -55,6 +46,11 @@ class Checkpoint:
     indices: tuple[str, ...]
     index_metadata: dict[str, Any]
     config: dict[str, Any]
+
+    @property
+    def root(self) -> Place:
+        """What its files are below."""
+        return self.source.root
 
     @property
     def other_files(self) -> list[File]:
@@ -71,42 +67,48 @@ def read_checkpoint(root: str | Path, absent: Container[str] = ()) -> Checkpoint
 
     `absent` names shards that may be missing although the index names them; their tensors are then left out.
     """
-    root = Path(root)
-    if not root.is_dir():
+    return read_files(LocalFiles(Path(root)), absent)
+
+
+def read_files(source: Files, absent: Container[str] = ()) -> Checkpoint:
+    """The same for the checkpoint that consists of the files of `source`."""
+    root = source.root
+    if isinstance(root, Path) and not root.is_dir():
         fault = "not a directory" if root.exists() else "no such directory"
         raise CheckpointError(f"{root}: {fault}; expected a directory with a Hugging Face checkpoint")
-    files, directories, left_out = _walk(root)
-    config = read_json_object(root / CONFIG)
+    listing = source.listing()
+    files, directories = listing.files, listing.directories
+    config = read_json(source, CONFIG)
     weights = [name for name in files if is_weights(name)]
     indices = indices_among(files)
     if INDEX in directories:
         raise CheckpointError(f"{root / INDEX}: is a directory, expected a file; an output needs this name")
     if not indices:
         refuse_without_index(root, files)
-    maps = {root / name: _read_index(root / name, weights) for name in indices}
+    maps = {root / name: _read_index(source, name, weights) for name in indices}
     for path, (weight_map, _) in maps.items():
         for tensor, name in weight_map.items():
             if name not in files and name not in absent:
                 raise CheckpointError(f"{path}: tensor {tensor}: its file {name} is missing; download it again")
-    shards = {name: read_header(root / name) for name in weights}
+    shards = source.headers(weights)
     tensors = _by_name(root, shards)
     for path, (weight_map, _) in maps.items():
         _compare(path, {tensor: name for tensor, name in weight_map.items() if name in files}, tensors)
     metadata = next((metadata for _, metadata in maps.values()), {})
     refuse_second_copy(root, {name: file.size for name, file in files.items()})
-    return Checkpoint(root, files, directories, left_out, shards, tensors, indices, metadata, config)
-
-
-def is_left_out(name: str) -> bool:
-    """Whether the file or directory `name` is no part of a checkpoint, or lies in one that is none."""
-    parts = name.split("/")
-    return any(_LEFT_OUT.fullmatch("/".join(parts[:count])) for count in range(1, len(parts) + 1))
+    return Checkpoint(source, files, directories, listing.left_out, shards, tensors, indices, metadata, config)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file at `path`; CheckpointError if the file is missing or holds anything else."""
+    return read_json(LocalFiles(path.parent), path.name)
+
+
+def read_json(source: Files, name: str) -> dict[str, Any]:
+    """The JSON object in the file `name` of `source`; CheckpointError as from `read_json_object`."""
+    path = source.root / name
     try:
-        data = path.read_bytes()
+        data = source.read(name)
         refuse_pointer(data, path)
         refuse_nesting(data, path)
         value = json.loads(data)
@@ -125,50 +127,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _walk(root: Path) -> tuple[dict[str, File], tuple[str, ...], tuple[str, ...]]:
-    """The files, the directories, and what is left out, each sorted by name."""
-    files: dict[str, File] = {}
-    directories: list[str] = []
-    left_out: list[str] = []
-    for name, status in _entries(root):
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise CheckpointError(f"{root}: file name {name!a} is not valid UTF-8; rename it") from error
-        if is_left_out(name):
-            left_out.append(name)
-        elif stat.S_ISDIR(status.st_mode):
-            directories.append(name)
-        elif stat.S_ISREG(status.st_mode):
-            files[name] = File(name, status.st_size, status.st_mtime_ns)
-        else:
-            raise CheckpointError(f"{root / name}: neither a file nor a directory; move it out of the checkpoint")
-    if ".cache/huggingface" in left_out and not any(name.startswith(".cache/") for name in (*files, *directories)):
-        directories.remove(".cache")
-    return dict(sorted(files.items())), tuple(sorted(directories)), tuple(sorted(left_out))
-
-
-def _entries(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    pending: list[tuple[str, tuple[os.stat_result, ...]]] = [("", (root.stat(),))]
-    while pending:
-        folder, parents = pending.pop()
-        with os.scandir(root / folder) as listing:
-            names = [f"{folder}{entry.name}" for entry in listing]
-        for name in names:
-            try:
-                status = (root / name).stat()  # follows links: the files in a Hugging Face cache are links
-            except OSError as error:
-                raise CheckpointError(f"{root / name}: cannot be read ({error.strerror}); a dangling link?") from error
-            yield name, status
-            if stat.S_ISDIR(status.st_mode) and not is_left_out(name):
-                if any(os.path.samestat(status, parent) for parent in parents):
-                    raise CheckpointError(f"{root / name}: a link to one of its own parent directories; remove it")
-                pending.append((f"{name}/", (*parents, status)))
-
-
-def _read_index(path: Path, weights: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The weight_map and the metadata of the index at `path`, which must name every file of `weights`."""
-    index = read_json_object(path)
+def _read_index(source: Files, index_name: str, weights: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The weight_map and the metadata of the index `index_name`, which must name every file of `weights`."""
+    path = source.root / index_name
+    index = read_json(source, index_name)
     weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: expected a weight_map from tensor names to files, found {weight_map!r:.80}")
@@ -189,7 +151,7 @@ def _read_index(path: Path, weights: list[str]) -> tuple[dict[str, str], dict[st
     return weight_map, metadata
 
 
-def _by_name(root: Path, shards: dict[str, Header]) -> dict[str, Tensor]:
+def _by_name(root: Place, shards: dict[str, Header]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, header in shards.items():
         for tensor in header.tensors:
@@ -201,7 +163,7 @@ def _by_name(root: Path, shards: dict[str, Header]) -> dict[str, Tensor]:
     return tensors
 
 
-def _compare(path: Path, weight_map: dict[str, str], tensors: dict[str, Tensor]) -> None:
+def _compare(path: Place, weight_map: dict[str, str], tensors: dict[str, Tensor]) -> None:
     for name, file in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{path}: tensor {name}: not in {file}, nor in any other file that the index names")
@@ -212,7 +174,7 @@ def _compare(path: Path, weight_map: dict[str, str], tensors: dict[str, Tensor])
             raise CheckpointError(f"{path}: does not name tensor {name}, which is in {tensor.file}")
 
 
-def refuse_nesting(text: bytes, path: Path) -> None:
+def refuse_nesting(text: bytes, path: Place) -> None:
     """CheckpointError if the JSON `text` is nested deeper than MAX_NESTING levels."""
     if text.count(b"[") + text.count(b"{") <= MAX_NESTING:
         return

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from .lfs import MAX_POINTER_SIZE, refuse_pointer
+from .place import Place
 
 MAX_HEADER_SIZE = 100_000_000
 ALIGNMENT = 8
@@ -61,16 +62,16 @@ def read_header(path: Path) -> Header:
 
 def _read_header(path: Path) -> Header:
     header = _parse_file(path)
-    _ask_library(path)
+    ask_library(path, path)
     return header
 
 
-def _ask_library(path: Path) -> None:
-    """CheckpointError if the safetensors library refuses the file. It maps the file and reads its header only."""
+def ask_library(file: Path, path: Place) -> None:
+    """CheckpointError if the safetensors library refuses `file`. It maps the file and reads its header only."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="numpy"):
+        with safe_open(file, framework="numpy"):
             pass
     except SafetensorError as error:
         raise CheckpointError(f"{path}: the safetensors library refuses it: {error}; download it again") from error
@@ -78,27 +79,29 @@ def _ask_library(path: Path) -> None:
 
 def _parse_file(path: Path) -> Header:
     with path.open("rb") as file:
-        file_size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise CheckpointError(f"{path}: not a safetensors file: {file_size} bytes, too short for a header")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > MAX_HEADER_SIZE:
-            refuse_pointer(prefix + file.read(MAX_POINTER_SIZE), path)
-            raise CheckpointError(
-                f"{path}: not a safetensors file: its first 8 bytes give a header of {length} bytes, the format allows "
-                f"{MAX_HEADER_SIZE}"
-            )
-        if 8 + length > file_size:
-            raise CheckpointError(
-                f"{path}: truncated: the header alone takes {8 + length} bytes, the file has {file_size}; "
-                "download it again"
-            )
-        raw = prefix + file.read(length)
-    return parse_header(raw, file_size, path)
+        return parse_beginning(file.read, os.fstat(file.fileno()).st_size, path)
 
 
-def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
+def parse_beginning(read: Callable[[int], bytes], file_size: int, path: Place) -> Header:
+    """The header of a file of `file_size` bytes; `read(n)` gives its next `n` bytes, or fewer at its end."""
+    prefix = read(8)
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path}: not a safetensors file: {file_size} bytes, too short for a header")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_SIZE:
+        refuse_pointer(prefix + read(MAX_POINTER_SIZE), path)
+        raise CheckpointError(
+            f"{path}: not a safetensors file: its first 8 bytes give a header of {length} bytes, the format allows "
+            f"{MAX_HEADER_SIZE}"
+        )
+    if 8 + length > file_size:
+        raise CheckpointError(
+            f"{path}: truncated: the header alone takes {8 + length} bytes, the file has {file_size}; download it again"
+        )
+    return parse_header(prefix + read(length), file_size, path)
+
+
+def parse_header(raw: bytes, file_size: int, path: Place) -> Header:
     """The header `raw` (length prefix included) of a file of `file_size` bytes; errors and tensors name `path`."""
     entries = _decode(raw[8:], path)
     metadata = entries.pop("__metadata__", None)
@@ -152,7 +155,7 @@ def build_header(
     return struct.pack("<Q", len(text)) + text
 
 
-def _decode(text: bytes, path: Path) -> dict[str, Any]:
+def _decode(text: bytes, path: Place) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise CheckpointError(f"{path}: not a safetensors file: the header is not a JSON object")
     try:
@@ -172,7 +175,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _tensor(name: str, info: Any, data_start: int, path: Path) -> Tensor:
+def _tensor(name: str, info: Any, data_start: int, path: Place) -> Tensor:
     if not name.isascii() and not _is_utf8(name):
         raise CheckpointError(f"{path}: tensor {name!a}: the name is not valid Unicode")
     where = f"{path}: tensor {name}"

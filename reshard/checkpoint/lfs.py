@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..errors import CheckpointError
+from .place import Place
 
 MAX_POINTER_SIZE = 1024  # bytes, by Git LFS's specification
 _BEGINNING = b"version https://git-lfs.github.com/spec/"
@@ -15,7 +14,7 @@ def is_pointer(data: bytes) -> bool:
     return data.startswith(_BEGINNING)
 
 
-def refuse_pointer(data: bytes, path: Path) -> None:
+def refuse_pointer(data: bytes, path: Place) -> None:
     """CheckpointError if the file at `path`, which begins with `data`, is a pointer."""
     if is_pointer(data):
         raise CheckpointError(

@@ -1,43 +1,142 @@
-"""Finds the source that the user names: a directory, or a repository in the Hugging Face cache."""
+"""Finds the source that the user names: a directory, a repository in the Hugging Face cache or on the Hub, a bucket."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import unquote
 
 from ..arguments import refuse_url
 from ..errors import CheckpointError
+from .directory import CONFIG, read_json_object
+from .files import Files, LocalFiles
+from .place import Url
+from .remote import RemoteFiles
+from .weights import indices_among, is_weights
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_HF_URL = re.compile(
+    rf"hf://(?P<repo_id>{_REPO_ID.pattern})(@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/@]+))?/?", re.DOTALL
+)
+_STORES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}  # scheme of a URL, and the library that reads it
 _RECORDS = Path(".cache", "huggingface", "download")
 _CHECKSUM = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # a SHA-256 or a Git blob id
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """The repository and revision that a checkpoint came from; None if its directory does not tell."""
+class Hub:
+    """How to ask the Hugging Face Hub, in the terms of `hf download`.
 
-    repo_id: str | None
-    revision: str | None
+    `revision` is a branch, tag or commit. With `download`, the whole repository is put into the cache first.
+    """
+
+    revision: str | None = None
+    token: str | None = None
+    download: bool = False
 
 
-def find_source(src: str | Path) -> Path:
-    """The directory of `src`: a path as it is, a repository id's snapshot in the cache. Downloads nothing."""
+ANY = Hub()
+
+
+def find_source(src: str | Path, hub: Hub = ANY) -> Files:
+    """The files of `src`: a directory, a repository of the Hugging Face Hub (org/name or hf://org/name@revision), or a
+    folder of an object store (s3://bucket/folder, gs://…).
+
+    A repository is taken from the Hugging Face cache if that has all of it; otherwise nothing is downloaded, and the
+    files are read from the Hub at the commit that the revision has now.
+    """
+    text = str(src)
+    if match := _HF_URL.fullmatch(text):
+        return _repository(match["repo_id"], _merge(unquote(match["revision"] or ""), hub, text))
+    scheme = text.partition("://")[0]
+    if scheme in _STORES:
+        _refuse_hub_options(text, hub)
+        return _in_store(text, scheme)
+    if scheme == "hf":
+        raise CheckpointError(f"{text}: expected hf://organization/name, with @revision behind it if it is not main")
     refuse_url(src, CheckpointError)
-    if Path(src).exists() or not _REPO_ID.fullmatch(str(src)):
-        return Path(src)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    if Path(src).exists() or not _REPO_ID.fullmatch(text):
+        _refuse_hub_options(text, hub)
+        return LocalFiles(Path(src))
+    return _repository(text, hub)
+
+
+def _merge(revision: str, hub: Hub, src: str) -> Hub:
+    """`hub` with the `revision` of the URL, if that has one."""
+    if revision and hub.revision not in (None, revision):
+        raise CheckpointError(f"{src}: its revision is not that of --revision, {hub.revision}; give one of them")
+    return replace(hub, revision=revision or hub.revision)
+
+
+def _refuse_hub_options(src: str, hub: Hub) -> None:
+    if hub != ANY:
+        raise CheckpointError(f"{src}: --revision, --token and --download are for repositories of the Hugging Face Hub")
+
+
+def _repository(repo_id: str, hub: Hub) -> Files:
+    from huggingface_hub import HfApi, HfFileSystem, snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    where = f"hf://{repo_id}" + (f"@{hub.revision}" if hub.revision else "")
+    try:
+        if hub.download:
+            return LocalFiles(Path(snapshot_download(repo_id, revision=hub.revision, token=hub.token)))
+        if (cached := _cached(repo_id, hub.revision)) is not None:
+            return LocalFiles(cached)
+        commit = HfApi(token=hub.token).model_info(repo_id, revision=hub.revision).sha
+    except OfflineModeIsEnabled as error:
+        raise CheckpointError(
+            f"{where}: not in the Hugging Face cache, or not all of it, and HF_HUB_OFFLINE forbids to ask the Hub; run "
+            f"`hf download {repo_id}` first"
+        ) from error
+    except Exception as error:  # of huggingface_hub, and of the HTTP library that it uses
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"{where}: no such directory, not in the Hugging Face cache, and the Hub does not give it: {said:.400}; "
+            f"check its name, `hf auth login` or --token, or run `hf download {repo_id}` first"
+        ) from error
+    store = HfFileSystem(token=hub.token, skip_instance_cache=True)
+    return RemoteFiles(Url(f"hf://{repo_id}@{commit}"), store, f"{repo_id}@{commit}", repo_id, commit)
+
+
+def _cached(repo_id: str, revision: str | None) -> Path | None:
+    """The snapshot of a repository in the Hugging Face cache, if all of it is there."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(src), local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError) as error:
-        raise CheckpointError(
-            f"{src}: no such directory, and no such repository in the Hugging Face cache; run `hf download {src}` first"
-        ) from error
+        root = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        snapshots = Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repo_id.replace('/', '--')}" / "snapshots"
+        found = list(snapshots.iterdir()) if revision is None and snapshots.is_dir() else []
+        if len(found) != 1:  # a copy of a cache may lack refs/, which say what `main` is
+            return None
+        root = found[0]
+    return root if _is_whole(root) else None
+
+
+def _is_whole(root: Path) -> bool:
+    """Whether a snapshot has a config and weights, and every file that its indices name."""
+    names = [path.name for path in root.iterdir()]
+    if CONFIG not in names or not any(map(is_weights, names)):
+        return False
+    maps = [read_json_object(root / name).get("weight_map") for name in indices_among(names)]
+    return all((root / str(file)).exists() for found in maps if isinstance(found, dict) for file in found.values())
+
+
+def _in_store(url: str, scheme: str) -> Files:
+    """The files below `url` in an object store, whose library the user has installed."""
+    from fsspec.core import url_to_fs
+
+    try:
+        store, path = url_to_fs(url)
+    except ImportError as error:
+        library = _STORES[scheme]
+        raise CheckpointError(f"{url}: reading {scheme}:// needs {library}: pip install {library}") from error
+    store.invalidate_cache()  # fsspec keeps file systems, with listings from earlier
+    return RemoteFiles(Url(url.rstrip("/")), store, path)
 
 
 def find_checksums(root: Path, names: Iterable[str]) -> dict[str, str]:
@@ -63,15 +162,3 @@ def _recorded(root: Path, name: str) -> str | None:
         return None
     etag = record.read_text(errors="replace").splitlines()[1:2]
     return etag[0] if etag and _CHECKSUM.fullmatch(etag[0]) else None
-
-
-def identify(root: Path) -> Identity:
-    """The repository and revision of `root`, as far as a Hugging Face cache or download recorded them."""
-    folder = root.absolute()
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        return Identity(folder.parent.parent.name.removeprefix("models--").replace("--", "/"), folder.name)
-    record = folder / _RECORDS / "config.json.metadata"
-    if record.is_file():
-        commit = record.read_text(errors="replace").partition("\n")[0]
-        return Identity(None, commit if _COMMIT.fullmatch(commit) else None)
-    return Identity(None, None)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ..checkpoint.source import Hub, find_source
 from ..commands.analyze import BATCH_SIZES, RANDOM_TOKENS, analyze
 from ..commands.engine_files import FORMAT_NAMES, FORMATS, FormatName
 from ..commands.export import export, write_export
@@ -25,12 +26,13 @@ from .options import (
     Source,
     check_nodes,
     ep_option,
+    hub_options,
     json_option,
     make_strategy,
     printing_options,
     strategy_options,
 )
-from .progress import layer_bar
+from .progress import bar, layer_bar
 from .render import Printing, describe_export, describe_serving, print_report
 from .render_look import describe_inspection, describe_trace
 from .reports import analysis_report, export_report, inspection_report, trace_report
@@ -46,6 +48,7 @@ FITTED_SHARE = 0.5  # of a trace: analyze makes balanced placements from it, and
     examples=(
         "reshard inspect ./DeepSeek-R1",
         "reshard inspect ./DeepSeek-R1 --ep 8",
+        "reshard inspect deepseek-ai/DeepSeek-R1",
         "reshard inspect ./R1-zz --json",
     ),
 )
@@ -56,13 +59,14 @@ FITTED_SHARE = 0.5  # of a trace: analyze makes balanced placements from it, and
     metavar="R",
     help="Also show the experts that zigzag would place on each of this many EP ranks.",
 )
+@hub_options
 @printing_options
-def inspect_command(directory: str, ep: int | None, printing: Printing) -> None:
+def inspect_command(directory: str, ep: int | None, hub: Hub, printing: Printing) -> None:
     """Describe a checkpoint or an output of reshard.
 
     Shows its experts, expert groups and sizes; for an output also its placement.
     """
-    inspection = inspect(directory, ep)
+    inspection = inspect(directory, ep, hub)
     print_report(inspection_report(inspection), describe_inspection(inspection), printing, inspection.files)
 
 
@@ -86,6 +90,7 @@ def inspect_command(directory: str, ep: int | None, printing: Printing) -> None:
     "and those that --nodes, --trace and --map make possible]",
 )
 @strategy_options
+@hub_options
 @click.option(
     "--tokens",
     type=click.IntRange(1, 1 << 20),
@@ -113,6 +118,7 @@ def analyze_command(
     src: str,
     ep: int,
     placing: Options,
+    hub: Hub,
     placements: tuple[str, ...],
     tokens: int | None,
     batches: tuple[int, ...],
@@ -139,20 +145,23 @@ def analyze_command(
     if largest := max((size for size in batches if tokens is not None and size > tokens), default=0):
         raise click.UsageError(f"--batch {largest} is more than --tokens {tokens}")
     check_nodes(placing.nodes, ep)
-    options = replace(placing, share=FITTED_SHARE, progress=layer_bar(as_json))
+    options = replace(placing, share=FITTED_SHARE, progress=layer_bar(quiet=False))
     if html not in (None, STDOUT):
-        refuse_page(html, src)
-    analysis = analyze(
-        src,
-        [STRATEGIES[name].make(ep, options) for name in dict.fromkeys(placements or possible)],
-        nodes=placing.nodes or 1,
-        trace=placing.trace,
-        tokens=tokens,
-        batch_sizes=sorted(set(batches)) or BATCH_SIZES,
-        seed=seed,
-        gpu=placing.gpu or DEFAULT_GPU,
-        mix=placing.mix or DEFAULT_MIX,
-    )
+        refuse_page(html, find_source(src, hub).root)
+    with bar("analyze", None, False, " layers") as progress:
+        analysis = analyze(
+            src,
+            [STRATEGIES[name].make(ep, options) for name in dict.fromkeys(placements or possible)],
+            nodes=placing.nodes or 1,
+            trace=placing.trace,
+            tokens=tokens,
+            batch_sizes=sorted(set(batches)) or BATCH_SIZES,
+            seed=seed,
+            gpu=placing.gpu or DEFAULT_GPU,
+            mix=placing.mix or DEFAULT_MIX,
+            hub=hub,
+            progress=progress,
+        )
     if placements and analysis.unfit:
         raise OutputError(next(iter(analysis.unfit.values())))
     if html == STDOUT:
@@ -211,6 +220,7 @@ def trace_info_command(directory: Path, as_json: bool) -> None:
     help="As for place. Leave it out if SRC is an output, which has a placement.",
 )
 @strategy_options
+@hub_options
 @click.option(
     "-o",
     "--out",
@@ -225,6 +235,7 @@ def export_command(
     ep: int | None,
     strategy: str,
     placing: Options,
+    hub: Hub,
     out: Path | None,
     quiet: bool,
     as_json: bool,
@@ -239,8 +250,8 @@ def export_command(
         raise click.BadParameter(
             f"{FORMATS[to].engine} only reads a file whose name ends in {suffix}", param_hint="--out"
         )
-    made = make_strategy(strategy, ep, placing, quiet or as_json)
-    exported = export(src, to, ep, Zigzag if strategy == Zigzag.name else made)
+    made = make_strategy(strategy, ep, placing, quiet)
+    exported = export(src, to, ep, Zigzag if strategy == Zigzag.name else made, hub)
     if out is not None:
         write_export(exported, out)
     if as_json:

@@ -11,22 +11,26 @@ import click
 
 from .. import __version__
 from ..checkpoint.directory import CONFIG, INDEX
-from ..commands.place import plan_placement, room_for, write_resharding
+from ..checkpoint.source import Hub, find_source
+from ..commands.merge import part_of, write_merged
+from ..commands.place import plan_placement
 from ..commands.restore import restore
 from ..commands.serving import serve_command
 from ..commands.stage import plan_stage, write_staging
 from ..commands.verify import verify
+from ..commands.writing import room_for, write_resharding
 from ..errors import OutputError
 from ..execute.ready import shareable_size
 from ..placement.strategies import STRATEGIES, Linear, Options, Strategy, Zigzag
 from ..plan.files import Digests
 from ..plan.sharing import Reflink
-from ..record.manifest import Layout, read_manifest
+from ..record.manifest import Layout, manifest_in, read_manifest
 from .group import Commands
 from .look import analyze_command, export_command, inspect_command, trace_group
 from .options import (
     Source,
     allow_holes_option,
+    hub_options,
     make_strategy,
     out_option,
     parse_ranks,
@@ -94,6 +98,7 @@ def main() -> None:
         "reshard zigzag --src ./DeepSeek-R1 --ep 8 --out ./R1-zz --dry-run",
         "reshard zigzag --src ./DeepSeek-R1 --ep 8 --out ./R1-zz",
         "reshard zigzag --src ./DeepSeek-R1 --ep 16 -o ./R1-zz16 --layout source",
+        "reshard zigzag --src deepseek-ai/DeepSeek-R1 --ep 16 --ranks 0-7 \\\n      --out ./node0/R1-zz16",
     ),
 )
 @writing_options
@@ -132,7 +137,7 @@ def place_command(src: str, ep: int, out: Path, strategy: str, placing: Options,
 
     Rerun the command to resume, even after a power cut. SRC is never written to.
     """
-    make = make_strategy(strategy, ep, placing, options["printing"].silent)
+    make = make_strategy(strategy, ep, placing, options["printing"].quiet)
     _rewrite(src, make(ep), out, _WritingOptions(**options))
 
 
@@ -140,6 +145,9 @@ def place_command(src: str, ep: int, out: Path, strategy: str, placing: Options,
 class _WritingOptions:
     """The options of `writing_options`, as click passes them."""
 
+    hub: Hub
+    ranks: tuple[int, ...] | None
+    merge: bool
     layout: Layout
     max_shard_size: int
     reflink: Reflink
@@ -153,21 +161,26 @@ class _WritingOptions:
 
 
 def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) -> None:
+    if options.merge and options.ranks is None:
+        raise click.UsageError("--merge puts the parts of several runs together: give each its --ranks")
+    part = part_of(out, options.ranks) if options.merge else out
     resharding = plan_placement(
         src,
-        out,
+        part,
         strategy,
+        hub=options.hub,
         layout=options.layout,
         max_shard_size=options.max_shard_size,
         reflink=options.reflink,
         digests=Digests(options.digests) if options.digests else None,
         allow_holes=options.allow_holes,
         check_source=options.check_source,
+        ranks=options.ranks,
         restart=options.restart,
     )
     printing = options.printing
     if options.dry_run:
-        room, shareable = room_for(resharding, out, restart=options.restart), shareable_size(resharding.plan)
+        room, shareable = room_for(resharding, part, restart=options.restart), shareable_size(resharding.plan)
         report = plan_report(resharding, out, shareable, room)
         print_report(report, describe_plan(resharding, out, shareable, room), printing, planned_files(resharding))
         try:
@@ -177,8 +190,9 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         return
     if checks := [] if printing.quiet else describe_checks(resharding):
         echo(checks, err=True)
-    with bar(strategy.name, resharding.work, printing.silent) as progress:
-        outcome = write_resharding(resharding, out, restart=options.restart, workers=options.workers, progress=progress)
+    with bar(strategy.name, resharding.work, printing.quiet) as progress:
+        write = write_merged if options.merge else write_resharding
+        outcome = write(resharding, out, restart=options.restart, workers=options.workers, progress=progress)
     report = writing_report(resharding, outcome, serve_command(out, resharding.ep_size))
     print_report(report, describe_outcome(resharding, outcome), printing, outcome.files)
 
@@ -200,11 +214,18 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
     help="Also compare every tensor and router with SRC, the checkpoint that it was made from.",
 )
 @click.option("--quick", is_flag=True, help="Check only sizes, headers, index and configs.")
+@hub_options
 @allow_holes_option
 @workers_option
 @printing_options
 def verify_command(
-    resharded: Path, src: str | None, quick: bool, allow_holes: bool, workers: int | None, printing: Printing
+    resharded: Path,
+    src: str | None,
+    quick: bool,
+    hub: Hub,
+    allow_holes: bool,
+    workers: int | None,
+    printing: Printing,
 ) -> None:
     """Check every file and tensor of an output against its manifest.
 
@@ -216,8 +237,10 @@ def verify_command(
     total = sum(record.size for record in manifest.expected_files)
     if src is not None:
         total += sum(record.size for record in manifest.expected_files if record.tensors)
-    with bar("verify", total, printing.silent) as progress:
-        found = verify(resharded, src, quick=quick, allow_holes=allow_holes, workers=workers, progress=progress)
+    with bar("verify", total, printing.quiet) as progress:
+        found = verify(
+            resharded, src, hub=hub, quick=quick, allow_holes=allow_holes, workers=workers, progress=progress
+        )
     shown = replace(printing, quiet=printing.quiet and found.ok)
     print_report(verification_report(found), describe_verification(found, src, quick), shown, found.files)
     if count := len(found.problems):
@@ -244,34 +267,41 @@ def stage_command(
     """Copy the files that one node needs from an output.
 
     DIRECTORY is what zigzag or place wrote. The files are those of the node's EP ranks, and those that every rank
-    needs. Rerun the command to resume, even after
-    a power cut.
+    needs. Rerun the command to resume, even after a power cut.
     """
     staging = plan_stage(resharded, out, ranks, reflink=reflink)
-    with bar("stage", staging.plan.size, printing.silent) as progress:
+    with bar("stage", staging.plan.size, printing.quiet) as progress:
         outcome = write_staging(staging, out, restart=restart, workers=workers, progress=progress)
     report = staging_report(resharded, staging, outcome)
     print_report(report, describe_staging(staging, outcome), printing, outcome.files)
 
 
 @main.command("restore", cls=Command, examples=("reshard restore ./R1-zz --out ./R1",))
-@resharded_argument
+@click.argument("resharded", metavar="DIRECTORY", type=Source())
+@hub_options
 @out_option
 @reflink_option
 @workers_option
 @restart_option
 @printing_options
 def restore_command(
-    resharded: Path, out: Path, reflink: Reflink, workers: int | None, restart: bool, printing: Printing
+    resharded: str,
+    hub: Hub,
+    out: Path,
+    reflink: Reflink,
+    workers: int | None,
+    restart: bool,
+    printing: Printing,
 ) -> None:
     """Rebuild the source of an output, every file byte-identical.
 
-    DIRECTORY is what zigzag or place wrote. Rerun the command to resume, even after a power cut.
+    DIRECTORY is what zigzag or place wrote, or where it was uploaded to: a repository of the Hugging Face Hub, or a
+    bucket. Rerun the command to resume, even after a power cut.
     """
-    source = read_manifest(resharded).source
+    source = manifest_in(find_source(resharded, hub)).source
     total = sum(file.size for file in source.files if file.name not in (INDEX, CONFIG))
-    with bar("restore", total, printing.silent) as progress:
-        outcome = restore(resharded, out, reflink=reflink, restart=restart, workers=workers, progress=progress)
+    with bar("restore", total, printing.quiet) as progress:
+        outcome = restore(resharded, out, hub=hub, reflink=reflink, restart=restart, workers=workers, progress=progress)
     report = restoring_report(resharded, source, outcome)
     print_report(report, describe_restoring(outcome, resharded, source), printing, outcome.files)
 

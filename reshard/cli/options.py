@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..arguments import parse_size
+from ..checkpoint.source import Hub
 from ..errors import OutputError
 from ..placement.steps import DEFAULT_MIX, Step, describe_mix, parse_mix
 from ..placement.strategies import STRATEGIES, Options, Strategy
@@ -42,7 +43,7 @@ class Directory(click.Path):
 
 
 class Source(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3 only
-    """A directory, which shells complete, or the id of a repository."""
+    """A directory, which shells complete, a repository, or a URL."""
 
     name = "text"
 
@@ -63,8 +64,10 @@ def read_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
         raise click.BadParameter(str(error), ctx, param) from error
 
 
-def parse_ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    """EP ranks and ranges of them, such as 0-3,6."""
+def parse_ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """EP ranks and ranges of them, such as 0-3,6; None if the option is not given."""
+    if value is None:
+        return None
     ranks: set[int] = set()
     for item in value.split(","):
         match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", item.strip())
@@ -112,7 +115,9 @@ source_option = click.option(
     required=True,
     metavar="SRC",
     type=Source(),
-    help="Checkpoint directory, or a repository id in the Hugging Face cache.",
+    help="Checkpoint directory, repository of the Hugging Face Hub (org/name or hf://org/name@revision), or folder of "
+    "an object store (s3://bucket/folder, gs://…). A repository that is not in the cache is not downloaded: what is "
+    "needed of it is read from the Hub.",
 )
 layout_option = click.option(
     "--layout",
@@ -147,12 +152,39 @@ check_source_option = click.option(
     help="Compare SRC with the checksums that it was downloaded by (Hugging Face cache, or hf download --local-dir): "
     "while copying, with --layout source; otherwise in a read of its own, before anything is written.",
 )
+ranks_option = click.option(
+    "--ranks",
+    callback=parse_ranks,
+    help="Write only what these EP ranks need, like 0-7 or 0-3,6: their files, and those that every rank needs.",
+)
+merge_option = click.option(
+    "--merge",
+    is_flag=True,
+    help="Add these ranks to OUT, where other runs may write other ranks at the same time. After the last one, OUT is "
+    "what a run without --ranks writes.",
+)
 dry_run_option = click.option(
     "-n",
     "--dry-run",
     is_flag=True,
     help="Print the plan and write nothing; fail where the run would fail before it writes.",
 )
+
+
+def hub_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say how to ask the Hugging Face Hub; the command receives them as `hub`."""
+
+    @functools.wraps(command)
+    def with_options(revision: str | None, token: str | None, download: bool, **options: Any) -> None:
+        command(hub=Hub(revision, token, download), **options)
+
+    for option in (
+        click.option("--download", is_flag=True, help="Download the whole repository to the Hugging Face cache first."),
+        click.option("--token", help="Access token for the Hub.  [default: HF_TOKEN, or that of `hf auth login`]"),
+        click.option("--revision", help="Branch, tag or commit of the repository.  [default: main]"),
+    ):
+        with_options = option(with_options)
+    return with_options
 
 
 def strategy_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -204,7 +236,7 @@ def strategy_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_options
 
 
-def make_strategy(name: str, ep_size: int | None, options: Options, silent: bool) -> Callable[[int], Strategy]:
+def make_strategy(name: str, ep_size: int | None, options: Options, quiet: bool) -> Callable[[int], Strategy]:
     """A function that makes the strategy `name` for a number of EP ranks, which is `ep_size` if that is given.
 
     UsageError if an option that it needs is absent, one that it does not take is given, or nodes do not divide ranks.
@@ -218,7 +250,7 @@ def make_strategy(name: str, ep_size: int | None, options: Options, silent: bool
         if given and option not in (*offer.needs, *offer.takes):
             raise click.UsageError(f"{flag} does not go with --strategy {name}")
     check_nodes(options.nodes, ep_size)
-    return lambda ep_size: offer.make(ep_size, replace(options, progress=layer_bar(silent)))
+    return lambda ep_size: offer.make(ep_size, replace(options, progress=layer_bar(quiet)))
 
 
 def check_nodes(nodes: int | None, ep_size: int | None) -> None:
@@ -231,7 +263,10 @@ def writing_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that `zigzag` and `place` share: the source, the output, and how to write it."""
     options = (
         source_option,
+        hub_options,
         ep_option,
+        ranks_option,
+        merge_option,
         out_option,
         layout_option,
         max_shard_size_option,

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import click
 
+from ..checkpoint.place import Place
 from ..commands.export import Export
 from ..commands.resharding import Resharding
 from ..commands.serving import serve_command
@@ -37,11 +38,6 @@ class Printing:
     quiet: bool = False
     verbose: bool = False
     as_json: bool = False
-
-    @property
-    def silent(self) -> bool:
-        """Whether nothing but the result may be printed."""
-        return self.quiet or self.as_json
 
 
 def print_report(report: Report, lines: list[str], printing: Printing, files: Iterable[FileSummary] = ()) -> None:
@@ -144,10 +140,11 @@ def describe_checks(resharding: Resharding) -> list[str]:
 
 def describe_outcome(resharding: Resharding, outcome: Outcome) -> list[str]:
     """The lines of `zigzag` and `place`."""
-    root = resharding.checkpoint.root
+    root, ranks = resharding.checkpoint.root, resharding.ranks
+    of_ranks = "" if ranks is None else f", for EP ranks {describe_ranks(ranks)} of {resharding.ep_size} alone:"
     return [
         *_describe_model(resharding),
-        *_done_lines(outcome, "wrote", root, QUICKLY_CHECKED),
+        *_done_lines(outcome, f"wrote{of_ranks}", root, QUICKLY_CHECKED),
         Whole(f"check it:  reshard verify {shlex.quote(str(outcome.out))} --src {shlex.quote(str(root))}"),
         _serve_line(resharding, outcome.out),
     ]
@@ -159,18 +156,18 @@ def describe_staging(staging: Staging, outcome: Outcome) -> list[str]:
     what = "" if ranks is None else f"EP ranks {describe_ranks(ranks)} of {staging.manifest.ep_size}: "
     return [
         *(f"note: {note}" for note in staging.notes),
-        *_done_lines(outcome, f"staged {what}".rstrip(), staging.plan.source, QUICKLY_CHECKED),
+        *_done_lines(outcome, f"staged {what}".rstrip(), staging.plan.source.root, QUICKLY_CHECKED),
         Whole(f"check it:  reshard verify {shlex.quote(str(outcome.out))}"),
     ]
 
 
-def describe_restoring(outcome: Outcome, resharded: Path, source: Source) -> list[str]:
+def describe_restoring(outcome: Outcome, resharded: str, source: Source) -> list[str]:
     """The lines of `restore`, which had the record `source` of what it restored."""
     lines = _done_lines(outcome, "restored", resharded, "every byte is what restore would write")
     return [*lines, *(f"note: the output never had {name} of the source" for name in source.left_out)]
 
 
-def _done_lines(outcome: Outcome, done: str, source: Path, checked: str) -> list[str]:
+def _done_lines(outcome: Outcome, done: str, source: Place | str, checked: str) -> list[str]:
     """What a run wrote, and what it resumed, shared and noted; or that all was there, and what was `checked`."""
     what = f"{len(outcome.files)} files, {bytes_text(outcome.size)}"
     if outcome.already_complete:
@@ -189,7 +186,7 @@ def _serve_line(resharding: Resharding, out: Path) -> str:
     return Whole(f"serve it{where}:  {serve_command(out, resharding.ep_size)}")
 
 
-def _sharing_lines(outcome: Outcome, source: Path) -> list[str]:
+def _sharing_lines(outcome: Outcome, source: Place | str) -> list[str]:
     """How much is shared with the source or why nothing is, and how many tensors have no digest."""
     if outcome.why_not_shared:
         lines = [f"copied: {outcome.why_not_shared}"]

@@ -70,6 +70,7 @@ def _resharding(resharding: Resharding) -> Report:
         "strategy": resharding.strategy,
         "layout": resharding.layout,
         "ep_size": resharding.ep_size,
+        "ranks": resharding.ranks,
         "family": resharding.model.family.name,
         "moe_layers": [layer.name for layer in resharding.model.layers],
         "num_experts": resharding.model.routing.num_experts,
@@ -90,9 +91,9 @@ def staging_report(resharded: Path, staging: Staging, outcome: Outcome) -> Repor
     }
 
 
-def restoring_report(resharded: Path, source: SourceRecord, outcome: Outcome) -> Report:
+def restoring_report(resharded: str, source: SourceRecord, outcome: Outcome) -> Report:
     """What `restore` did."""
-    return {"path": str(resharded), "left_out": source.left_out, **_outcome(outcome)}
+    return {"path": resharded, "left_out": source.left_out, **_outcome(outcome)}
 
 
 def _outcome(outcome: Outcome) -> Report:

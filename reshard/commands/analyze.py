@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import check_whole
+from ..checkpoint.source import ANY, Hub
 from ..errors import OutputError
 from ..model.routing import Routing
 from ..placement.permutations import Placement, rank_slots
@@ -52,6 +53,7 @@ def analyze(
     seed: int = 0,
     gpu: str = DEFAULT_GPU,
     mix: Sequence[Step] = DEFAULT_MIX,
+    hub: Hub = ANY,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> Analysis:
     """Measure how placements would load the EP ranks of the checkpoint `src`, and predict how long steps would take.
@@ -60,7 +62,7 @@ def analyze(
     at all and takes the recorded choices.
 
     Parameters:
-        src: directory, or repository id in the Hugging Face cache
+        src: as in `plan_placement`
         strategies: all for the same number of EP ranks
         nodes: the number of nodes that these ranks are spread over
         trace: directory of a trace
@@ -69,7 +71,8 @@ def analyze(
         seed: of the random hidden states
         gpu: what computes: a name in `time_model.gpu_names`, or a JSON file
         mix: the steps that the recommendation counts; those larger than the traffic are left out
-        progress: called with the number of layers routed
+        hub: how to ask the Hugging Face Hub
+        progress: called with the number of layers just routed, or measured for a placement
 
     Raises:
         CheckpointError, UnsupportedError: as `plan_placement` does
@@ -78,7 +81,7 @@ def analyze(
 
     """
     profile = read_gpu(gpu)
-    original = read_original(src)
+    original = read_original(src, hub)
     root, model, routing = original.root, original.model, original.model.routing
     ep_sizes = [strategy.ep_size for strategy in strategies]
     if len(set(ep_sizes)) != 1:
@@ -105,7 +108,10 @@ def analyze(
         )
     candidates = []
     for name, placement in placements.items():
-        layers = {layer: effect(ids, placement[layer], ep_size, nodes, sizes) for layer, ids in traffic.ids.items()}
+        layers = {}
+        for layer, ids in traffic.ids.items():
+            layers[layer] = effect(ids, placement[layer], ep_size, nodes, sizes)
+            progress(1)
         candidates.append(Candidate(name, mean_effect(list(layers.values())), layers))
     counted = [step for step in mix if step.tokens <= traffic.tokens] or [Step("decode", sizes[-1])]
     steps = {Step(phase, size) for phase in PHASES for size in sizes}.union(counted)

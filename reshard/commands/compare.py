@@ -17,13 +17,16 @@ from pathlib import Path
 from blake3 import blake3
 
 from ..checkpoint.directory import CONFIG, is_left_out, read_json_object
-from ..checkpoint.header import Tensor, read_header
+from ..checkpoint.files import Files
+from ..checkpoint.header import Tensor
 from ..execute.fill import Progress
-from ..execute.sources import BLOCK_SIZE, OpenSources, SourceFiles
+from ..execute.remote import sources_of
+from ..execute.sources import BLOCK_SIZE, OpenSources
 from ..model.names import renumber
 from ..model.routing import read_routing
 from ..placement.contract import CONTRACT_KEY, contract_from_json, unlock_config
 from ..placement.permutations import invert
+from ..plan.files import Part, Range
 from ..record.manifest import MANIFEST, Manifest, find_files, unpack
 from .original import Original
 
@@ -57,13 +60,13 @@ def compare_files(source: Original, manifest: Manifest) -> list[str]:
         f"{checkpoint.root / name}: in the source or in {MANIFEST}, but not in both"
         for name in sorted(recorded.keys() ^ checkpoint.files.keys())
     ]
-    with SourceFiles(checkpoint.root, checkpoint.files).open() as opened:
+    with sources_of(checkpoint.source, checkpoint.files).open() as opened:
         for name in sorted(recorded.keys() & checkpoint.files.keys()):
             file = recorded[name]
             if file.header is not None:
                 same = name in checkpoint.shards and unpack(file.header) == checkpoint.shards[name].raw
             elif file.content is not None:
-                same = unpack(file.content) == (checkpoint.root / name).read_bytes()
+                same = unpack(file.content) == checkpoint.source.read(name)
             else:
                 same = opened.digest_file(name) == digests.get(name)
             if not same:
@@ -71,7 +74,7 @@ def compare_files(source: Original, manifest: Manifest) -> list[str]:
     return problems
 
 
-def compare_tensors(source: Original, out: Path, manifest: Manifest, pool: Executor, progress: Progress) -> list[str]:
+def compare_tensors(source: Original, out: Files, manifest: Manifest, pool: Executor, progress: Progress) -> list[str]:
     """Compare every tensor of `source` with the output; if that is staged, every tensor that must be in it.
 
     Puts the tensor's bytes into the output's order, hashes them, and compares with the digest in `manifest`, or with
@@ -88,13 +91,14 @@ def compare_tensors(source: Original, out: Path, manifest: Manifest, pool: Execu
     if unmatched := sorted(output_names.keys() ^ checkpoint.tensors.keys()):
         return [f"{checkpoint.root}: tensor {name}: in source or output, but not in both" for name in unmatched]
     written: dict[str, Tensor] = {}
-    for record in manifest.expected_files:
-        for tensor in read_header(out / record.name).tensors if record.tensors else ():
+    headers = out.headers([record.name for record in manifest.expected_files if record.tensors])
+    for name, header in headers.items():
+        for tensor in header.tensors:
             written[tensor.name] = tensor
             origin = checkpoint.tensors[renumber(tensor.name, placement)]
             shape = (math.prod(origin.shape),) if tensor.name in flattened else origin.shape
             if (tensor.dtype, tensor.shape) != (origin.dtype, shape):
-                where = f"{out / record.name}: tensor {tensor.name}"
+                where = f"{out.root / name}: tensor {tensor.name}"
                 expected = f"{origin.dtype} {list(shape)}, as {origin.name} of the source is {list(origin.shape)}"
                 return [f"{where}: {tensor.dtype} {list(tensor.shape)}, expected {expected}"]
     in_shards: dict[str, list[Tensor]] = defaultdict(list)
@@ -107,9 +111,10 @@ def compare_tensors(source: Original, out: Path, manifest: Manifest, pool: Execu
     def compare_shard(tensors: list[Tensor]) -> list[str]:
         problems = []
         with (
-            SourceFiles(checkpoint.root, checkpoint.files).open() as opened,
-            SourceFiles(out, files).open() as opened_out,
+            sources_of(checkpoint.source, checkpoint.files).open() as opened,
+            sources_of(out, files).open() as opened_out,
         ):
+            opened.expect(Part(None, Range(tensor.file, tensor.offset, tensor.size)) for tensor in tensors)
             for tensor in tensors:
                 name = output_names[tensor.name]
                 found = _digest(reader.blocks(opened, tensor))
@@ -166,8 +171,9 @@ def compare_routers(source: Original, out: Path, manifest: Manifest) -> RouterCo
     otherwise as any engine would.
     """
     import torch
+    from safetensors import safe_open
 
-    from ..model.router import read_routers, route
+    from ..model.router import load_tensor, read_routers, route
 
     path = out / CONFIG
     config = read_json_object(path)
@@ -181,11 +187,19 @@ def compare_routers(source: Original, out: Path, manifest: Manifest) -> RouterCo
     files_after = {name: out / record.name for record in manifest.files for name in record.tensors}
     problems = []
     ties = 0
+
+    def before_it(name: str) -> torch.Tensor:
+        return load_tensor(source.checkpoint.source, source.checkpoint.tensors[name])
+
+    def after_it(name: str) -> torch.Tensor:
+        with safe_open(files_after[name], framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(name)
+            return found
+
     for number, layer in enumerate(model.layers):
         to_logical = torch.tensor(manifest.placement[layer.name])
-        files_before = {tensor.name: source.checkpoint.root / tensor.file for tensor in layer.router}
         generator = torch.Generator().manual_seed(number)
-        routers = (read_routers(layer, files, torch.float64) for files in (files_before, files_after))
+        routers = (read_routers(layer, load, torch.float64) for load in (before_it, after_it))
         for before, after in zip(*routers, strict=True):
             hidden = torch.randn(TOKENS, before.weight_EH.shape[1], generator=generator, dtype=torch.float64)
             expected = route(hidden, before, model.routing)

@@ -17,17 +17,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.directory import CONFIG, read_json_object
-from ..checkpoint.source import find_source
+from ..checkpoint.directory import CONFIG, read_json
+from ..checkpoint.files import Files
+from ..checkpoint.place import Place
+from ..checkpoint.source import ANY, Hub, find_source
 from ..errors import CheckpointError, OutputError, UnsupportedError
 from ..execute.new_file import write_new_file
 from ..model.routing import config_sections
 from ..placement.layer_names import layer_key
 from ..placement.permutations import Placement
 from ..placement.strategies import Strategy, Zigzag
-from ..record.manifest import read_manifest
+from ..record.manifest import manifest_in
 from .engine_files import FORMATS, FormatName, PlacedLayer, PlacedModel
-from .original import check_ep_size, is_output, place_experts, read_original
+from .original import Original, check_ep_size, is_output, original_of, place_experts
 
 MAX_LAYERS = 10_000
 
@@ -55,15 +57,17 @@ def export(
     to: FormatName,
     ep_size: int | None = None,
     strategy: Callable[[int], Strategy] = Zigzag,
+    hub: Hub = ANY,
 ) -> Export:
     """Put a placement into an engine's format. Reads no weights, writes nothing.
 
     Parameters:
-        src: a checkpoint directory or a repository in the Hugging Face cache, which `strategy` places; or an output of
-            reshard, whose manifest has the placement
+        src: a checkpoint, as in `plan_placement`, which `strategy` places; or an output of reshard, whose manifest has
+            the placement
         to: the engine, one of `FORMATS`
         ep_size: R, 2 to E, a divisor of E; may be left out for an output
         strategy: makes the strategy for a number of EP ranks; leave the default for an output
+        hub: how to ask the Hugging Face Hub
 
     Raises:
         CheckpointError, UnsupportedError: as `plan_placement` does
@@ -73,13 +77,14 @@ def export(
     """
     if to not in FORMATS:
         raise OutputError(f"{src}: unknown format {to!r:.80}; known are {', '.join(FORMATS)}")
-    root = find_source(src)
-    if is_output(root):
+    source = find_source(src, hub)
+    root = source.root
+    if is_output(source):
         if strategy is not Zigzag:
             raise OutputError(f"{root}: this output has a placement: leave out --strategy, or export the original")
-        model = _of_output(root, ep_size)
+        model = _of_output(source, ep_size)
     else:
-        model = _of_checkpoint(src, ep_size, strategy)
+        model = _of_checkpoint(original_of(source), ep_size, strategy)
     form = FORMATS[to]
     if form.even and model.num_experts % model.ep_size:
         raise OutputError(
@@ -109,19 +114,20 @@ def write_export(exported: Export, out: str | Path) -> None:
     write_new_file(out, exported.content)
 
 
-def _of_checkpoint(src: str | Path, ep_size: int | None, make: Callable[[int], Strategy]) -> PlacedModel:
-    original = read_original(src)
+def _of_checkpoint(original: Original, ep_size: int | None, make: Callable[[int], Strategy]) -> PlacedModel:
     root = original.root
     if ep_size is None:
         raise OutputError(f"{root}: a checkpoint, not an output of reshard; give the number of EP ranks with --ep")
     check_ep_size(ep_size, original)
     strategy = make(ep_size)
-    header = PlacedModel(str(root), strategy.name, ep_size, original.num_experts, original.model.model_type)
+    repo_id = original.checkpoint.source.identity.repo_id
+    name = str(root) if repo_id is None or isinstance(root, Path) else repo_id
+    header = PlacedModel(name, strategy.name, ep_size, original.num_experts, original.model.model_type)
     return _number_layers(header, root, place_experts(original, strategy).placement, original.checkpoint.config)
 
 
-def _of_output(root: Path, ep_size: int | None) -> PlacedModel:
-    manifest = read_manifest(root)
+def _of_output(source: Files, ep_size: int | None) -> PlacedModel:
+    root, manifest = source.root, manifest_in(source)
     original = manifest.source.repo_id or manifest.source.path
     if ep_size not in (None, manifest.ep_size):
         raise OutputError(
@@ -132,10 +138,10 @@ def _of_output(root: Path, ep_size: int | None) -> PlacedModel:
         original, manifest.strategy, manifest.ep_size, manifest.routing.num_experts, manifest.model_type
     )
     # an output's config.json has the original's number of layers
-    return _number_layers(header, root, manifest.placement, read_json_object(root / CONFIG))
+    return _number_layers(header, root, manifest.placement, read_json(source, CONFIG))
 
 
-def _number_layers(model: PlacedModel, root: Path, by_layer: Placement, config: Mapping[str, Any]) -> PlacedModel:
+def _number_layers(model: PlacedModel, root: Place, by_layer: Placement, config: Mapping[str, Any]) -> PlacedModel:
     """`model` with its layers, numbered and in order. Refuses what no engine could place."""
     num_layers = _num_layers(config, root)
     layers = sorted(
@@ -155,7 +161,7 @@ def _number_layers(model: PlacedModel, root: Path, by_layer: Placement, config: 
     return replace(model, num_layers=num_layers, layers=tuple(layers))
 
 
-def _num_layers(config: Mapping[str, Any], root: Path) -> int:
+def _num_layers(config: Mapping[str, Any], root: Place) -> int:
     """The number of layers of the model, without MTP layers."""
     values = [section["num_hidden_layers"] for _, section in config_sections(config) if "num_hidden_layers" in section]
     value = values[-1] if values else None
@@ -166,7 +172,7 @@ def _num_layers(config: Mapping[str, Any], root: Path) -> int:
     return value
 
 
-def _number(name: str, num_layers: int, root: Path) -> int:
+def _number(name: str, num_layers: int, root: Place) -> int:
     """`model.layers.3.mlp` is layer 3, and `mtp.0.ffn` the first after the last."""
     key = layer_key(name, num_layers)
     if not key.numbers:

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.header import Tensor, parse_header, read_header
-from ..checkpoint.source import find_source
+from ..checkpoint.files import Files
+from ..checkpoint.header import Tensor, parse_header
+from ..checkpoint.place import Place
+from ..checkpoint.source import ANY, Hub, find_source
 from ..errors import CheckpointError, OutputError, UnsupportedError
 from ..execute.holes import find_hole
 from ..model.names import Kind, kind_of, parse_expert_name
@@ -15,8 +17,8 @@ from ..model.routing import Routing, why_plugin
 from ..placement.contract import mixture, numbering_in
 from ..placement.permutations import Placement, invert, rank_slots
 from ..placement.strategies import Placed, Zigzag
-from ..record.manifest import FileSummary, Manifest, read_manifest, unpack
-from .original import Original, check_ep_size, is_output, read_original, refuse_unfinished
+from ..record.manifest import FileSummary, Manifest, manifest_in, unpack
+from .original import Original, check_ep_size, is_output, original_of, refuse_unfinished
 from .resharding import plan_resharding
 
 
@@ -66,22 +68,23 @@ class Inspection:
     ranks: tuple[RankShare, ...]
 
 
-def inspect(directory: str | Path, ep_size: int | None = None) -> Inspection:
-    """Describe the checkpoint or output in `directory`. With `ep_size`, add what `zigzag` would make of a checkpoint.
+def inspect(directory: str | Path, ep_size: int | None = None, hub: Hub = ANY) -> Inspection:
+    """Describe the checkpoint or output `directory`, which `find_source` finds. With `ep_size`, add what `zigzag` would
+    make of a checkpoint.
 
     Raises CheckpointError and UnsupportedError as `plan_placement` does, IntegrityError if the manifest is damaged, and
     OutputError if `ep_size` does not fit or `directory` is an output.
     """
-    root = find_source(directory)
-    refuse_unfinished(root)
-    return _of_output(root, ep_size) if is_output(root) else _of_original(read_original(directory), ep_size)
+    source = find_source(directory, hub)
+    refuse_unfinished(source)
+    return _of_output(source, ep_size) if is_output(source) else _of_original(original_of(source), ep_size)
 
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
     """What both kinds of directory provide: tensors by the original's names, and the placement, {} if none."""
 
-    root: Path
+    root: Place
     family: str
     model_type: str
     routing: Routing
@@ -135,8 +138,8 @@ def _notes(original: Original, ep_size: int | None, placed: Placed | None) -> It
         yield f"no part of the checkpoint, and not copied: {', '.join(original.checkpoint.left_out)}"
 
 
-def _of_output(root: Path, ep_size: int | None) -> Inspection:
-    manifest = read_manifest(root)
+def _of_output(source: Files, ep_size: int | None) -> Inspection:
+    root, manifest = source.root, manifest_in(source)
     if ep_size is not None:
         raise OutputError(f"{root}: an output for {manifest.ep_size} EP ranks; leave out --ep, which is for originals")
     headers = (
@@ -156,16 +159,16 @@ def _of_output(root: Path, ep_size: int | None) -> Inspection:
             ep_size=manifest.ep_size,
             staged_ranks=None if manifest.staged_ranks is None else tuple(manifest.staged_ranks),
             resharded=True,
-            notes=tuple(_mixed(root, manifest)),
+            notes=tuple(_mixed(source, manifest)),
         )
     )
 
 
-def _mixed(root: Path, manifest: Manifest) -> Iterator[str]:
-    """What the headers in the output `root` say against its manifest."""
-    files = [root / record.name for record in manifest.files if record.tensors and (root / record.name).is_file()]
+def _mixed(source: Files, manifest: Manifest) -> Iterator[str]:
+    """What the headers of the output's files say against its manifest."""
     try:
-        numberings = {path.name: numbering_in(read_header(path).metadata) for path in files}
+        headers = source.headers([file.name for file in manifest.files if file.tensors and source.has(file.name)])
+        numberings = {name: numbering_in(header.metadata) for name, header in headers.items()}
     except CheckpointError as error:
         yield str(error)
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoint.directory import INDEX, Checkpoint, File
-from ..checkpoint.header import read_header
+from ..checkpoint.files import Files
 from ..checkpoint.lfs import MAX_POINTER_SIZE, is_pointer
 from ..checkpoint.source import find_checksums
 from ..checkpoint.weights import MIN_COPY, SINGLE, is_other_format
@@ -40,7 +40,7 @@ def notes(checkpoint: Checkpoint, model: MoeModel, ep_size: int) -> list[str]:
             f"no index: its {len(checkpoint.shards)} safetensors files are taken as the whole model, as vLLM takes "
             "them; nobody can tell whether one is missing"
         )
-    pointers = [file.name for file in checkpoint.other_files if _is_pointer(checkpoint.root, file)]
+    pointers = [file.name for file in checkpoint.other_files if _is_pointer(checkpoint.source, file)]
     if pointers:
         found.append(f"copied unchanged, but only Git LFS pointers: {', '.join(pointers)}; run `git lfs pull`")
     if not any(layer.experts for layer in model.layers):
@@ -72,8 +72,8 @@ def _is_adapter(file: File) -> bool:
     return file.name.rpartition("/")[2] == ADAPTER_CONFIG
 
 
-def _is_pointer(root: Path, file: File) -> bool:
-    return file.size <= MAX_POINTER_SIZE and is_pointer((root / file.name).read_bytes())
+def _is_pointer(source: Files, file: File) -> bool:
+    return file.size <= MAX_POINTER_SIZE and is_pointer(source.read(file.name))
 
 
 def refuse_adapters(checkpoint: Checkpoint) -> None:
@@ -83,7 +83,7 @@ def refuse_adapters(checkpoint: Checkpoint) -> None:
         if not file.name.endswith(".safetensors") or f"{folder}/{ADAPTER_CONFIG}" not in checkpoint.files:
             continue
         path = checkpoint.root / file.name
-        for tensor in read_header(path).tensors:
+        for tensor in checkpoint.source.headers([file.name])[file.name].tensors:
             if ".experts." in tensor.name:
                 raise CheckpointError(
                     f"{path}: tensor {tensor.name}: an adapter for experts by the original's ids, which are other "
@@ -93,6 +93,11 @@ def refuse_adapters(checkpoint: Checkpoint) -> None:
 
 def known_checksums(checkpoint: Checkpoint) -> dict[str, str]:
     """The checksums that the source was downloaded by; CheckpointError if its weights have none."""
+    if not isinstance(checkpoint.root, Path):
+        raise CheckpointError(
+            f"{checkpoint.root}: --check-source compares files with the checksums that they were downloaded by, and "
+            "these are not downloaded: add --download"
+        )
     found = find_checksums(checkpoint.root, checkpoint.files)
     if not found.keys() & checkpoint.shards.keys():
         raise CheckpointError(

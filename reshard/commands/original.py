@@ -1,6 +1,6 @@
 """Reads the original, for every command that takes one: finds it, parses it, and refuses an output of reshard.
 
-A path or a repository id comes in, and an `Original` goes out. `checkpoint.source` turns the id into a directory.
+A path, a repository id or a URL comes in, and an `Original` goes out. `checkpoint.source` finds the files.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.directory import CONFIG, Checkpoint, read_checkpoint
-from ..checkpoint.source import find_source
+from ..checkpoint.directory import CONFIG, Checkpoint, read_files
+from ..checkpoint.files import Files
+from ..checkpoint.place import Place
+from ..checkpoint.source import ANY, Hub, find_source
 from ..errors import CheckpointError, OutputError
 from ..execute.holes import find_hole
 from ..model.layers import MoeModel, read_model
@@ -30,8 +32,8 @@ class Original:
     model: MoeModel
 
     @property
-    def root(self) -> Path:
-        """Its directory."""
+    def root(self) -> Place:
+        """Its directory, or its URL."""
         return self.checkpoint.root
 
     @property
@@ -52,27 +54,32 @@ class Original:
         return read_sizes(self.checkpoint, self.model)
 
 
-def is_output(root: Path) -> bool:
-    """Whether reshard wrote the directory `root`."""
-    return (root / MANIFEST).exists()
+def is_output(source: Files) -> bool:
+    """Whether reshard wrote the files of `source`."""
+    return source.has(MANIFEST)
 
 
-def read_original(src: str | Path) -> Original:
-    """Read the checkpoint `src`: a directory, or the id of a repository in the Hugging Face cache. Reads no weights.
+def read_original(src: str | Path, hub: Hub = ANY) -> Original:
+    """Read the checkpoint `src`: a directory, a repository id, or a URL, as `find_source` says. Reads no weights.
 
     Raises:
         CheckpointError: the checkpoint is not sound, or is an output of reshard
         UnsupportedError: renumbering its experts is not known to be exact
 
     """
-    root = find_source(src)
-    refuse_unfinished(root)
-    if is_output(root):
+    return original_of(find_source(src, hub))
+
+
+def original_of(source: Files) -> Original:
+    """The same for a checkpoint that consists of the files of `source`."""
+    root = source.root
+    refuse_unfinished(source)
+    if is_output(source):
         raise CheckpointError(
             f"{root / MANIFEST}: already resharded: an output of reshard, not an original; give the original, which "
             "`reshard restore` rebuilds"
         )
-    checkpoint = read_checkpoint(root)
+    checkpoint = read_files(source)
     locked = "a model type of reshard" if str(checkpoint.config.get("model_type")).startswith("reshard_") else None
     if mark := CONTRACT_KEY if CONTRACT_KEY in checkpoint.config else locked:
         raise CheckpointError(
@@ -97,10 +104,10 @@ def refuse_holes(original: Original, names: Collection[str] | None = None) -> No
         )
 
 
-def refuse_unfinished(root: Path) -> None:
-    """CheckpointError if a run that writes `root` was interrupted."""
-    if (root / JOURNAL).is_file():
-        raise CheckpointError(f"{root}: {UNFINISHED}")
+def refuse_unfinished(source: Files) -> None:
+    """CheckpointError if a run that writes the files of `source` was interrupted."""
+    if source.has(JOURNAL):
+        raise CheckpointError(f"{source.root}: {UNFINISHED}")
 
 
 def check_ep_size(ep_size: int, original: Original) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.source import find_source
+from ..checkpoint.place import Place
 from ..execute.destination import refuse_inside
 from ..execute.new_file import refuse_existing, write_new_file
 from ..traffic.analysis import Analysis
 from ..traffic.page import render
 
 
-def refuse_page(out: str | Path, src: str | Path) -> None:
-    """OutputError if no page may be written to `out`, because it exists or lies in the checkpoint `src`."""
-    root = find_source(src)
-    folders = [str(found.relative_to(root)) for found in root.rglob("*") if found.is_dir()] if root.is_dir() else []
+def refuse_page(out: str | Path, root: Place) -> None:
+    """OutputError if no page may be written to `out`, because it exists or lies in the checkpoint `root`."""
+    folders: list[str] = []
+    if isinstance(root, Path) and root.is_dir():
+        folders = [str(found.relative_to(root)) for found in root.rglob("*") if found.is_dir()]
     refuse_inside(Path(out), root, folders, "--html")
     refuse_existing(Path(out))
 

@@ -1,4 +1,4 @@
-"""From an original to its output: `plan_placement` decides everything, `write_resharding` carries it out."""
+"""From an original to its output: `plan_placement` decides everything, `writing` and `merge` carry it out."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..arguments import as_path, parse_size
-from ..checkpoint.directory import CONFIG, INDEX
-from ..checkpoint.source import identify
-from ..errors import OutputError
-from ..execute.checksums import check_sources
-from ..execute.destination import free_space
+from ..checkpoint.source import ANY, Hub
 from ..execute.fill import Progress
-from ..execute.ready import Room, find_room
 from ..execute.reflink import find_sharing
-from ..execute.run import Outcome, count_workers, run
-from ..execute.sources import SourceFiles
+from ..execute.run import Outcome
 from ..placement.strategies import Balanced, Strategy, Zigzag
-from ..plan.files import Digests, OutputFile, fingerprint, literal_file
+from ..plan.files import Digests, fingerprint
 from ..plan.sharing import Reflink
-from ..record.manifest import MANIFEST, FileRecord, Layout, Manifest, encode_manifest, record_bytes
-from .earlier import already_complete, earlier_placement, finished_output, names_of, refuse_other
+from ..record.manifest import Layout
+from .earlier import earlier_placement
+from .merge import part_of, write_merged
 from .original import check_strategy, place_experts, read_original, refuse_holes
-from .resharding import DEFAULT_MAX_SHARD_SIZE, Resharding, Writing, manifest_of, path_text, plan_resharding
+from .resharding import DEFAULT_MAX_SHARD_SIZE, Resharding, Writing, plan_resharding
+from .writing import write_resharding
 
 
 def plan_placement(
@@ -30,21 +26,25 @@ def plan_placement(
     out: str | Path,
     strategy: Strategy,
     *,
+    hub: Hub = ANY,
     layout: Layout = "ranks",
     max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
     reflink: Reflink = "auto",
     digests: Digests | None = None,
     allow_holes: bool = False,
     check_source: bool = False,
+    ranks: Sequence[int] | None = None,
     restart: bool = False,
 ) -> Resharding:
     """Decide how the checkpoint `src` is rewritten into `out`. Reads no weights, writes nothing.
 
     Parameters:
-        src: a checkpoint directory, or the id of a repository in the Hugging Face cache
+        src: a checkpoint directory; a repository of the Hugging Face Hub, org/name or hf://org/name@revision, which is
+            read from the cache if it is there, or else from the Hub; or a folder of an object store, s3://… or gs://…
         out: absent, empty, an unfinished run or a finished one. This function checks whether it can share blocks with
             `src`, and takes from such a run a placement that the same options may not make again
         strategy: decides where experts go; its ep_size R is 2 to E and need not divide E
+        hub: how to ask the Hugging Face Hub
         layout: "ranks" writes files by EP rank; "source" writes a file for each file of the source
         max_shard_size: the most bytes of tensors in a file, or a text such as 5GB, 0.5GB or 4GiB; at least 1KB. With
             layout "source" files are as large as the source's
@@ -52,6 +52,8 @@ def plan_placement(
         digests: which tensors to checksum; None for all, or with layout "source" for those that are copied
         allow_holes: take parts of tensors that were never written for the model's zeros
         check_source: compare each file of `src` with the checksum that it was downloaded by, if one is known
+        ranks: write only the files of these EP ranks and those that every rank needs, as `stage` would copy them from
+            the whole output; None for all
         restart: as `write_resharding` will be told; the placement is then made anew
 
     Raises:
@@ -62,7 +64,7 @@ def plan_placement(
     """
     out_path = as_path(out, "out, the second argument,")
     shard_size = parse_size(max_shard_size, "--max-shard-size")
-    original = read_original(src)
+    original = read_original(src, hub)
     check_strategy(strategy, original)
     if not allow_holes:
         refuse_holes(original)
@@ -73,11 +75,12 @@ def plan_placement(
         find_sharing(original.root, checkpoint.shards, checkpoint.directories, out_path, reflink),
         (Digests.COPIED if layout == "source" else Digests.ALL) if digests is None else digests,
         check_source,
+        None if ranks is None else tuple(ranks),
     )
     request = strategy.request if isinstance(strategy, Balanced) else ""
     if request and not restart and (earlier := earlier_placement(out_path, strategy.name, original.shape)):
         resharding = plan_resharding(original, strategy.name, strategy.ep_size, earlier.placed, writing, request)
-        if fingerprint(resharding.plan) == earlier.fingerprint:
+        if earlier.fingerprint in (fingerprint(resharding.plan), resharding.fingerprint):
             return resharding
     placed = place_experts(original, strategy)
     return plan_resharding(original, strategy.name, strategy.ep_size, placed, writing, request)
@@ -88,12 +91,15 @@ def place(
     out: str | Path,
     strategy: Strategy,
     *,
+    hub: Hub = ANY,
     layout: Layout = "ranks",
     max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
     reflink: Reflink = "auto",
     digests: Digests | None = None,
     allow_holes: bool = False,
     check_source: bool = False,
+    ranks: Sequence[int] | None = None,
+    merge: bool = False,
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
@@ -101,22 +107,27 @@ def place(
     """Rewrite the checkpoint `src` into `out` so that linear placement becomes the placement of `strategy`.
 
     Call it again to resume after an interruption; if all is done, that is checked quickly and said. `restart` starts
-    over, also if all is done. Calls `progress` with the number of bytes just done. The other parameters and errors are
-    those of `plan_placement`; also raises OutputError if `out` is refused or cannot be written.
+    over, also if all is done. With `merge`, adds the files of `ranks` to `out`, where other runs may write other ranks
+    at the same time. Calls `progress` with the number of bytes just done. The other parameters and errors are those of
+    `plan_placement`; also raises OutputError if `out` is refused or cannot be written.
     """
+    whole = as_path(out, "out, the second argument,")
     resharding = plan_placement(
         src,
-        out,
+        part_of(whole, ranks) if merge else whole,
         strategy,
+        hub=hub,
         layout=layout,
         max_shard_size=max_shard_size,
         reflink=reflink,
         digests=digests,
         allow_holes=allow_holes,
         check_source=check_source,
+        ranks=ranks,
         restart=restart,
     )
-    return write_resharding(resharding, out, restart=restart, workers=workers, progress=progress)
+    write = write_merged if merge else write_resharding
+    return write(resharding, whole, restart=restart, workers=workers, progress=progress)
 
 
 def zigzag(
@@ -124,12 +135,15 @@ def zigzag(
     out: str | Path,
     ep_size: int,
     *,
+    hub: Hub = ANY,
     layout: Layout = "ranks",
     max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
     reflink: Reflink = "auto",
     digests: Digests | None = None,
     allow_holes: bool = False,
     check_source: bool = False,
+    ranks: Sequence[int] | None = None,
+    merge: bool = False,
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
@@ -139,69 +153,16 @@ def zigzag(
         src,
         out,
         Zigzag(ep_size),
+        hub=hub,
         layout=layout,
         max_shard_size=max_shard_size,
         reflink=reflink,
         digests=digests,
         allow_holes=allow_holes,
         check_source=check_source,
+        ranks=ranks,
+        merge=merge,
         restart=restart,
         workers=workers,
         progress=progress,
     )
-
-
-def write_resharding(
-    resharding: Resharding,
-    out: str | Path,
-    *,
-    restart: bool = False,
-    workers: int | None = None,
-    progress: Progress = lambda written: None,
-) -> Outcome:
-    """Carry out `resharding` in `out`: weights and small files, then the manifest, then the index and config.json."""
-    out = Path(out)
-    finished = finished_output(out)
-    if finished is not None and not restart:
-        refuse_other(out, finished, manifest_of(resharding, finished.files))
-        _check_source(resharding, workers, progress)
-        return already_complete(out, finished, workers)
-
-    def finish(records: list[FileRecord]) -> list[OutputFile]:
-        index, config = literal_file(INDEX, resharding.index), literal_file(CONFIG, resharding.config)
-        records = [*records, record_bytes(INDEX, resharding.index), record_bytes(CONFIG, resharding.config)]
-        return [literal_file(MANIFEST, encode_manifest(manifest_of(resharding, records))), index, config]
-
-    replaced = _replaced(resharding, out, finished)
-    return run(resharding.plan, out, finish, restart=restart, replaced=replaced, workers=workers, progress=progress)
-
-
-def _check_source(resharding: Resharding, workers: int | None, progress: Progress) -> None:
-    """Read all source files that have checksums, and compare them."""
-    checkpoint = resharding.checkpoint
-    sources = SourceFiles(checkpoint.root, checkpoint.files)
-    check_sources(sources, resharding.checksums, count_workers(workers), progress)
-
-
-def room_for(resharding: Resharding, out: Path, *, restart: bool = False) -> Room:
-    """The disk space that `write_resharding` would need and have. Raises what it would raise, but for want of space."""
-    finished = finished_output(out)
-    if finished is not None and not restart:
-        refuse_other(out, finished, manifest_of(resharding, finished.files))
-        already_complete(out, finished, None)
-        return Room(0, free_space(out))
-    return find_room(resharding.plan, out, restart=restart, replaced=_replaced(resharding, out, finished))
-
-
-def _replaced(resharding: Resharding, out: Path, finished: Manifest | None) -> Sequence[str] | None:
-    """The files of a finished output that a restart replaces; None if there is none.
-
-    OutputError if it was made from another source: that may be gone, and `restore` the only way to it.
-    """
-    if finished is None:
-        return None
-    source = finished.source
-    identity = identify(resharding.checkpoint.root)
-    if source.path != path_text(resharding.checkpoint.root) and (source.repo_id or "") != identity.repo_id:
-        raise OutputError(f"{out}: holds an output made from {source.path}; remove it, or choose another --out")
-    return names_of(finished)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+from blake3 import blake3
 
 from .._version import __version__
 from ..arguments import check_one_of, check_whole
 from ..checkpoint.directory import CONFIG, INDEX, Checkpoint
-from ..checkpoint.source import identify
+from ..checkpoint.files import Files
 from ..errors import CheckpointError, OutputError
 from ..model.config_ids import map_config_files
 from ..model.layers import MoeModel
@@ -23,6 +25,7 @@ from ..placement.strategies import Placed, check_placement
 from ..plan.extents import shareable
 from ..plan.files import (
     Digests,
+    Literal,
     OutputFile,
     Plan,
     assign_checksums,
@@ -64,11 +67,14 @@ class Writing:
     sharing: Sharing = NOTHING_SHARED
     digests: Digests = Digests.ALL
     check_source: bool = False  # compare the source with the checksums that it was downloaded by
+    ranks: tuple[int, ...] | None = None  # write only what these EP ranks need
 
     def __post_init__(self) -> None:
         check_one_of(self.layout, LAYOUTS, "--layout")
         check_whole(self.max_shard_size, "--max-shard-size, in bytes,")
         check_one_of(self.digests, Digests, "--digests")
+        for rank in self.ranks or ():
+            check_whole(rank, "each of --ranks", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,7 @@ class Resharding:
     `index` and `config` are the bytes of the two files that are written last. `originals` has the source's bytes of
     each small file that is rewritten, of its indices, in whose place the output has `index`, and of `PARAMS`, if that
     would open the lock. `checksums` are those that source files are compared with, {} if the user did not ask for that.
+    `plan` is what this run writes: `whole`, or what `ranks` need of it.
     """
 
     checkpoint: Checkpoint
@@ -93,6 +100,13 @@ class Resharding:
     originals: Mapping[str, bytes]
     notes: tuple[str, ...]
     checksums: Mapping[str, str]
+    whole: Plan
+    ranks: tuple[int, ...] | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the whole output, whichever of its ranks are written."""
+        return fingerprint(self.whole)
 
     @property
     def read_first(self) -> int:
@@ -127,6 +141,7 @@ def plan_resharding(
         groups = model.routing.n_group, model.routing.topk_group
         contract = Contract(strategy, ep_size, *groups, placement, locked_values(checkpoint.config), model.gates)
     weights, sharing = _weights(original, placement, ep_size, writing)
+    ranks = _ranks(original, weights, ep_size, writing)
     _refuse_collisions(checkpoint, weights)
     refuse_adapters(checkpoint)
     rewritten = _rewritten_configs(checkpoint, model, placement, contract)
@@ -140,6 +155,18 @@ def plan_resharding(
     ]
     checksums = known_checksums(checkpoint) if writing.check_source else {}
     files, read_first = assign_checksums((*weights, *copied), checksums)
+    whole = Plan(
+        source=checkpoint.source,
+        source_files=checkpoint.files,
+        headers={name: header.raw for name, header in checkpoint.shards.items()},
+        sharing=sharing,
+        directories=checkpoint.directories,
+        files=files,
+        last=(MANIFEST, INDEX, CONFIG),
+        checksums=read_first,
+        request=request,
+        placement=placement if request else None,
+    )
     return Resharding(
         checkpoint=checkpoint,
         model=model,
@@ -148,23 +175,14 @@ def plan_resharding(
         ep_size=ep_size,
         placement=placement,
         contract=contract,
-        plan=Plan(
-            source=checkpoint.root,
-            source_files=checkpoint.files,
-            headers={name: header.raw for name, header in checkpoint.shards.items()},
-            sharing=sharing,
-            directories=checkpoint.directories,
-            files=files,
-            last=(MANIFEST, INDEX, CONFIG),
-            checksums=read_first,
-            request=request,
-            placement=placement if request else None,
-        ),
+        plan=whole if ranks is None else replace(whole, files=tuple(_needed_by(files, ranks))),
         index=rewritten[INDEX],
-        config=rewritten.get(CONFIG) or (checkpoint.root / CONFIG).read_bytes(),
-        originals={name: (checkpoint.root / name).read_bytes() for name in replaced if name in checkpoint.files},
-        notes=(*placed.notes, *notes(checkpoint, model, ep_size)),
+        config=rewritten.get(CONFIG) or checkpoint.source.read(CONFIG),
+        originals={name: checkpoint.source.read(name) for name in replaced if name in checkpoint.files},
+        notes=(*placed.notes, *notes(checkpoint, model, ep_size), *_why_all_ranks(writing, ranks)),
         checksums=checksums,
+        whole=whole,
+        ranks=ranks,
     )
 
 
@@ -195,6 +213,25 @@ def _weights(
     return files, sharing
 
 
+def _ranks(original: Original, weights: Sequence[OutputFile], ep_size: int, writing: Writing) -> tuple[int, ...] | None:
+    """The EP ranks whose files are written; None if these are all files."""
+    if writing.ranks is None:
+        return None
+    ranks = tuple(sorted(set(writing.ranks)))
+    if not ranks or ranks[-1] >= ep_size:
+        raise OutputError(f"{original.root}: --ranks must be some of the {ep_size} EP ranks, 0-{ep_size - 1}")
+    return None if len(list(_needed_by(weights, ranks))) == len(weights) else ranks
+
+
+def _needed_by(files: Iterable[OutputFile], ranks: Collection[int]) -> Iterator[OutputFile]:
+    return (file for file in files if file.rank is None or file.rank in ranks)
+
+
+def _why_all_ranks(writing: Writing, ranks: Collection[int] | None) -> Iterator[str]:
+    if writing.ranks is not None and ranks is None:
+        yield "--ranks leaves nothing out: it names all ranks, or no file is of one rank only; the output is whole"
+
+
 def _rewritten_configs(
     checkpoint: Checkpoint, model: MoeModel, placement: Placement, contract: Contract | None
 ) -> dict[str, bytes]:
@@ -217,12 +254,27 @@ def _refuse_collisions(checkpoint: Checkpoint, weights: Sequence[OutputFile]) ->
             raise CheckpointError(f"{checkpoint.root / file.name}: the output needs this name; move the file away")
 
 
+def records_of(resharding: Resharding, written: Iterable[FileRecord]) -> list[FileRecord]:
+    """The records of all files of the whole output; those that are not among `written` have no digests."""
+    records = {record.name: record for record in written}
+    return [records.get(file.name) or _unwritten(file) for file in resharding.whole.files]
+
+
+def _unwritten(file: OutputFile) -> FileRecord:
+    header, *tensors = file.parts
+    data = header.content.data if isinstance(header.content, Literal) else b""
+    names = [part.tensor for part in tensors if part.tensor is not None]
+    return FileRecord(
+        file.name, file.size, file.rank, None, header=blake3(data).hexdigest(), tensors=dict.fromkeys(names)
+    )
+
+
 def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:
     """The manifest of an output with the files `records`. Its digest is still empty."""
     checkpoint, model, routing = resharding.checkpoint, resharding.model, resharding.model.routing
-    identity = identify(checkpoint.root)
+    identity = checkpoint.source.identity
     source = Source(
-        path=path_text(checkpoint.root),
+        path=source_text(checkpoint.source),
         repo_id=identity.repo_id,
         revision=identity.revision,
         files=[_source_file(resharding, name) for name in checkpoint.files],
@@ -253,14 +305,18 @@ def manifest_of(resharding: Resharding, records: list[FileRecord]) -> Manifest:
         moe_layers=layers,
         source=source,
         files=records,
-        fingerprint=fingerprint(resharding.plan),
+        fingerprint=resharding.fingerprint,
+        staged_ranks=None if resharding.ranks is None else list(resharding.ranks),
         digest="",
     )
 
 
-def path_text(path: Path) -> str:
-    """A path as a manifest has it."""
-    return os.fsencode(path.absolute()).decode(errors="replace")
+def source_text(source: Files) -> str:
+    """Where the source is, as a manifest has it: repository and commit if these are known, wherever the files lie."""
+    identity, root = source.identity, source.root
+    if identity.repo_id is not None and identity.revision is not None:
+        return f"hf://{identity.repo_id}@{identity.revision}"
+    return os.fsencode(root.absolute()).decode(errors="replace") if isinstance(root, Path) else str(root)
 
 
 def _source_file(resharding: Resharding, name: str) -> SourceFile:

@@ -11,14 +11,16 @@ from blake3 import blake3
 
 from ..arguments import as_path
 from ..checkpoint.directory import CONFIG, INDEX
-from ..checkpoint.header import Header, Tensor, parse_header, read_header
+from ..checkpoint.files import Files
+from ..checkpoint.header import Header, Tensor, parse_header
+from ..checkpoint.source import ANY, Hub, find_source
 from ..errors import IntegrityError, OutputError, ReshardError
 from ..execute.destination import JOURNAL
 from ..execute.fill import Progress
 from ..execute.ready import refuse_out
 from ..execute.reflink import find_sharing
+from ..execute.remote import sources_of
 from ..execute.run import Outcome, default_workers, run
-from ..execute.sources import SourceFiles
 from ..model.names import renumber
 from ..placement.permutations import describe_ranks, invert
 from ..plan.files import (
@@ -35,7 +37,7 @@ from ..plan.files import (
     whole_file,
 )
 from ..plan.sharing import Reflink
-from ..record.manifest import MANIFEST, FileRecord, FileSummary, Manifest, SourceFile, find_files, read_manifest, unpack
+from ..record.manifest import MANIFEST, FileRecord, FileSummary, Manifest, SourceFile, find_files, manifest_in, unpack
 from .compare import compare_files, compare_tensors
 from .original import read_original
 
@@ -46,6 +48,7 @@ def restore(
     resharded: str | Path,
     out: str | Path,
     *,
+    hub: Hub = ANY,
     reflink: Reflink = "auto",
     restart: bool = False,
     workers: int | None = None,
@@ -60,18 +63,20 @@ def restore(
     and OutputError if `out` is refused or cannot be written.
     """
     started = time.monotonic()
-    root, out = as_path(resharded, "the output to restore from"), as_path(out, "out, the second argument,")
-    manifest = read_manifest(root)
+    as_path(resharded, "the output to restore from")
+    out = as_path(out, "out, the second argument,")
+    source = find_source(resharded, hub)
+    root, manifest = source.root, manifest_in(source)
     if manifest.staged_ranks is not None:
         missing = describe_ranks(set(range(manifest.ep_size)) - set(manifest.staged_ranks))
         raise IntegrityError(
             f"{root}: staged: the files of EP ranks {missing} are missing; restore needs the whole output"
         )
-    restoration = _Restoration(root, manifest)
+    restoration = _Restoration(source, manifest)
     files = [restoration.file(file) for file in manifest.source.files]
     last = [file for name in (INDEX, CONFIG) for file in files if file.name == name]
     plan = Plan(
-        source=root,
+        source=source,
         source_files=restoration.source_files,
         headers=restoration.headers,
         sharing=find_sharing(root, restoration.headers, manifest.source.directories, out, reflink),
@@ -85,7 +90,7 @@ def restore(
         return last
 
     if not restart and _has_all_files(out, manifest):
-        _refuse_different(out, root, manifest, workers, progress)
+        _refuse_different(out, source, manifest, workers, progress)
         return Outcome(
             out=out,
             files=tuple(FileSummary(file.name, file.size, file.rank, file.tensors) for file in files),
@@ -113,14 +118,14 @@ def _has_all_files(out: Path, manifest: Manifest) -> bool:
     )
 
 
-def _refuse_different(out: Path, root: Path, manifest: Manifest, workers: int | None, progress: Progress) -> None:
-    """OutputError unless every file in `out` is, byte for byte, the one that the output `root` was made from."""
+def _refuse_different(out: Path, resharded: Files, manifest: Manifest, workers: int | None, progress: Progress) -> None:
+    """OutputError unless every file in `out` is, byte for byte, the one that the output `resharded` was made from."""
     try:
         source = read_original(out)
         problems = compare_files(source, manifest)
         if not problems:
             with ThreadPoolExecutor(workers or default_workers(), thread_name_prefix="reshard") as pool:
-                problems = compare_tensors(source, root, manifest, pool, progress)
+                problems = compare_tensors(source, resharded, manifest, pool, progress)
     except ReshardError as error:
         problems = [str(error)]
     if problems:
@@ -130,10 +135,11 @@ def _refuse_different(out: Path, root: Path, manifest: Manifest, workers: int | 
 
 
 class _Restoration:
-    """Finds each byte of the source in the output `root`."""
+    """Finds each byte of the source in the output `resharded`."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        self._root = root
+    def __init__(self, resharded: Files, manifest: Manifest) -> None:
+        self._resharded = resharded
+        self._root = resharded.root
         self._records = {record.name: record for record in manifest.files}
         self._digests = manifest.digests
         self._to_logical = manifest.placement
@@ -141,8 +147,10 @@ class _Restoration:
         self._copied = {file.name for file in manifest.source.files if file.header is None and file.content is None}
         self._rows = {name: layer.name for layer in manifest.moe_layers for name in layer.rows}
         self._expert_ids = {name: layer.name for layer in manifest.moe_layers for name in layer.expert_ids}
-        self.source_files = find_files(root, manifest.files)
-        headers = {record.name: self._header(record) for record in manifest.files if record.tensors}
+        self.source_files = find_files(resharded, manifest.files)
+        headers = resharded.headers([record.name for record in manifest.files if record.tensors])
+        for name, header in headers.items():
+            self._check_header(name, header)
         self._tensors = {tensor.name: tensor for header in headers.values() for tensor in header.tensors}
         self.headers = {name: header.raw for name, header in headers.items()}
 
@@ -163,7 +171,7 @@ class _Restoration:
 
         `check` cannot find this: reordered bytes have another digest, and config.json is written after it.
         """
-        with SourceFiles(self._root, self.source_files).open() as opened:
+        with sources_of(self._resharded, self.source_files).open() as opened:
             for name in (*self._rows, *self._expert_ids):
                 tensor = self._find(name)
                 found = opened.digest(tensor)
@@ -184,12 +192,10 @@ class _Restoration:
                     if self._digests[tensor.name] not in (None, digest):
                         raise self._damaged(tensor)
 
-    def _header(self, record: FileRecord) -> Header:
-        """Read an output file's header and check its digest: it alone says which bytes belong to which tensor."""
-        header = read_header(self._root / record.name)
-        if blake3(header.raw).hexdigest() != record.header:
-            raise IntegrityError(f"{self._root / record.name}: damaged: its header is not the one that was written")
-        return header
+    def _check_header(self, name: str, header: Header) -> None:
+        """IntegrityError if an output file's header is another: it alone says which bytes belong to which tensor."""
+        if blake3(header.raw).hexdigest() != self._records[name].header:
+            raise IntegrityError(f"{self._root / name}: damaged: its header is not the one that was written")
 
     def _part(self, original: Tensor) -> Part:
         tensor = self._find(renumber(original.name, self._to_physical))

@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from ..arguments import as_path, check_whole
 from ..checkpoint.directory import CONFIG, INDEX
+from ..checkpoint.files import LocalFiles
 from ..checkpoint.header import Header, read_header
 from ..errors import IntegrityError, OutputError
 from ..execute.fill import Progress
@@ -55,11 +56,11 @@ def plan_stage(resharded: str | Path, out: str | Path, ranks: Iterable[int], *, 
     wanted = sorted(set(_checked_ranks(root, ranks)))
     _refuse_ranks(root, manifest, wanted)
     records = manifest.files_for(wanted)
-    found = find_files(root, records)
+    found = find_files(LocalFiles(root), records)
     headers = {record.name: _read_header(root, record) for record in records if record.tensors}
     staged = wanted if len(records) < len(manifest.files) else None
     plan = Plan(
-        source=root,
+        source=LocalFiles(root),
         source_files=found,
         headers={name: header.raw for name, header in headers.items()},
         sharing=find_sharing(root, headers, manifest.source.directories, out, reflink),
@@ -175,7 +176,7 @@ def _refuse_damaged(staging: Staging, copied: Iterable[FileRecord]) -> None:
     records = {record.name: record for record in staging.manifest.files}
     for record in copied:
         written = records[record.name]
-        path = str(staging.plan.source / record.name)
+        path = str(staging.plan.source.root / record.name)
         if written.header != record.header or (not written.tensors and written.digest != record.digest):
             raise _damaged(path)
         for name, digest in record.tensors.items():

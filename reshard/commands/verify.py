@@ -19,7 +19,9 @@ from blake3 import blake3
 
 from ..arguments import as_path
 from ..checkpoint.directory import CONFIG, Checkpoint, File, read_checkpoint
+from ..checkpoint.files import LocalFiles
 from ..checkpoint.header import read_header
+from ..checkpoint.source import ANY, Hub
 from ..errors import CheckpointError, OutputError
 from ..execute.fill import Progress
 from ..execute.run import count_workers
@@ -71,6 +73,7 @@ def verify(
     resharded: str | Path,
     src: str | Path | None = None,
     *,
+    hub: Hub = ANY,
     quick: bool = False,
     allow_holes: bool = False,
     workers: int | None = None,
@@ -90,7 +93,7 @@ def verify(
     root = as_path(resharded, "the output to verify")
     manifest = read_manifest(root)
     records = _records(root, manifest)
-    source = None if src is None else read_original(src)
+    source = None if src is None else read_original(src, hub)
     if source is not None and not allow_holes:
         refuse_holes(source)
     if quick and source is not None:
@@ -112,7 +115,8 @@ def verify(
         if not problems:  # after damage, an inconsistency would only be a second line for the same fault
             problems = list(_check_consistency(root, manifest))
         if source is not None and not problems:
-            problems = compare_tensors(source, root, manifest, pool, report) or compare_files(source, manifest)
+            written = LocalFiles(root)
+            problems = compare_tensors(source, written, manifest, pool, report) or compare_files(source, manifest)
             if not problems:
                 routers = compare_routers(source, root, manifest)
                 problems += routers.problems
@@ -156,7 +160,7 @@ def _check_file(root: Path, record: FileRecord, placement: Placement, report: _R
     try:
         with SourceFiles(root, files).open() as opened:
             if record.tensors:
-                yield from _check_weights(opened, record, placement, report, quick)
+                yield from _check_weights(root, opened, record, placement, report, quick)
             else:
                 yield from _check_bytes(opened, record, report, quick)
     except CheckpointError as error:
@@ -176,9 +180,9 @@ def _check_bytes(opened: OpenSources, record: FileRecord, report: _Report, quick
 
 
 def _check_weights(
-    opened: OpenSources, record: FileRecord, placement: Placement, report: _Report, quick: bool
+    root: Path, opened: OpenSources, record: FileRecord, placement: Placement, report: _Report, quick: bool
 ) -> Iterator[str]:
-    path = opened.root / record.name
+    path = root / record.name
     header = read_header(path)
     report(len(header.raw))
     for name in sorted(record.tensors.keys() ^ {tensor.name for tensor in header.tensors}):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 
 from ..errors import CheckpointError
-from .sources import BLOCK_SIZE, ZEROS, OpenSources, SourceFiles
+from .sources import BLOCK_SIZE, ZEROS, OpenSources, Sources
 
 
 def _git_blob(size: int) -> hashlib._Hash:
@@ -70,9 +70,7 @@ class RunningChecksum:
         self._position += len(block)
 
 
-def check_sources(
-    sources: SourceFiles, expected: Mapping[str, str], workers: int, progress: Callable[[int], None]
-) -> None:
+def check_sources(sources: Sources, expected: Mapping[str, str], workers: int, progress: Callable[[int], None]) -> None:
     """Read the source files that `expected` names; CheckpointError if one has another checksum.
 
     Reads nothing if `expected` is empty. Calls `progress` with the number of bytes read, by one thread at a time.

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..arguments import refuse_url
+from ..checkpoint.place import Place
 from ..errors import OutputError
 from ..record.manifest import JOURNAL as JOURNAL
 from . import syscalls
@@ -17,9 +18,11 @@ PARTIAL = ".partial"
 SPARE_SPACE = 16 << 20  # bytes that must stay free
 
 
-def refuse_inside(out: Path, root: Path, directories: Iterable[str], option: str = "--out") -> None:
+def refuse_inside(out: Path, root: Place, directories: Iterable[str], option: str = "--out") -> None:
     """OutputError if `out` is or lies in `root` or one of its `directories`; these may be links. Refuses URLs too."""
     refuse_url(out)
+    if not isinstance(root, Path):
+        return
     resolved = out.resolve()
     for folder in ("", *directories):
         if resolved.is_relative_to((root / folder).resolve()):
@@ -52,7 +55,7 @@ def check_out(out: Path, *, replace: bool = False) -> None:
         raise OutputError(f"{out}: cannot be written: no permission to write to {nearest}; choose another --out")
 
 
-def make_directory(directory: Path, most: int = 0o777) -> None:
+def make_directory(directory: Path, most: int | None = 0o777) -> None:
     """Create `directory` and its parents so that they survive a power cut.
 
     Its permissions are those that umask and `most` both allow, and all for its owner.
@@ -61,7 +64,7 @@ def make_directory(directory: Path, most: int = 0o777) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if absent:
-            syscalls.set_mode(directory, directory.stat().st_mode & most & 0o777 | 0o700)
+            syscalls.set_mode(directory, directory.stat().st_mode & (0o777 if most is None else most) & 0o777 | 0o700)
     except OSError as error:
         raise OutputError(f"{directory}: cannot be created: {error.strerror}; choose another --out") from error
     for path in absent:

@@ -20,7 +20,7 @@ from .checksums import RunningChecksum
 from .destination import PARTIAL, sync_directory
 from .id_tables import map_expert_ids
 from .journal import Written
-from .sources import BLOCK_SIZE, ZEROS, OpenSources, SourceFiles
+from .sources import BLOCK_SIZE, ZEROS, OpenSources, Sources
 
 WRITE_BEHIND = 8 * BLOCK_SIZE  # bytes by which the disk may lag behind before we wait for it
 
@@ -28,11 +28,12 @@ Progress = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
 
 
-def write_file(file: OutputFile, sources: SourceFiles, sharing: Sharing, out: Path, progress: Progress) -> Written:
+def write_file(file: OutputFile, sources: Sources, sharing: Sharing, out: Path, progress: Progress) -> Written:
     """Write one file of a plan below `out`. It is complete and on disk when this returns."""
     path, partial = out / file.name, out / f"{file.name}{PARTIAL}"
     try:
         with sources.open() as opened, _create(partial, file, sources) as target:
+            opened.expect(file.parts)
             shared = _share(file, opened, target.fileno(), sharing)
             if not shared and not any(
                 opened.is_sparse(name) for name in {extent.file for extent in extents(file.parts)}
@@ -55,18 +56,19 @@ def write_file(file: OutputFile, sources: SourceFiles, sharing: Sharing, out: Pa
     return Written(record, sum(extent.size for extent in shared))
 
 
-def _create(path: Path, file: OutputFile, sources: SourceFiles) -> FileIO:
+def _create(path: Path, file: OutputFile, sources: Sources) -> FileIO:
     """Create `path` anew for `file`. It has the permissions of the source's files that it is made from.
 
     These are the files that its bytes come from, and the file that it replaces. A file made from none of them gets what
-    umask allows and every file of the source has.
+    umask allows and every file of the source has. In a store, files have no permissions: umask decides.
     """
     made_from = {part.content.file for part in file.parts if not isinstance(part.content, Literal)}
     made_from |= {file.name} & sources.files.keys()
     mode = sources.mode(made_from or sources.files)
+    most = 0o666 if mode is None else mode & 0o666
     path.unlink(missing_ok=True)  # what an interrupted run left may be read-only
-    target = FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode & 0o666), "wb")
-    if made_from:
+    target = FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, most), "wb")
+    if made_from and mode is not None:
         syscalls.set_mode(target.fileno(), mode)
     return target
 
@@ -76,7 +78,7 @@ def _share(file: OutputFile, opened: OpenSources, target: int, sharing: Sharing)
     shared = []
     for extent in shareable(file.parts, sharing.block_size):
         try:
-            syscalls.share(opened.fd(extent.file), extent.offset, target, extent.at, extent.size)
+            opened.share(extent, target)
         except OSError as error:
             if sharing.required or not syscalls.is_unsupported(error):
                 raise

@@ -15,7 +15,7 @@ from ..plan.extents import MIN_SHARED, Holes, needed_size, shareable
 from ..plan.files import Plan, fingerprint
 from .destination import JOURNAL, LOCK, PARTIAL, SPARE_SPACE, allocated, check_out, free_space, refuse_inside
 from .journal import check_journal
-from .sources import SourceFiles
+from .remote import sources_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def refuse_out(plan: Plan, out: Path, replaced: Collection[str] | None = None) -
 
     It must be new, empty, or hold an unfinished run or the files `replaced`; and it must not be in the plan's source.
     """
-    refuse_inside(out, plan.source, plan.directories)
+    refuse_inside(out, plan.source.root, plan.directories)
     names = [*(file.name for file in plan.files), *plan.last, *plan.directories]
     taken = {JOURNAL, LOCK, *(f"{name}{PARTIAL}" for name in names)}
     for name, count in Counter(names).items():
@@ -84,7 +84,7 @@ def shareable_size(plan: Plan) -> int:
 def _needed_sizes(plan: Plan) -> Mapping[str, int]:
     """Bytes of disk that each of the plan's files needs; what it shares and the source's holes need none."""
     sparse = {}
-    with SourceFiles(plan.source, plan.source_files).open() as opened:
+    with sources_of(plan.source, plan.source_files).open() as opened:
         for name, file in plan.source_files.items():
             if file.size >= MIN_SHARED and opened.is_sparse(name):
                 found = opened.segments(name, 0, file.size)

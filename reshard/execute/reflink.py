@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..checkpoint.place import Place
 from ..errors import OutputError
 from ..plan.sharing import REFLINK, Reflink, Sharing
 from . import syscalls
@@ -16,7 +17,7 @@ from .destination import nearest_directory, refuse_inside
 MAX_BLOCK = 1 << 16  # bytes; network file systems report their transfer size as the block size
 
 
-def find_sharing(root: Path, names: Iterable[str], directories: Iterable[str], out: Path, reflink: Reflink) -> Sharing:
+def find_sharing(root: Place, names: Iterable[str], directories: Iterable[str], out: Path, reflink: Reflink) -> Sharing:
     """Whether the directory `out`, which need not exist yet, can share blocks with the files `names` below `root`.
 
     `directories` are the folders below `root`. Raises OutputError if `out` lies in `root`, which is never written to,
@@ -25,6 +26,10 @@ def find_sharing(root: Path, names: Iterable[str], directories: Iterable[str], o
     if reflink not in REFLINK:
         raise OutputError(f"{out}: reflink is {reflink!r:.80}, expected one of {', '.join(REFLINK)}")
     refuse_inside(out, root, directories)
+    if not isinstance(root, Path):
+        if reflink == "always":
+            raise OutputError(f"{out}: cannot share blocks with {root}, on no disk here; leave out --reflink always")
+        return Sharing(None, "the source is on no disk here")
     if reflink == "never":
         return Sharing(None, "--reflink never")
     largest: dict[int, tuple[int, Path]] = {}

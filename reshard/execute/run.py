@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..arguments import check_whole
+from ..checkpoint.place import Place, Url
+from ..checkpoint.remote import CONNECTIONS
 from ..plan.files import OutputFile, Plan, checksums_of, fingerprint
 from ..record.manifest import FileRecord, FileSummary
 from .checksums import check_sources
@@ -32,17 +34,18 @@ from .destination import make_directory
 from .fill import Progress, write_file
 from .journal import Journal, Opening, Written
 from .ready import find_room
-from .sources import SourceFiles
+from .remote import sources_of
+from .sources import Sources
 from .syscalls import set_mode
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run did: the `files` that are in `out` now, of `size` bytes together. `resumed` counts those that an
-    earlier, interrupted run had written. Of the `size` bytes, `shared` are in blocks shared with the source;
-    `why_not_shared` says in words why none could be. `undigested` counts the tensors without a digest. `notes` say what
-    the file system cannot do. If the output was `already_complete`, nothing was written, and how much is shared is not
-    known.
+    """What a run did: the `files` that are in `out` now, or that it added there, of `size` bytes together. `resumed`
+    counts those that an earlier, interrupted run had written. Of the `size` bytes, `shared` are in blocks shared with
+    the source; `why_not_shared` says in words why none could be. `undigested` counts the tensors without a digest.
+    `notes` say what the file system cannot do. If the output was `already_complete`, nothing was written, and how much
+    is shared is not known.
     """
 
     out: Path
@@ -57,15 +60,17 @@ class Outcome:
     already_complete: bool = False
 
 
-def default_workers() -> int:
-    """Threads that keep a disk busy without flooding a small machine."""
-    return min(8, os.cpu_count() or 1)
+def default_workers(root: Place | None = None) -> int:
+    """Threads that keep a disk busy without flooding a small machine; for a store, which they wait for, as many as
+    `hf download` has.
+    """
+    return CONNECTIONS if isinstance(root, Url) else min(8, os.cpu_count() or 1)
 
 
-def count_workers(workers: int | None) -> int:
-    """`workers` or the default; OutputError unless it is a number of threads."""
+def count_workers(workers: int | None, root: Place | None = None) -> int:
+    """`workers` or the default for a source at `root`; OutputError unless it is a number of threads."""
     if workers is None:
-        return default_workers()
+        return default_workers(root)
     check_whole(workers, "the number of workers")
     return workers
 
@@ -95,9 +100,9 @@ def run(
 
     """
     started = time.monotonic()
-    threads = count_workers(workers)
+    threads = count_workers(workers, plan.source.root)
     find_room(plan, out, restart=restart, replaced=replaced).check(out)
-    sources = SourceFiles(plan.source, plan.source_files, plan.headers)
+    sources = sources_of(plan.source, plan.source_files, plan.headers)
     check_sources(sources, plan.checksums, threads, progress)
     make_directory(out, sources.mode([""]))
     names = [*plan.last, *(file.name for file in plan.files)]
@@ -111,7 +116,8 @@ def run(
         last = list(finish([entry.record for entry in written]))
         written_last = [write_file(file, sources, plan.sharing, out, lambda count: None) for file in last]
         for directory in reversed(plan.directories):
-            set_mode(out / directory, sources.mode([directory]))
+            if (mode := sources.mode([directory])) is not None:
+                set_mode(out / directory, mode)
         journal.remove()
     return Outcome(
         out=out,
@@ -127,7 +133,7 @@ def run(
 
 
 def _copy_files(
-    plan: Plan, sources: SourceFiles, out: Path, journal: Journal, workers: int, progress: Progress
+    plan: Plan, sources: Sources, out: Path, journal: Journal, workers: int, progress: Progress
 ) -> list[Written]:
     """Write the files of `plan` that `journal` does not have yet; returns what it has of all, in the plan's order."""
     stop = threading.Event()

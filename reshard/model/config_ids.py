@@ -53,7 +53,7 @@ def map_config_files(checkpoint: Checkpoint, model: MoeModel, placement: Placeme
             continue
         path = checkpoint.root / name
         try:
-            text = path.read_bytes()
+            text = checkpoint.source.read(name)
             refuse_nesting(text, path)
             value = json.loads(text)
             mapped = map_strings(value, _Mapper(model, placement, str(path)), str(path))

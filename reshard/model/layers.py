@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ..checkpoint.directory import CONFIG, Checkpoint
 from ..checkpoint.header import Tensor
+from ..checkpoint.place import Place
 from ..errors import CheckpointError, UnsupportedError
 from .families import (
     BY_MODEL_TYPE,
@@ -148,7 +148,7 @@ def _family(checkpoint: Checkpoint) -> tuple[Family, str]:
     return family, model_type
 
 
-def _known(model_type: str, architectures: Any, where: Path) -> Family:
+def _known(model_type: str, architectures: Any, where: Place) -> Family:
     """The family of that model type; families that share one are told apart by architecture."""
     names = architectures if isinstance(architectures, list) else []
     for key in (*(f"{model_type}:{name}" for name in names), model_type):

@@ -7,11 +7,13 @@ carry their shape in their name: T tokens, H hidden size, E experts, G groups, M
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoint.files import Files
+from ..checkpoint.header import Tensor as Located
+from ..checkpoint.header import build_header
 from .families import ROUTER_TENSORS, Role
 from .layers import MoeLayer
 from .routing import Routing
@@ -91,22 +93,27 @@ def choose(
     return Chosen(experts_TK, _weights(scores_TE.gather(1, experts_TK), routing), tied_T)
 
 
-def read_routers(layer: MoeLayer, files: Mapping[str, Path], wanted: dtype) -> Iterator[Router]:
-    """Yield the layer's router once for each correction bias it has, or once; `files` has the file of each tensor."""
-    from safetensors import safe_open
-
+def read_routers(layer: MoeLayer, load: Callable[[str], Tensor], wanted: dtype) -> Iterator[Router]:
+    """Yield the layer's router once for each correction bias it has, or once; `load` reads a tensor by its name."""
     by_role: dict[Role, list[Tensor]] = {role: [] for role in Role}
     for tensor in layer.router:
-        with safe_open(files[tensor.name], framework="pt") as file:
-            known = ROUTER_TENSORS[tensor.name.removeprefix(f"{layer.name}.")]
-            value = file.get_tensor(tensor.name).to(wanted)
-            shape = tensor.shape if known.role is Role.LOGITS else (-1,)  # an output's gate may have one dimension
-            by_role[known.role].append(value.reshape(shape))
+        known = ROUTER_TENSORS[tensor.name.removeprefix(f"{layer.name}.")]
+        value = load(tensor.name).to(wanted)
+        shape = tensor.shape if known.role is Role.LOGITS else (-1,)  # an output's gate may have one dimension
+        by_role[known.role].append(value.reshape(shape))
     (weight,) = by_role[Role.LOGITS]
     logit_bias, weight_scale = (next(iter(by_role[role]), None) for role in (Role.LOGIT_BIAS, Role.WEIGHT_SCALE))
     corrections: list[Tensor | None] = [*by_role[Role.CORRECTION]]
     for correction in corrections or [None]:
         yield Router(weight, logit_bias, correction, weight_scale)
+
+
+def load_tensor(files: Files, tensor: Located) -> Tensor:
+    """Read a tensor, of any dtype that PyTorch has."""
+    from safetensors.torch import load
+
+    data = files.read(tensor.file, tensor.offset, tensor.size)
+    return load(build_header([tensor], {}) + data)[tensor.name]
 
 
 def _scores(logits_TE: Tensor, scoring: str) -> Tensor:

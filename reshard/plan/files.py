@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,6 +17,7 @@ from blake3 import blake3
 
 from .._version import __version__
 from ..checkpoint.directory import File
+from ..checkpoint.files import Files
 from ..placement.permutations import Placement
 from .sharing import Sharing
 
@@ -123,7 +123,7 @@ class Plan:
     the same options may not give the same plan again, `request` has them, and `placement` is what they gave.
     """
 
-    source: Path
+    source: Files
     source_files: Mapping[str, File]
     headers: Mapping[str, bytes]
     sharing: Sharing
@@ -168,7 +168,9 @@ def checksums_of(files: Iterable[OutputFile]) -> dict[str, str]:
 
 def fingerprint(plan: Plan) -> str:
     """A digest of everything that decides what is written where: two plans with the same one write the same bytes."""
-    options = [__version__, plan.request] if plan.request else [__version__]
+    options = [__version__, plan.request, plan.source.version]
+    while not options[-1]:
+        options.pop()
     digest = blake3(msgspec.json.encode([*options, sorted(plan.source_files.items()), plan.directories]))
     for name, header in plan.headers.items():
         digest.update(msgspec.json.encode([name, header]))

@@ -17,7 +17,8 @@ import msgspec
 from blake3 import blake3
 
 from ..arguments import refuse_url
-from ..checkpoint.directory import MAX_NESTING, File
+from ..checkpoint.directory import MAX_NESTING
+from ..checkpoint.files import File, Files, LocalFiles
 from ..errors import IntegrityError
 from ..model.routing import Routing
 from ..placement.contract import Contract, contract_from_json, placement_from_json
@@ -88,8 +89,9 @@ class FileSummary:
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of the output. `rank` is the only EP rank that needs it, null if every rank does. `digest` is BLAKE3 over
     the whole file. For a safetensors file, `header` is the BLAKE3 of its header (with the length before it), and
-    `tensors` has that of each tensor's bytes. A digest is null if some of the bytes were not read, because their blocks
-    are shared with the source or, in outputs of earlier versions, because the kernel copied them.
+    `tensors` has that of each tensor's bytes. A digest is null if some of the bytes were not read: their blocks
+    are shared with the source; or the file is of a rank that was not written here; or, in outputs of earlier versions,
+    the kernel copied them.
     """
 
     name: str
@@ -163,11 +165,17 @@ def read_manifest(root: str | Path) -> Manifest:
     """The manifest of the output directory `root`; IntegrityError if there is none or it is damaged."""
     root = Path(root)
     refuse_url(root, IntegrityError)
+    return manifest_in(LocalFiles(root))
+
+
+def manifest_in(source: Files) -> Manifest:
+    """The same for an output that consists of the files of `source`."""
+    root = source.root
     path = root / MANIFEST
     try:
-        data = path.read_bytes()
+        data = source.read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
-        if (root / JOURNAL).is_file():
+        if source.has(JOURNAL):
             raise IntegrityError(f"{root}: {UNFINISHED}") from error
         raise IntegrityError(f"{path}: no such file; expected an output of `reshard zigzag`") from error
     except OSError as error:
@@ -229,18 +237,18 @@ def is_inside(name: str) -> bool:
     return bool(name) and "\0" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
 
 
-def find_files(root: Path, records: Iterable[FileRecord]) -> dict[str, File]:
-    """The files of `records` in the output `root`, by name; IntegrityError if one is missing or of another size."""
-    files = {}
+def find_files(source: Files, records: Iterable[FileRecord]) -> dict[str, File]:
+    """The files of `records` in the output `source`, by name; IntegrityError if one is missing or of another size."""
+    found = {}
     for record in records:
-        path = root / record.name
-        if not path.is_file():
+        path = source.root / record.name
+        file = source.find(record.name)
+        if file is None:
             raise IntegrityError(f"{path}: missing; expected {record.size} bytes: copy it here from the whole output")
-        status = path.stat()
-        if status.st_size != record.size:
-            raise IntegrityError(f"{path}: damaged: {status.st_size} bytes, expected {record.size}")
-        files[record.name] = File(record.name, status.st_size, status.st_mtime_ns)
-    return files
+        if file.size != record.size:
+            raise IntegrityError(f"{path}: damaged: {file.size} bytes, expected {record.size}")
+        found[record.name] = file
+    return found
 
 
 def record_bytes(name: str, data: bytes) -> FileRecord:

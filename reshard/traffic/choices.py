@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoint.directory import Checkpoint
+from ..checkpoint.place import Place
 from ..errors import TraceError
 from ..model.layers import MoeLayer, MoeModel
 from ..placement.layer_names import find_layer
@@ -39,7 +40,7 @@ class Traffic:
 
 
 def recorded_traffic(
-    path: Path, model: MoeModel, root: Path, most: int = MAX_TOKENS, start: float = 0.0, end: float = 1.0
+    path: Path, model: MoeModel, root: Place, most: int = MAX_TOKENS, start: float = 0.0, end: float = 1.0
 ) -> Traffic:
     """Load the traffic of the model in `root` that was recorded in the directory or file `path`.
 
@@ -78,7 +79,7 @@ def stretches(tokens: int, max_tokens: int) -> list[range]:
     return [range(first, first + length) for first in range((step - length) // 2, tokens, step)][:count]
 
 
-def _columns(recording: Recording, model: MoeModel, root: Path) -> dict[str, int]:
+def _columns(recording: Recording, model: MoeModel, root: Place) -> dict[str, int]:
     """The column of each of the model's MoE layers in `recording`; TraceError if it is another model's."""
     routing, where = model.routing, recording.where
     for what, found, expected in (
@@ -117,29 +118,29 @@ def random_traffic(
     """Route `tokens` random hidden states through the gate of every MoE layer.
 
     If a layer chooses by token id instead (`tid2eid`), looks up random token ids in its table. Calls `progress` with
-    the number of layers done.
+    the number of layers just done.
     """
     ids = {}
     for number, layer in enumerate(model.layers):
         ids[layer.name] = _choices(checkpoint, model, layer, tokens, seed + number)
-        progress(number + 1)
+        progress(1)
     return Traffic(ids, tokens, tokens)
 
 
 def _choices(checkpoint: Checkpoint, model: MoeModel, layer: MoeLayer, tokens: int, seed: int) -> Tensor:
     import torch
-    from safetensors import safe_open
 
-    from ..model.router import choose, read_routers
+    from ..model.router import choose, load_tensor, read_routers
 
     generator = torch.Generator().manual_seed(seed)
     for table in layer.expert_ids:
-        with safe_open(checkpoint.root / table.file, framework="pt") as file:
-            rows = torch.randint(table.shape[0], (tokens,), generator=generator)
-            chosen_TK: Tensor = file.get_tensor(table.name).long()[rows]
-            return chosen_TK
-    files = {tensor.name: checkpoint.root / tensor.file for tensor in layer.router}
-    router = next(read_routers(layer, files, torch.float32))
+        rows = torch.randint(table.shape[0], (tokens,), generator=generator)
+        return load_tensor(checkpoint.source, table).long()[rows]
+
+    def load(name: str) -> Tensor:
+        return load_tensor(checkpoint.source, checkpoint.tensors[name])
+
+    router = next(read_routers(layer, load, torch.float32))
     hidden_TH = torch.randn(tokens, router.weight_EH.shape[1], generator=generator)
     logits_TE = hidden_TH @ router.weight_EH.T
     if router.logit_bias_E is not None:

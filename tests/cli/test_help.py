@@ -15,6 +15,7 @@ import click
 import pytest
 from checkpoints import Spec, build
 from command_line import run, run_well, time_limit
+from hub_server import serving
 from traces import write_trace
 
 from reshard.cli.main import main
@@ -54,12 +55,15 @@ def test_every_example_of_every_help_runs(tmp_path: Path, monkeypatch: pytest.Mo
     lines = [line for name in ("zigzag", *COMMANDS) for line in examples_of(name)]
     assert len(lines) > 20
     monkeypatch.chdir(tmp_path)
-    for line in dict.fromkeys(lines):
-        words, _, file = line.removeprefix("reshard ").partition(" > ")
-        result = run(*shlex.split(words))
-        assert result.exit_code == 0, f"{line}: {result.output}"
-        if file:
-            Path(file).write_text(result.stdout)
+    with serving(tmp_path / "cache") as hub:
+        hub.add("deepseek-ai/DeepSeek-R1", tmp_path / "DeepSeek-R1")
+        for line in dict.fromkeys(lines):
+            words, _, file = line.removeprefix("reshard ").partition(" > ")
+            result = run(*shlex.split(words))
+            assert result.exit_code == 0, f"{line}: {result.output}"
+            if file:
+                Path(file).write_text(result.stdout)
+    assert hub.requests
     assert {path.name for path in tmp_path.iterdir()} >= {"R1-zz", "R1-balanced", "R1", "R1.html", "placement.json"}
 
 
@@ -112,6 +116,8 @@ def test_short_options_are_the_same_everywhere() -> None:
         "analyze src --ep 8 --html - --json",
         "analyze src --ep 8 --placement balanced",
         "analyze src --ep 8 --seed 99999999999999999999",
+        "zigzag --src src --ep 8 --out out --merge",
+        "zigzag --src src --ep 8 --out out --ranks 3-1",
         "zigzag --src '' --ep 8 --out out",
         "zigzag --src src --ep 8 --out ''",
         "verify ''",

@@ -81,6 +81,8 @@ def sizes(directory: Path) -> dict[str, int]:
         ("zigzag --src WORK/src --ep 2 --out NEW --dry-run", "plan"),
         ("zigzag --src WORK/src --ep 2 --out NEW", "writing"),
         ("zigzag --src WORK/src --ep 2 --out WORK/output", "writing"),
+        ("zigzag --src WORK/src --ep 2 --ranks 1 --out NEW", "writing"),
+        ("zigzag --src WORK/src --ep 2 --ranks 1 --out NEW --dry-run", "plan"),
         ("place --strategy balanced --trace WORK/trace --src WORK/src --ep 2 --out NEW", "writing"),
         ("verify WORK/output", "verify"),
         ("verify WORK/output --src WORK/src", "verify"),
@@ -111,6 +113,20 @@ def test_every_command_prints_what_the_schema_describes(command: str, kind: str,
         assert sizes(tmp_path / "new").keys() - {file["name"] for file in found["files"]} == last
 
 
+def test_a_run_with_merge_lists_the_files_of_its_ranks(work: Path, tmp_path: Path) -> None:
+    command = "zigzag --src WORK/src --ep 2 --out"
+    whole = printed(f"{command} {tmp_path / 'whole'}", work, 0)
+    assert whole["ranks"] is None
+    for rank in (0, 1):
+        found = printed(f"{command} {tmp_path / 'out'} --ranks {rank} --merge", work, 0)
+        assert found["ranks"] == [rank]
+        assert found["out"] == str(tmp_path / "out")
+        needed = {file["name"] for file in whole["files"] if file["rank"] in (None, rank)}
+        assert {file["name"] for file in found["files"]} == needed < sizes(tmp_path / "whole").keys()
+        assert found["output_size"] == sum(file["size"] for file in found["files"])
+    assert sizes(tmp_path / "out") == sizes(tmp_path / "whole")
+
+
 def test_every_kind_of_document_is_tried() -> None:
     """A kind that is added to the schema must be added above."""
     marks = test_every_command_prints_what_the_schema_describes.pytestmark
@@ -137,6 +153,8 @@ def test_every_kind_of_document_is_tried() -> None:
         ("trace info WORK/nothing", 1, "TraceError"),
         ("zigzag --src WORK/src --ep 0 --out NEW", 2, "BadParameter"),
         ("zigzag --src WORK/src --sideways", 2, "NoSuchOption"),
+        ("zigzag --src WORK/src --ep 2 --out NEW --merge", 2, "UsageError"),
+        ("zigzag --src WORK/src --ep 2 --out NEW --revision main", 1, "CheckpointError"),
         ("verify", 2, "MissingParameter"),
         ("verify WORK/output --quick --src WORK/src", 2, "UsageError"),
         ("trace info", 2, "MissingParameter"),

@@ -337,15 +337,15 @@ def test_a_directory_without_a_trace_is_refused(source: Path, tmp_path: Path) ->
 
 
 def test_the_choices_are_those_of_the_checkpoint_s_gates(source: Path) -> None:
-    from reshard.model.router import Router, read_routers, route
+    from reshard.model.router import Router, load_tensor, read_routers, route
     from reshard.traffic.choices import random_traffic
 
     checkpoint = read_checkpoint(source)
     model = read_model(checkpoint)
     traffic = random_traffic(checkpoint, model, 64, 7, lambda layers: None)
     for number, layer in enumerate(model.layers):
-        files = {tensor.name: source / tensor.file for tensor in layer.router}
-        router = next(read_routers(layer, files, torch.float64))
+        tensors = {tensor.name: load_tensor(checkpoint.source, tensor) for tensor in layer.router}
+        router = next(read_routers(layer, tensors.__getitem__, torch.float64))
         hidden = torch.randn(64, router.weight_EH.shape[1], generator=torch.Generator().manual_seed(7 + number))
         expected = route(hidden.double(), router, model.routing).experts_TK
         assert torch.equal(traffic.ids[layer.name].sort(dim=1).values, expected.sort(dim=1).values)

@@ -36,6 +36,7 @@ from reshard import (
 from reshard.traffic.trace_file import Header, TraceWriter
 
 URLS = ("s3://bucket/R1", "hf://org/R1", "file:///tmp/R1")
+NEVER_SOURCES = ("https://host/R1", "file:///tmp/R1")
 
 
 @pytest.fixture
@@ -58,24 +59,40 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     [
         "zigzag --src src --ep 2 --out URL",
         "zigzag --src src --ep 2 --out URL --dry-run",
-        "zigzag --src URL --ep 2 --out out",
         "place --strategy zigzag --src src --ep 2 --out URL",
         "place --strategy file --map URL --src src --ep 2 --out out",
         "place --strategy balanced --trace URL --src src --ep 2 --out out",
         "restore output --out URL",
-        "restore URL --out out",
         "stage output --ranks 0 --out URL",
         "stage URL --ranks 0 --out out",
         "verify URL",
-        "verify output --src URL",
-        "inspect URL",
         "analyze src --ep 2 --tokens 16 --html URL.html",
         "trace info URL",
         "export src --to vllm --ep 2 --out URL.json",
-        "export URL --to vllm --ep 2",
     ],
 )
 def test_a_url_is_refused_and_nothing_is_written(command: str, url: str, work: Path) -> None:
+    refuse_url(command, url, work)
+
+
+@pytest.mark.parametrize("url", NEVER_SOURCES)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "zigzag --src URL --ep 2 --out out",
+        "restore URL --out out",
+        "verify output --src URL",
+        "inspect URL",
+        "export URL --to vllm --ep 2",
+    ],
+)
+def test_a_source_is_at_no_url_that_no_store_has(command: str, url: str, work: Path) -> None:
+    """Those of the Hub and of object stores are in tests/remote."""
+    refuse_url(command, url, work)
+
+
+def refuse_url(command: str, url: str, work: Path) -> None:
+    """The command fails with a line about the URL's scheme, and writes nothing."""
     before = snapshot(work)
     result = run(*command.replace("URL", url).split())
     assert result.exit_code == 1
@@ -92,7 +109,7 @@ def test_a_url_from_python_is_refused_and_nothing_is_written(url: str, work: Pat
     analysis = analyze("src", [Zigzag(2)], tokens=16)
     calls: tuple[Callable[[], object], ...] = (
         lambda: zigzag("src", url, 2),
-        lambda: zigzag(url, "out", 2),
+        lambda: zigzag(url.replace("s3", "ftp").replace("hf", "https"), "out", 2),
         lambda: stage("output", url, [0]),
         lambda: restore("output", url),
         lambda: verify(url),

@@ -88,7 +88,7 @@ def test_a_run_that_comes_late_does_not_write_into_a_finished_output(
 ) -> None:
     out = shutil.copytree(whole, tmp_path / "out")
     # as if the other had finished just after it looked
-    monkeypatch.setattr("reshard.commands.place.finished_output", lambda out: None)
+    monkeypatch.setattr("reshard.commands.writing.finished_output", lambda out: None)
     monkeypatch.setattr("reshard.execute.ready.check_out", lambda out, replace: None)
     with pytest.raises(OutputError, match="no longer empty"):
         zigzag(source, out, 2)
