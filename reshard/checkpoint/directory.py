@@ -19,7 +19,7 @@ from .files import Files, LocalFiles
 from .files import is_left_out as is_left_out
 from .header import Header, Tensor
 from .lfs import refuse_pointer
-from .place import Place
+from .location import Location
 from .weights import INDEX as INDEX
 from .weights import indices_among, is_weights, refuse_second_copy, refuse_without_index
 
@@ -48,7 +48,7 @@ class Checkpoint:
     config: dict[str, Any]
 
     @property
-    def root(self) -> Place:
+    def root(self) -> Location:
         """What its files are below."""
         return self.source.root
 
@@ -151,7 +151,7 @@ def _read_index(source: Files, index_name: str, weights: list[str]) -> tuple[dic
     return weight_map, metadata
 
 
-def _by_name(root: Place, shards: dict[str, Header]) -> dict[str, Tensor]:
+def _by_name(root: Location, shards: dict[str, Header]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, header in shards.items():
         for tensor in header.tensors:
@@ -163,7 +163,7 @@ def _by_name(root: Place, shards: dict[str, Header]) -> dict[str, Tensor]:
     return tensors
 
 
-def _compare(path: Place, weight_map: dict[str, str], tensors: dict[str, Tensor]) -> None:
+def _compare(path: Location, weight_map: dict[str, str], tensors: dict[str, Tensor]) -> None:
     for name, file in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{path}: tensor {name}: not in {file}, nor in any other file that the index names")
@@ -174,7 +174,7 @@ def _compare(path: Place, weight_map: dict[str, str], tensors: dict[str, Tensor]
             raise CheckpointError(f"{path}: does not name tensor {name}, which is in {tensor.file}")
 
 
-def refuse_nesting(text: bytes, path: Place) -> None:
+def refuse_nesting(text: bytes, path: Location) -> None:
     """CheckpointError if the JSON `text` is nested deeper than MAX_NESTING levels."""
     if text.count(b"[") + text.count(b"{") <= MAX_NESTING:
         return

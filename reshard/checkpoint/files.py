@@ -16,7 +16,7 @@ from typing import Protocol
 
 from ..errors import CheckpointError
 from .header import Header, read_header
-from .place import Place as Place
+from .location import Location as Location
 
 # Copies of what the checkpoint holds anyway: Git's own folder has the weights once more.
 _LEFT_OUT = re.compile(r"(.*/)?\.git|\.cache/huggingface")
@@ -57,7 +57,7 @@ class Files(Protocol):
     """Files by name. A method that fails raises OSError, or CheckpointError that names the file."""
 
     @property
-    def root(self) -> Place:
+    def root(self) -> Location:
         """What they are below."""
 
     @property

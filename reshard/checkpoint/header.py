@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .lfs import MAX_POINTER_SIZE, refuse_pointer
-from .place import Place
+from .location import Location
 
 MAX_HEADER_SIZE = 100_000_000
 ALIGNMENT = 8
@@ -66,7 +66,7 @@ def _read_header(path: Path) -> Header:
     return header
 
 
-def ask_library(file: Path, path: Place) -> None:
+def ask_library(file: Path, path: Location) -> None:
     """CheckpointError if the safetensors library refuses `file`. It maps the file and reads its header only."""
     from safetensors import SafetensorError, safe_open
 
@@ -82,7 +82,7 @@ def _parse_file(path: Path) -> Header:
         return parse_beginning(file.read, os.fstat(file.fileno()).st_size, path)
 
 
-def parse_beginning(read: Callable[[int], bytes], file_size: int, path: Place) -> Header:
+def parse_beginning(read: Callable[[int], bytes], file_size: int, path: Location) -> Header:
     """The header of a file of `file_size` bytes; `read(n)` gives its next `n` bytes, or fewer at its end."""
     prefix = read(8)
     if len(prefix) < 8:
@@ -101,7 +101,7 @@ def parse_beginning(read: Callable[[int], bytes], file_size: int, path: Place) -
     return parse_header(prefix + read(length), file_size, path)
 
 
-def parse_header(raw: bytes, file_size: int, path: Place) -> Header:
+def parse_header(raw: bytes, file_size: int, path: Location) -> Header:
     """The header `raw` (length prefix included) of a file of `file_size` bytes; errors and tensors name `path`."""
     entries = _decode(raw[8:], path)
     metadata = entries.pop("__metadata__", None)
@@ -155,7 +155,7 @@ def build_header(
     return struct.pack("<Q", len(text)) + text
 
 
-def _decode(text: bytes, path: Place) -> dict[str, Any]:
+def _decode(text: bytes, path: Location) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise CheckpointError(f"{path}: not a safetensors file: the header is not a JSON object")
     try:
@@ -175,7 +175,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _tensor(name: str, info: Any, data_start: int, path: Place) -> Tensor:
+def _tensor(name: str, info: Any, data_start: int, path: Location) -> Tensor:
     if not name.isascii() and not _is_utf8(name):
         raise CheckpointError(f"{path}: tensor {name!a}: the name is not valid Unicode")
     where = f"{path}: tensor {name}"

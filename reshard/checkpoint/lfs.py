@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import CheckpointError
-from .place import Place
+from .location import Location
 
 MAX_POINTER_SIZE = 1024  # bytes, by Git LFS's specification
 _BEGINNING = b"version https://git-lfs.github.com/spec/"
@@ -14,7 +14,7 @@ def is_pointer(data: bytes) -> bool:
     return data.startswith(_BEGINNING)
 
 
-def refuse_pointer(data: bytes, path: Place) -> None:
+def refuse_pointer(data: bytes, path: Location) -> None:
     """CheckpointError if the file at `path`, which begins with `data`, is a pointer."""
     if is_pointer(data):
         raise CheckpointError(

@@ -19,7 +19,7 @@ from blake3 import blake3
 from ..errors import CheckpointError
 from .files import File, Identity, Listing, is_left_out
 from .header import Header, ask_library, parse_beginning
-from .place import Url
+from .location import Url
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

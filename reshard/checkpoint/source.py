@@ -12,7 +12,7 @@ from ..arguments import refuse_url
 from ..errors import CheckpointError
 from .directory import CONFIG, read_json_object
 from .files import Files, LocalFiles
-from .place import Url
+from .location import Url
 from .remote import RemoteFiles
 from .weights import indices_among, is_weights
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 from ..errors import CheckpointError
-from .place import Place
+from .location import Location
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,7 +37,7 @@ def is_other_format(name: str) -> bool:
     return name.endswith(_OTHER_FORMATS) and not _TRAINING_STATE.match(name)
 
 
-def refuse_second_copy(root: Place, sizes: Mapping[str, int]) -> None:
+def refuse_second_copy(root: Location, sizes: Mapping[str, int]) -> None:
     """CheckpointError if the weights are at the top of `root` in another format too; `sizes` has all files."""
     for name, size in sizes.items():
         if "/" not in name and is_other_format(name) and size > MIN_COPY:
@@ -47,7 +47,7 @@ def refuse_second_copy(root: Place, sizes: Mapping[str, int]) -> None:
             )
 
 
-def refuse_without_index(root: Place, names: Collection[str]) -> None:
+def refuse_without_index(root: Location, names: Collection[str]) -> None:
     """CheckpointError if the files `names` in `root`, none of which is an index, are no whole checkpoint.
 
     Without an index, an engine loads every safetensors file at the top.

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import click
 
-from ..checkpoint.place import Place
+from ..checkpoint.location import Location
 from ..commands.export import Export
 from ..commands.resharding import Resharding
 from ..commands.serving import serve_command
@@ -167,7 +167,7 @@ def describe_restoring(outcome: Outcome, resharded: str, source: Source) -> list
     return [*lines, *(f"note: the output never had {name} of the source" for name in source.left_out)]
 
 
-def _done_lines(outcome: Outcome, done: str, source: Place | str, checked: str) -> list[str]:
+def _done_lines(outcome: Outcome, done: str, source: Location | str, checked: str) -> list[str]:
     """What a run wrote, and what it resumed, shared and noted; or that all was there, and what was `checked`."""
     what = f"{len(outcome.files)} files, {bytes_text(outcome.size)}"
     if outcome.already_complete:
@@ -186,7 +186,7 @@ def _serve_line(resharding: Resharding, out: Path) -> str:
     return Whole(f"serve it{where}:  {serve_command(out, resharding.ep_size)}")
 
 
-def _sharing_lines(outcome: Outcome, source: Place | str) -> list[str]:
+def _sharing_lines(outcome: Outcome, source: Location | str) -> list[str]:
     """How much is shared with the source or why nothing is, and how many tensors have no digest."""
     if outcome.why_not_shared:
         lines = [f"copied: {outcome.why_not_shared}"]

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..checkpoint.directory import CONFIG, read_json
 from ..checkpoint.files import Files
-from ..checkpoint.place import Place
+from ..checkpoint.location import Location
 from ..checkpoint.source import ANY, Hub, find_source
 from ..errors import CheckpointError, OutputError, UnsupportedError
 from ..execute.new_file import write_new_file
@@ -141,7 +141,7 @@ def _of_output(source: Files, ep_size: int | None) -> PlacedModel:
     return _number_layers(header, root, manifest.placement, read_json(source, CONFIG))
 
 
-def _number_layers(model: PlacedModel, root: Place, by_layer: Placement, config: Mapping[str, Any]) -> PlacedModel:
+def _number_layers(model: PlacedModel, root: Location, by_layer: Placement, config: Mapping[str, Any]) -> PlacedModel:
     """`model` with its layers, numbered and in order. Refuses what no engine could place."""
     num_layers = _num_layers(config, root)
     layers = sorted(
@@ -161,7 +161,7 @@ def _number_layers(model: PlacedModel, root: Place, by_layer: Placement, config:
     return replace(model, num_layers=num_layers, layers=tuple(layers))
 
 
-def _num_layers(config: Mapping[str, Any], root: Place) -> int:
+def _num_layers(config: Mapping[str, Any], root: Location) -> int:
     """The number of layers of the model, without MTP layers."""
     values = [section["num_hidden_layers"] for _, section in config_sections(config) if "num_hidden_layers" in section]
     value = values[-1] if values else None
@@ -172,7 +172,7 @@ def _num_layers(config: Mapping[str, Any], root: Place) -> int:
     return value
 
 
-def _number(name: str, num_layers: int, root: Place) -> int:
+def _number(name: str, num_layers: int, root: Location) -> int:
     """`model.layers.3.mlp` is layer 3, and `mtp.0.ffn` the first after the last."""
     key = layer_key(name, num_layers)
     if not key.numbers:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..checkpoint.files import Files
 from ..checkpoint.header import Tensor, parse_header
-from ..checkpoint.place import Place
+from ..checkpoint.location import Location
 from ..checkpoint.source import ANY, Hub, find_source
 from ..errors import CheckpointError, OutputError, UnsupportedError
 from ..execute.holes import find_hole
@@ -84,7 +84,7 @@ def inspect(directory: str | Path, ep_size: int | None = None, hub: Hub = ANY) -
 class _Facts:
     """What both kinds of directory provide: tensors by the original's names, and the placement, {} if none."""
 
-    root: Place
+    root: Location
     family: str
     model_type: str
     routing: Routing

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..checkpoint.directory import CONFIG, Checkpoint, read_files
 from ..checkpoint.files import Files
-from ..checkpoint.place import Place
+from ..checkpoint.location import Location
 from ..checkpoint.source import ANY, Hub, find_source
 from ..errors import CheckpointError, OutputError
 from ..execute.holes import find_hole
@@ -32,7 +32,7 @@ class Original:
     model: MoeModel
 
     @property
-    def root(self) -> Place:
+    def root(self) -> Location:
         """Its directory, or its URL."""
         return self.checkpoint.root
 

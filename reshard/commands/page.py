@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.place import Place
+from ..checkpoint.location import Location
 from ..execute.destination import refuse_inside
 from ..execute.new_file import refuse_existing, write_new_file
 from ..traffic.analysis import Analysis
 from ..traffic.page import render
 
 
-def refuse_page(out: str | Path, root: Place) -> None:
+def refuse_page(out: str | Path, root: Location) -> None:
     """OutputError if no page may be written to `out`, because it exists or lies in the checkpoint `root`."""
     folders: list[str] = []
     if isinstance(root, Path) and root.is_dir():

@@ -5,24 +5,24 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping
 
-from ..checkpoint.place import Place
+from ..checkpoint.location import Location
 from ..placement.steps import DEFAULT_MIX, describe_mix
 from ..placement.strategies import Balanced, FromFile, Linear, NodeZigzag, Strategy
 from ..placement.time_model import DEFAULT_GPU
 
 
-def serve_command(model: Place | str, ep_size: int, placement: str | None = None) -> str:
+def serve_command(model: Location | str, ep_size: int, placement: str | None = None) -> str:
     """The command that serves an output, or with `placement` an original placed, on one node."""
     variable = "" if placement is None else f"RESHARD_PLACEMENT={shlex.quote(placement)} "
     return variable + _vllm(model, ep_size)
 
 
-def record_command(model: Place | str, ep_size: int) -> str:
+def record_command(model: Location | str, ep_size: int) -> str:
     """The command that serves an original and records which experts its tokens choose."""
     return f"RESHARD_TRACE=./trace {_vllm(model, ep_size)}"
 
 
-def serve_commands(src: Place | str, strategies: Iterable[Strategy]) -> dict[str, tuple[str, ...]]:
+def serve_commands(src: Location | str, strategies: Iterable[Strategy]) -> dict[str, tuple[str, ...]]:
     """For each strategy, the commands that serve the original `src` placed by it."""
     found: dict[str, tuple[str, ...]] = {}
     for strategy in strategies:
@@ -46,13 +46,13 @@ def serve_commands(src: Place | str, strategies: Iterable[Strategy]) -> dict[str
     return found
 
 
-def _vllm(model: Place | str, ep_size: int) -> str:
+def _vllm(model: Location | str, ep_size: int) -> str:
     repo_id, _, commit = str(model).removeprefix("hf://").partition("@")
     name = [repo_id, "--revision", commit] if str(model).startswith("hf://") else [str(model)]
     return shlex.join(["vllm", "serve", *name, "--tensor-parallel-size", str(ep_size), "--enable-expert-parallel"])
 
 
-def _exported(src: Place | str, strategy: Strategy, given: Mapping[str, object]) -> tuple[str, ...]:
+def _exported(src: Location | str, strategy: Strategy, given: Mapping[str, object]) -> tuple[str, ...]:
     """The command that writes a placement file, and the one that serves with it."""
     file, options = f"{strategy.name}.json", [str(word) for item in given.items() if item[1] for word in item]
     export = ["reshard", "export", str(src), "--to", "vllm", "--ep", str(strategy.ep_size)]

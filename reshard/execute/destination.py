@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..arguments import refuse_url
-from ..checkpoint.place import Place
+from ..checkpoint.location import Location
 from ..errors import OutputError
 from ..record.manifest import JOURNAL as JOURNAL
 from . import syscalls
@@ -18,7 +18,7 @@ PARTIAL = ".partial"
 SPARE_SPACE = 16 << 20  # bytes that must stay free
 
 
-def refuse_inside(out: Path, root: Place, directories: Iterable[str], option: str = "--out") -> None:
+def refuse_inside(out: Path, root: Location, directories: Iterable[str], option: str = "--out") -> None:
     """OutputError if `out` is or lies in `root` or one of its `directories`; these may be links. Refuses URLs too."""
     refuse_url(out)
     if not isinstance(root, Path):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.header import Header, Tensor
-from ..checkpoint.place import Place
+from ..checkpoint.location import Location
 from ..errors import CheckpointError
 from . import syscalls
 
@@ -27,7 +27,7 @@ class Hole:
     size: int
 
 
-def find_hole(root: Place, shards: Mapping[str, Header], names: Collection[str] | None = None) -> Hole | None:
+def find_hole(root: Location, shards: Mapping[str, Header], names: Collection[str] | None = None) -> Hole | None:
     """The first hole in a tensor of the files `shards` below `root`; with `names`, only in these tensors.
 
     None too if the file system does not tell. Raises CheckpointError if a file cannot be read.

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..checkpoint.place import Place
+from ..checkpoint.location import Location
 from ..errors import OutputError
 from ..plan.sharing import REFLINK, Reflink, Sharing
 from . import syscalls
@@ -17,7 +17,9 @@ from .destination import nearest_directory, refuse_inside
 MAX_BLOCK = 1 << 16  # bytes; network file systems report their transfer size as the block size
 
 
-def find_sharing(root: Place, names: Iterable[str], directories: Iterable[str], out: Path, reflink: Reflink) -> Sharing:
+def find_sharing(
+    root: Location, names: Iterable[str], directories: Iterable[str], out: Path, reflink: Reflink
+) -> Sharing:
     """Whether the directory `out`, which need not exist yet, can share blocks with the files `names` below `root`.
 
     `directories` are the folders below `root`. Raises OutputError if `out` lies in `root`, which is never written to,

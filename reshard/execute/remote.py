@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..checkpoint.files import File, Files
-from ..checkpoint.place import Place
+from ..checkpoint.location import Location
 from ..errors import CheckpointError
 from ..plan.fetches import Fetch, fetches
 from ..plan.files import Part
@@ -34,7 +34,7 @@ class RemoteSources:
         self.files = files
 
     @property
-    def root(self) -> Place:
+    def root(self) -> Location:
         """What they are below."""
         return self.source.root
 

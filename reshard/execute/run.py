@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..arguments import check_whole
-from ..checkpoint.place import Place, Url
+from ..checkpoint.location import Location, Url
 from ..checkpoint.remote import CONNECTIONS
 from ..plan.files import OutputFile, Plan, checksums_of, fingerprint
 from ..record.manifest import FileRecord, FileSummary
@@ -60,14 +60,14 @@ class Outcome:
     already_complete: bool = False
 
 
-def default_workers(root: Place | None = None) -> int:
+def default_workers(root: Location | None = None) -> int:
     """Threads that keep a disk busy without flooding a small machine; for a store, which they wait for, as many as
     `hf download` has.
     """
     return CONNECTIONS if isinstance(root, Url) else min(8, os.cpu_count() or 1)
 
 
-def count_workers(workers: int | None, root: Place | None = None) -> int:
+def count_workers(workers: int | None, root: Location | None = None) -> int:
     """`workers` or the default for a source at `root`; OutputError unless it is a number of threads."""
     if workers is None:
         return default_workers(root)

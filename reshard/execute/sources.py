@@ -23,7 +23,7 @@ from blake3 import blake3
 
 from ..checkpoint.directory import File
 from ..checkpoint.header import Tensor
-from ..checkpoint.place import Place
+from ..checkpoint.location import Location
 from ..errors import CheckpointError
 from ..plan.extents import Extent
 from ..plan.files import Part
@@ -45,7 +45,7 @@ class Sources(Protocol):
     """The files of a source, each of which must still be as it was when the plan was made."""
 
     @property
-    def root(self) -> Place:
+    def root(self) -> Location:
         """What they are below."""
 
     @property

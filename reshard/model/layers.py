@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from ..checkpoint.directory import CONFIG, Checkpoint
 from ..checkpoint.header import Tensor
-from ..checkpoint.place import Place
+from ..checkpoint.location import Location
 from ..errors import CheckpointError, UnsupportedError
 from .families import (
     BY_MODEL_TYPE,
@@ -148,7 +148,7 @@ def _family(checkpoint: Checkpoint) -> tuple[Family, str]:
     return family, model_type
 
 
-def _known(model_type: str, architectures: Any, where: Place) -> Family:
+def _known(model_type: str, architectures: Any, where: Location) -> Family:
     """The family of that model type; families that share one are told apart by architecture."""
     names = architectures if isinstance(architectures, list) else []
     for key in (*(f"{model_type}:{name}" for name in names), model_type):

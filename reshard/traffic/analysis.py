@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..checkpoint.place import Place
+from ..checkpoint.location import Location
 from .advice import Advice
 from .effect import Coselection, Effect
 from .step_time import StepTime
@@ -43,7 +43,7 @@ class Analysis:
     the kind `gpu`, whose figures come from `gpu_source`. `serve` has the commands that serve by each candidate.
     """
 
-    path: Place
+    path: Location
     family: str
     num_experts: int
     top_k: int

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoint.directory import Checkpoint
-from ..checkpoint.place import Place
+from ..checkpoint.location import Location
 from ..errors import TraceError
 from ..model.layers import MoeLayer, MoeModel
 from ..placement.layer_names import find_layer
@@ -40,7 +40,7 @@ class Traffic:
 
 
 def recorded_traffic(
-    path: Path, model: MoeModel, root: Place, most: int = MAX_TOKENS, start: float = 0.0, end: float = 1.0
+    path: Path, model: MoeModel, root: Location, most: int = MAX_TOKENS, start: float = 0.0, end: float = 1.0
 ) -> Traffic:
     """Load the traffic of the model in `root` that was recorded in the directory or file `path`.
 
@@ -79,7 +79,7 @@ def stretches(tokens: int, max_tokens: int) -> list[range]:
     return [range(first, first + length) for first in range((step - length) // 2, tokens, step)][:count]
 
 
-def _columns(recording: Recording, model: MoeModel, root: Place) -> dict[str, int]:
+def _columns(recording: Recording, model: MoeModel, root: Location) -> dict[str, int]:
     """The column of each of the model's MoE layers in `recording`; TraceError if it is another model's."""
     routing, where = model.routing, recording.where
     for what, found, expected in (

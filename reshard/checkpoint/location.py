@@ -29,4 +29,4 @@ class Url(str):
         return self
 
 
-Place = Path | Url
+Location = Path | Url
