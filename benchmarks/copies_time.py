@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from graph_time import LAYERS, microseconds
 from measure import median
 
 from reshard.placement.copies import first, placement_of
@@ -23,7 +24,6 @@ from reshard.vllm.choose_copies import Record, choose_copies, tables
 from reshard.vllm.grouped_topk import Choice, grouped_topk
 from reshard.vllm.map_ids import map_ids
 
-LAYERS, REPLAYS = 58, 10
 TOKENS = (8, 32, 64, 128, 256, 512)
 R1 = Choice(num_experts=256, n_group=8, topk_group=4, top_k=8, renormalize=True, scale=2.5)
 RANKS, SPARE = 8, 8
@@ -85,17 +85,6 @@ def captured(tokens: int, way: Map) -> torch.cuda.CUDAGraph:
         kept = [layer() for _ in range(LAYERS)]
     del kept
     return graph
-
-
-def microseconds(graph: torch.cuda.CUDAGraph) -> float:
-    """The time of one of a graph's `LAYERS` layers."""
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    before.record()
-    for _ in range(REPLAYS):
-        graph.replay()
-    after.record()
-    after.synchronize()
-    return 1000 * before.elapsed_time(after) / REPLAYS / LAYERS
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 import vllm._custom_ops as ops
+from graph_time import LAYERS, microseconds
 from measure import median, spread
 
 from reshard.placement.permutations import invert, zigzag
 from reshard.vllm.grouped_topk import Choice, grouped_topk
 
-LAYERS, REPLAYS = 58, 10
 TOKENS = (1, 8, 64, 256, 1024, 8192)
 R1 = Choice(num_experts=256, n_group=8, topk_group=4, top_k=8, renormalize=True, scale=2.5)
 KIMI_K2 = Choice(num_experts=384, n_group=1, topk_group=1, top_k=8, renormalize=True, scale=2.827)
@@ -67,17 +67,6 @@ def captured(router: Callable[[], object]) -> torch.cuda.CUDAGraph:
         for _ in range(LAYERS):
             router()
     return graph
-
-
-def microseconds(graph: torch.cuda.CUDAGraph) -> float:
-    """The time of one of a graph's `LAYERS` calls."""
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    before.record()
-    for _ in range(REPLAYS):
-        graph.replay()
-    after.record()
-    after.synchronize()
-    return 1000 * before.elapsed_time(after) / REPLAYS / LAYERS
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What messages and reports call a place where files are: a path, or a URL. Both join names with `/`."""
+"""Where files are, as messages and reports name it: a path or a URL. Both join names with `/`."""
 
 from __future__ import annotations
 

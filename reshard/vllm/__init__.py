@@ -7,7 +7,7 @@ plugin replaces functions of vLLM as follows:
     routing    with a contract, routers score groups of logical experts and return physical ids
     loading    a rank opens only the shared files and its own (`rank_files`); every router is checked before the model
                serves
-    gates      they have one dimension in the files, and get their two again
+    gates      gates have one dimension in the files; the plugin gives them their two again
     outputs    options that bring in the original's expert ids, or skip that choice of files, are refused
     updates    so are new weights in the original's numbering, but for the output's own files
     lora       so are adapters of experts and routers
@@ -28,6 +28,7 @@ For an original, if RESHARD_PLACEMENT is set:
 
 `hooks` lists what the plugin replaces. `support` says whether the installed vLLM fits; for one that is newer than those
 that we read, `hook_check` reads its sources. `patching` replaces functions, and `runners` finds MoE layers.
+`choose_copies` is a kernel that chooses among copies of experts; nothing calls it yet.
 
 Every other model loads as it does without the plugin. If the plugin does not support the installed vLLM, it says so
 only when a group-limited output is loaded or a placement is requested.

@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+from copies_oracle import random_copies
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -28,17 +29,8 @@ CASES = [  # each number of tokens and each shape compiles a kernel of its own
 
 
 def random_placement(experts: int, ranks: int, spare: int, most: int) -> list[int]:
-    """physical_to_logical with random copies, about `most` of an expert at most, and none twice on a rank."""
-    draw = random.Random(experts + spare)
-    held = [list(range(rank, experts, ranks)) for rank in range(ranks)]
-    count = [1] * experts
-    for of_rank in held:
-        for _ in range(spare):
-            others = [expert for expert in range(experts) if expert not in of_rank]
-            expert = draw.choice([expert for expert in others if count[expert] < most] or others)
-            of_rank.append(expert)
-            count[expert] += 1
-    return [expert for of_rank in held for expert in draw.sample(of_rank, len(of_rank))]
+    """physical_to_logical with random copies, the same in every run."""
+    return random_copies(random.Random(experts + spare), experts, ranks, spare, most)
 
 
 def random_ids(tokens: int, experts: int, top_k: int) -> Any:

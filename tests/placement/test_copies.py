@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from copies import eplb
 from copies_oracle import batches, busiest, least
 from safetensors.torch import load_file
 from torch import Tensor
@@ -38,22 +39,6 @@ def optimum(placement: Sequence[int], layer: int, ranks: int = RANKS) -> float:
     """The busiest rank's active experts in held-out batches after the best choice, by the flow solver; mean."""
     active_BE = torch.cat([batches(halves(layer)[1], size, 40, EXPERTS) for size in SIZES])
     return sum(least(active, placement, ranks) for active in active_BE.tolist()) / len(active_BE)
-
-
-def eplb(load_E: Sequence[float], ranks: int, redundant: int) -> tuple[int, ...]:
-    """DeepSeek's EPLB with one group: copies to the expert with most load a copy, then packed by falling load."""
-    copies = [1] * len(load_E)
-    for _ in range(redundant):
-        copies[max(range(len(load_E)), key=lambda expert: load_E[expert] / copies[expert])] += 1
-    physical = [(load_E[expert] / number, expert) for expert, number in enumerate(copies) for _ in range(number)]
-    held: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0.0] * ranks
-    for weight, expert in sorted(physical, key=lambda row: -row[0]):
-        room = [rank for rank in range(ranks) if len(held[rank]) < len(physical) // ranks]
-        rank = min(room, key=lambda rank: load[rank])
-        held[rank].append(expert)
-        load[rank] += weight
-    return tuple(expert for of_rank in held for expert in of_rank)
 
 
 def top_experts_everywhere(load_E: Sequence[float], ranks: int, spare: int) -> tuple[int, ...]:

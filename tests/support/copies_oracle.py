@@ -60,3 +60,16 @@ def least(active: Sequence[int], physical_to_logical: Sequence[int], ranks: int)
             return most
         most += 1
     return 0
+
+
+def random_copies(draw: random.Random, experts: int, ranks: int, spare: int, most: int) -> list[int]:
+    """physical_to_logical with random copies, about `most` of an expert at most, and none twice on a rank."""
+    held = [list(range(rank, experts, ranks)) for rank in range(ranks)]
+    count = [1] * experts
+    for of_rank in held:
+        for _ in range(spare):
+            others = [expert for expert in range(experts) if expert not in of_rank]
+            expert = draw.choice([expert for expert in others if count[expert] < most] or others)
+            of_rank.append(expert)
+            count[expert] += 1
+    return [expert for of_rank in held for expert in draw.sample(of_rank, len(of_rank))]

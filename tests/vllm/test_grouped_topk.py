@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from copies_oracle import random_copies
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 CASES = [  # experts, groups, groups per token, experts per token, order of summing a softmax, biased, dtype
@@ -179,16 +180,3 @@ def test_of_each_active_expert_one_copy_serves_the_whole_batch(case: tuple[int, 
         if spare and tokens * top_k > 2 * experts:
             loads = [sum(slot // slots == rank for slot in used) for rank in range(ranks)]
             assert max(loads) - min(loads) <= 1
-
-
-def random_copies(draw: random.Random, experts: int, ranks: int, spare: int, most: int) -> list[int]:
-    """physical_to_logical with random copies, about `most` of an expert at most, and none twice on a rank."""
-    held = [list(range(rank, experts, ranks)) for rank in range(ranks)]
-    count = [1] * experts
-    for of_rank in held:
-        for _ in range(spare):
-            others = [expert for expert in range(experts) if expert not in of_rank]
-            expert = draw.choice([expert for expert in others if count[expert] < most] or others)
-            of_rank.append(expert)
-            count[expert] += 1
-    return [expert for of_rank in held for expert in draw.sample(of_rank, len(of_rank))]
