@@ -3,7 +3,7 @@
 `source` turns what the user calls the source into `Files`: those of a directory (`files`), or of the Hugging Face Hub
 or an object store (`remote`). `directory` reads these into a `Checkpoint`: files, headers and tensors, each tensor with
 its file, offset and size. `weights` knows which files hold weights, `lfs` knows Git's pointers, `header` reads, checks
-and writes the header of a safetensors file, and a `place` is a path or a URL. In comes a path or a URL; out comes a
+and writes the header of a safetensors file, and a `Location` is a path or a URL. In comes a path or a URL; out comes a
 sound `Checkpoint`, or a `CheckpointError`. Tensor data is never read here, and nothing here knows what an expert is:
 that is `model`.
 """
