@@ -16,7 +16,7 @@ from ..commands.page import refuse_page, write_page
 from ..commands.trace_info import trace_info
 from ..errors import OutputError
 from ..placement.steps import DEFAULT_MIX
-from ..placement.strategies import STRATEGIES, Linear, Options, Zigzag
+from ..placement.strategies import STRATEGIES, Copies, Linear, Options, Zigzag
 from ..placement.time_model import DEFAULT_GPU
 from ..traffic.choices import MAX_TOKENS
 from ..traffic.page import render
@@ -30,6 +30,7 @@ from .options import (
     json_option,
     make_strategy,
     printing_options,
+    spare_option,
     strategy_options,
 )
 from .progress import bar, layer_bar
@@ -207,6 +208,7 @@ def trace_info_command(directory: Path, as_json: bool) -> None:
         "reshard export ./R1-zz --to vllm --out - > placement.json",
         "reshard export ./DeepSeek-R1 --to vllm --ep 8 --strategy balanced \\\n"
         "      --trace ./trace --out balanced.json",
+        "reshard export ./DeepSeek-R1 --to vllm --ep 8 --spare 8 --trace ./trace \\\n      --out copies.json",
     ),
 )
 @click.argument("src", type=Source())
@@ -215,10 +217,10 @@ def trace_info_command(directory: Path, as_json: bool) -> None:
 @click.option(
     "--strategy",
     type=click.Choice([name for name in STRATEGIES if name != Linear.name]),
-    default=Zigzag.name,
-    show_default=True,
-    help="As for place. Leave it out if SRC is an output, which has a placement.",
+    help="As for place; copies needs --spare. Leave it out if SRC is an output, which has a placement.  "
+    "[default: zigzag; copies with --spare]",
 )
+@spare_option
 @strategy_options
 @hub_options
 @click.option(
@@ -233,7 +235,8 @@ def export_command(
     src: str,
     to: FormatName,
     ep: int | None,
-    strategy: str,
+    strategy: str | None,
+    spare: int | None,
     placing: Options,
     hub: Hub,
     out: Path | None,
@@ -250,8 +253,9 @@ def export_command(
         raise click.BadParameter(
             f"{FORMATS[to].engine} only reads a file whose name ends in {suffix}", param_hint="--out"
         )
-    made = make_strategy(strategy, ep, placing, quiet)
-    exported = export(src, to, ep, Zigzag if strategy == Zigzag.name else made, hub)
+    name = strategy or (Copies.name if spare else Zigzag.name)
+    made = make_strategy(name, ep, replace(placing, spare=spare), quiet)
+    exported = export(src, to, ep, Zigzag if name == Zigzag.name else made, hub)
     if out is not None:
         write_export(exported, out)
     if as_json:

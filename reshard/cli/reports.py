@@ -149,6 +149,8 @@ def export_report(exported: Export, out: Path | None) -> Report:
     """What `export` made; with the file's content if it was not written to `out`."""
     report = asdict(exported)
     content = report.pop("content")
+    if exported.copies is None:
+        del report["copies"], report["notes"]
     return {**report, "out": None, "content": content} if out is None else {**report, "out": str(out)}
 
 

@@ -95,6 +95,8 @@ def sizes(directory: Path) -> dict[str, int]:
         ("trace info WORK/trace", "trace_info"),
         ("export WORK/src --to vllm --ep 2", "export"),
         ("export WORK/output --to vllm --out NEW.json", "export"),
+        ("export WORK/src --to vllm --ep 2 --spare 1", "export"),
+        ("export WORK/src --to vllm --ep 2 --spare 1 --trace WORK/trace", "export"),
     ],
 )
 def test_every_command_prints_what_the_schema_describes(command: str, kind: str, work: Path, tmp_path: Path) -> None:
