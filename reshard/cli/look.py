@@ -77,6 +77,7 @@ def inspect_command(directory: str, ep: int | None, hub: Hub, printing: Printing
     examples=(
         "reshard analyze ./DeepSeek-R1 --ep 8",
         "reshard analyze ./DeepSeek-R1 --ep 8 --trace ./trace --html R1.html",
+        "reshard analyze ./DeepSeek-R1 --ep 8 --trace ./trace --spare 8",
         "reshard analyze ./DeepSeek-R1 --ep 16 --nodes 2 --json",
     ),
 )
@@ -88,8 +89,9 @@ def inspect_command(directory: str, ep: int | None, hub: Hub, printing: Printing
     type=click.Choice(list(STRATEGIES)),
     multiple=True,
     help="Placement to measure; can be repeated. The others are compared with the first.  [default: linear and zigzag, "
-    "and those that --nodes, --trace and --map make possible]",
+    "and those that --nodes, --trace, --map and --spare make possible]",
 )
+@spare_option
 @strategy_options
 @hub_options
 @click.option(
@@ -118,6 +120,7 @@ def inspect_command(directory: str, ep: int | None, hub: Hub, printing: Printing
 def analyze_command(
     src: str,
     ep: int,
+    spare: int | None,
     placing: Options,
     hub: Hub,
     placements: tuple[str, ...],
@@ -134,6 +137,7 @@ def analyze_command(
     instead, and reads no gates. If a placement is made from the trace, it is made from the first half of every
     recording, and all placements are measured on the second half.
     """
+    placing = replace(placing, spare=spare)
     possible = [
         name
         for name, offer in STRATEGIES.items()

@@ -137,7 +137,7 @@ def inspection_report(inspection: Inspection) -> Report:
 
 def analysis_report(analysis: Analysis) -> Report:
     """What `analyze` found, and for each placement the commands that serve by it."""
-    return asdict(analysis)
+    return analysis.values
 
 
 def trace_report(info: TraceInfo) -> Report:

@@ -121,24 +121,24 @@ def choose_copies(weight_BE: Tensor, prepared: Schedule, sweeps: int = SWEEPS) -
     weight_BE = weight_BE.long()
     ranks = torch.arange(len(prepared.fixed_RF))
     load_BR = _weights(weight_BE, prepared.fixed_RF.flatten()).view(len(weight_BE), len(ranks), -1).sum(dim=2)
-    mine = [torch.zeros_like(load_BR) for _ in prepared.expert_GR]  # by round: 1 if the rank has the expert
+    mine_GBR = load_BR.new_zeros(len(prepared.expert_GR), *load_BR.shape)  # 1 if the rank has the expert of the round
     for sweep in range(sweeps):
         for turn, (expert_R, next_R) in enumerate(zip(prepared.expert_GR, prepared.next_GR, strict=True)):
             weight_BR = _weights(weight_BE, expert_R)
-            without_BR = load_BR - mine[turn] * weight_BR
+            without_BR = load_BR - mine_GBR[turn] * weight_BR
             key_BR = without_BR * len(ranks) + (ranks if (turn + sweep) % 2 == 0 else ranks.flip(0))
             least_BR = other_BR = key_BR
             for _ in range(prepared.slot_EC.shape[1] - 1):
                 other_BR = other_BR[:, next_R.long()]
                 least_BR = torch.minimum(least_BR, other_BR)
-            mine[turn] = ((key_BR == least_BR) & (weight_BR > 0)).long()
-            load_BR = without_BR + mine[turn] * weight_BR
-    slot_BE = prepared.slot_EC[:, 0].long().expand_as(weight_BE).clone()
-    for expert, turn in enumerate(prepared.round_E.tolist()):
-        if turn >= 0:
-            for slot, rank in zip(prepared.slot_EC[expert].tolist(), prepared.rank_EC[expert].tolist(), strict=True):
-                if slot >= 0:
-                    slot_BE[mine[turn][:, rank] == 1, expert] = slot
+            mine_GBR[turn] = (key_BR == least_BR) & (weight_BR > 0)
+            load_BR = without_BR + mine_GBR[turn] * weight_BR
+    slot_BE = prepared.slot_EC[:, 0].long().expand_as(weight_BE)
+    for rank_E, slot_E in zip(prepared.rank_EC.T.long(), prepared.slot_EC.T.long(), strict=True):
+        if len(mine_GBR):
+            takes_EB = mine_GBR[prepared.round_E.clamp(min=0).long(), :, rank_E.clamp(min=0)]
+            takes_EB[(prepared.round_E < 0) | (slot_E < 0)] = 0
+            slot_BE = torch.where(takes_EB.T == 1, slot_E, slot_BE)
     return slot_BE
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from ..errors import OutputError
-from .copies import first, placement_of, with_copies
+from .copies import with_copies
 from .copy_choice import CHOSEN_TOKENS
 from .swaps import Aim
 from .time_model import expert_times, row_time
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def evenly_copied(num_experts: int, ep_size: int, spare: int) -> tuple[int, ...]:
-    """Zigzag, and copies of experts that lie as far apart as they can: as many of each rank and of each expert group.
+    """Zigzag, and copies of experts that lie far apart: as many of each rank, and about as many of each expert group.
+
+    The copies of a rank's experts go to the next rank, the one after that, and so on.
 
     Parameters:
         num_experts: E
@@ -32,10 +34,15 @@ def evenly_copied(num_experts: int, ep_size: int, spare: int) -> tuple[int, ...]
     Returns:
         physical_to_logical: [E + R * S]; each rank's experts in ascending order, none twice
     """
-    import torch
-
-    priority_E = [-_fraction(expert // ep_size) for expert in range(num_experts)]
-    return placement_of(first(torch.tensor(priority_E, dtype=torch.double), ep_size, spare))
+    of_rank = num_experts // ep_size
+    held = [set(range(rank, num_experts, ep_size)) for rank in range(ep_size)]
+    far_apart = sorted(range(of_rank), key=_fraction)
+    for copy in range(spare):
+        turn, number = divmod(copy, of_rank)
+        away = 1 + (number + turn) % (ep_size - 1)
+        for rank in range(ep_size):
+            held[(rank + away) % ep_size].add(rank + far_apart[number] * ep_size)
+    return tuple(expert for experts in held for expert in sorted(experts))
 
 
 def _fraction(number: int) -> float:

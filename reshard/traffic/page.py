@@ -12,7 +12,6 @@ import hashlib
 import html
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 from .._version import __version__
@@ -34,7 +33,7 @@ def render(analysis: Analysis) -> str:
         "typical_batch": typical_batch(analysis),
         "version": __version__,
     }
-    data = json.dumps({"analysis": asdict(analysis), "words": words}, default=str, separators=(",", ":"))
+    data = json.dumps({"analysis": analysis.values, "words": words}, default=str, separators=(",", ":"))
     values = {
         "title": html.escape(f"{analysis.path.absolute().name}: placements on {analysis.ep_size} EP ranks"),
         "script": _digest(template, "script"),

@@ -24,7 +24,16 @@ WHAT_COUNTS = (
 def describe_analysis(analysis: Analysis, *, by_layer: bool = False) -> list[str]:
     """The table over all layers and what it means; with `by_layer` also the same table for each layer."""
     means = {candidate.strategy: candidate.mean for candidate in analysis.candidates}
-    lines = [*headlines(analysis), "", *_times(analysis), "", *_table(analysis, means), "", *_worst(analysis)]
+    lines = [
+        *headlines(analysis),
+        "",
+        *_times(analysis),
+        *_copies(analysis),
+        "",
+        *_table(analysis, means),
+        "",
+        *_worst(analysis),
+    ]
     for name, *phrases in compare(analysis):
         lines += ["", f"{name}:", *(f"  {phrase}" for phrase in phrases)]
     lines += ["", "What counts, where sending tokens takes time too:"]
@@ -56,6 +65,13 @@ def headlines(analysis: Analysis) -> list[str]:
     return lines
 
 
+def _copies(analysis: Analysis) -> list[str]:
+    """The memory that copies take, after the times; nothing without copies."""
+    return (
+        [] if analysis.copies is None else ["", "Copies:", *(f"  {line}" for line in describe_memory(analysis.copies))]
+    )
+
+
 def describe_memory(memory: CopiesMemory) -> list[str]:
     """What copies take of a GPU's memory, and what is left for the KV cache."""
     lines = [
@@ -81,6 +97,8 @@ def times_note(analysis: Analysis) -> str:
     return (
         f"predicted for {analysis.ep_size} {analysis.gpu}, from the active experts and the tokens of the slowest rank; "
         "attention and the rest of a step are an estimate"
+        + "; copies: with the time to choose them"
+        * (analysis.copies is not None)
     )
 
 

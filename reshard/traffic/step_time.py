@@ -1,7 +1,8 @@
 """How long a step takes under each placement: its MoE layers by the time model, and an estimate of the rest.
 
-Every rank is given all tokens, as vLLM does without all-to-all kernels. Times
-are in seconds. Tensors carry their shape in their name: T tokens, K experts chosen, E experts.
+Every rank is given all tokens, as vLLM does without all-to-all kernels. If experts have copies, each batch chooses
+which of them serve it (`copy_choice`). Times are in seconds. Tensors carry their shape in their name: T tokens, K
+experts chosen, E experts, B batches, C copies of one expert at most, S slots.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..model.sizes import ModelSizes
+from ..placement.copy_choice import CHOSEN_TOKENS, schedule, slot_tokens
 from ..placement.permutations import Placement, rank_of_each
 from ..placement.steps import Phase, Step, count_experts
 from ..placement.time_model import GpuProfile, flops, rank_times
@@ -26,6 +28,9 @@ LAYER_SECONDS = 60e-6
 ALL_REDUCE_SECONDS = 12e-6
 ALL_REDUCES, PASSES = 2, 10
 CONTEXT = 1024  # tokens that each decoded token attends to
+# The kernel that chooses copies, per layer and by the tokens in a batch: fitted to docs/gpu/copies-time.json, of an
+# H100. In larger batches a map deals tokens to copies; EPLB's map took so long there.
+CHOICE_SECONDS, CHOICE_TOKEN_SECONDS, MAP_SECONDS = 4.0e-6, 7.6e-9, 1.9e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ def step_times(
 
     Parameters:
         ids: ids_TK of each MoE layer
-        placements: by strategy; each has these layers
+        placements: by strategy; each has these layers. With copies, an order has more slots than there are experts
         steps: in the order of the result; each of at most T tokens
         ep_size: R
         sizes: of the model
@@ -86,14 +91,30 @@ def _moe_times(
     moe = dict.fromkeys(placements, 0.0)
     weight = sizes.moe_layers / len(ids)  # a layer without traffic counts as the mean of the others
     for layer, ids_TK in ids.items():
-        num_experts = len(next(iter(placements.values()))[layer])
+        num_experts = max(next(iter(placements.values()))[layer]) + 1
         count_BE = count_experts(ids_TK, num_experts, step, MAX_BATCHES)
         tokens_B = torch.full((len(count_BE),), step.tokens)
         for name, placement in placements.items():
-            rank_E = torch.tensor(rank_of_each(placement[layer], ep_size))
-            time_BR = rank_times(count_BE, rank_E, ep_size, tokens_B, sizes.expert, gpu)
-            moe[name] += float(time_BR.amax(dim=1).mean()) * weight
+            order, has_copies = placement[layer], len(placement[layer]) > num_experts
+            if has_copies:
+                count_BS, rank_S = _of_slots(count_BE, order, ep_size, step.tokens)
+            else:
+                count_BS, rank_S = count_BE, torch.tensor(rank_of_each(order, ep_size))
+            time_BR = rank_times(count_BS, rank_S, ep_size, tokens_B, sizes.expert, gpu)
+            moe[name] += (float(time_BR.amax(dim=1).mean()) + has_copies * choice_time(step.tokens)) * weight
     return moe
+
+
+def _of_slots(count_BE: Tensor, order: Sequence[int], ep_size: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """The tokens of each copy, count_BS, and the rank that has it, rank_S; a copy that there is not has no token."""
+    prepared = schedule(order, count_BE.shape[1], ep_size)
+    count_BEC = slot_tokens(count_BE, prepared, tokens)
+    return count_BEC.flatten(1), prepared.rank_EC.clamp(min=0).long().flatten()
+
+
+def choice_time(tokens: int) -> float:
+    """Seconds of a layer in which copies are chosen for a batch, or its tokens are dealt to copies."""
+    return MAP_SECONDS if tokens > CHOSEN_TOKENS else CHOICE_SECONDS + CHOICE_TOKEN_SECONDS * tokens
 
 
 def rest_time(step: Step, ep_size: int, sizes: ModelSizes, gpu: GpuProfile) -> float:

@@ -92,6 +92,7 @@ def sizes(directory: Path) -> dict[str, int]:
         ("restore WORK/output --out NEW", "restore"),
         ("analyze WORK/src --ep 2 --tokens 64", "analyze"),
         ("analyze WORK/src --ep 2 --trace WORK/trace", "analyze"),
+        ("analyze WORK/src --ep 2 --trace WORK/trace --spare 1", "analyze"),
         ("trace info WORK/trace", "trace_info"),
         ("export WORK/src --to vllm --ep 2", "export"),
         ("export WORK/output --to vllm --out NEW.json", "export"),
