@@ -1,8 +1,9 @@
 """Which copy of each expert serves a batch, so that the busiest rank has the least to do. Pure functions.
 
 With spare slots, some experts have copies on several ranks, and each batch may choose among them. While decoding, the
-time of a rank follows its *active* experts, so one copy serves all tokens of a batch; in large batches nearly all
-experts are active, and copies share the tokens of their expert. The choice is greedy, in rounds:
+time of a rank follows its *active* experts, so one copy serves all tokens of a batch. In large batches nearly all
+experts are active, and one copy serves there too, but so that ranks have equally many pairs of token and expert. The
+choice is greedy, in rounds:
 
     1. schedule        once per placement: give each expert with copies, in order, the first round in which none of its
                        ranks has another expert. So the experts of one round can be placed at the same time.
@@ -30,9 +31,7 @@ if TYPE_CHECKING:
 # A second sweep brings the busiest rank from 1.5 to 2 % above the optimum to 0.5 %. A third would gain 0.04 of an
 # expert in batches of eight tokens, which is less than it takes.
 SWEEPS = 2
-CHOSEN_TOKENS = (
-    512  # in a larger batch nearly all experts are active, and each expert's tokens are split over its copies
-)
+SMALL_BATCH = 512  # tokens; in a larger one nearly all experts are active
 MAX_ROUNDS = 47  # on a GPU the choices of a rank are the bits of an integer
 
 
@@ -142,25 +141,18 @@ def choose_copies(weight_BE: Tensor, prepared: Schedule, sweeps: int = SWEEPS) -
     return slot_BE
 
 
-def slot_tokens(count_BE: Tensor, prepared: Schedule, tokens: int) -> Tensor:
-    """How many tokens each copy of an expert computes.
+def serving_slots(count_BE: Tensor, prepared: Schedule, tokens: int) -> Tensor:
+    """Choose a copy of each expert so that the busiest rank has few active experts, or in a large batch few pairs.
 
     Parameters:
         count_BE: tokens that chose each logical expert, in each batch
         prepared: the placement
-        tokens: in a batch; of more than CHOSEN_TOKENS, all copies of an expert compute as many, but for one
+        tokens: in a batch; more than SMALL_BATCH make it large
 
     Returns:
-        count_BEC: in the order of `slot_EC`; 0 for a copy that there is not
+        slot_BE: as `choose_copies` does
     """
-    import torch
-
-    slot_EC = prepared.slot_EC.long()
-    if tokens <= CHOSEN_TOKENS:
-        slot_BE = choose_copies((count_BE > 0).long(), prepared)
-        return (slot_BE.unsqueeze(2) == slot_EC) * count_BE.unsqueeze(2)
-    turn_C, copies_E1 = torch.arange(slot_EC.shape[1]), (slot_EC >= 0).sum(dim=1, keepdim=True)
-    return (count_BE.unsqueeze(2) + copies_E1 - 1 - turn_C).clamp(min=0) // copies_E1 * (slot_EC >= 0)
+    return choose_copies((count_BE > 0).long() if tokens <= SMALL_BATCH else count_BE, prepared)
 
 
 def _weights(weight_BE: Tensor, expert_N: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import OutputError
 from .copies import with_copies
-from .copy_choice import CHOSEN_TOKENS
+from .copy_choice import SMALL_BATCH
 from .swaps import Aim
 from .time_model import expert_times, row_time
 
@@ -55,10 +55,10 @@ def decoding_sizes(aim: Aim) -> tuple[int, ...]:
 
     Raises OutputError if there are none.
     """
-    found = tuple(step.tokens for step in aim.mix if step.phase == "decode" and step.tokens <= CHOSEN_TOKENS)
+    found = tuple(step.tokens for step in aim.mix if step.phase == "decode" and step.tokens <= SMALL_BATCH)
     if not found:
         raise OutputError(
-            f"copies are placed for decoding steps of at most {CHOSEN_TOKENS} tokens, and --batch-mix has none; add "
+            f"copies are placed for decoding steps of at most {SMALL_BATCH} tokens, and --batch-mix has none; add "
             "one, such as decode:8,32,64"
         )
     return found

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import OutputError
-from ..placement.copy_choice import CHOSEN_TOKENS, Schedule, choose_copies, schedule
+from ..placement.copy_choice import Schedule, schedule, serving_slots
 from ..placement.permutations import rank_of_each
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ _MAX_CHOICES = 1 << 10  # batches of each size that choose copies
 class Effect:
     """What one layer's placement does to its traffic.
 
-    With copies, batches of at most CHOSEN_TOKENS choose copies, and `imbalance` is of these choices. In larger batches,
-    and for all other figures, the copies of an expert serve its tokens in turns.
+    With copies, each batch chooses which of them serve it, and `imbalance` is of these choices. The other figures are
+    of the choice for all tokens as one batch.
 
     `imbalance` has a value for each batch size: the busiest rank's (token, expert) pairs over the mean, averaged over
     batches. If time follows pairs, this is the layer's time over its time in perfect balance. `ranks` and `nodes` say
@@ -81,13 +81,13 @@ def effect(
     num_experts, slots, prepared = max(physical_to_logical) + 1, len(physical_to_logical) // ep_size, None
     if len(physical_to_logical) > num_experts:
         prepared = schedule(physical_to_logical, num_experts, ep_size)
-        rank_TK = _in_turns(ids_TK, prepared)
+        rank_TK = _chosen(ids_TK, prepared, slots, len(ids_TK))
     else:
         rank_TK = torch.tensor(rank_of_each(physical_to_logical, ep_size))[ids_TK]
     tokens, top_k = rank_TK.shape
     imbalance = []
     for size in batch_sizes:
-        chosen_TK = rank_TK if prepared is None or size > CHOSEN_TOKENS else _chosen(ids_TK, prepared, slots, size)
+        chosen_TK = rank_TK if prepared is None else _chosen(ids_TK, prepared, slots, size)
         busiest = sum(float(pairs_BR.amax(dim=1).sum()) for pairs_BR in _pairs(chosen_TK, size, ep_size))
         imbalance.append(busiest / (len(chosen_TK) // size) * ep_size / (size * top_k))
     pairs_R = torch.zeros(ep_size, dtype=torch.long)
@@ -111,23 +111,10 @@ def _chosen(ids_TK: Tensor, prepared: Schedule, slots: int, size: int) -> Tensor
     ids_BN = ids_TK[: number * size].reshape(number, -1)
     if number > _MAX_CHOICES:
         ids_BN = ids_BN[[turn * number // _MAX_CHOICES for turn in range(_MAX_CHOICES)]]
-    active_BE = torch.zeros(len(ids_BN), len(prepared.round_E), dtype=torch.long).scatter_(1, ids_BN, 1)
-    rank_BE = torch.div(choose_copies(active_BE, prepared), slots, rounding_mode="floor")
+    count_BE = torch.zeros(len(ids_BN), len(prepared.round_E), dtype=torch.long)
+    count_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN))
+    rank_BE = torch.div(serving_slots(count_BE, prepared, size), slots, rounding_mode="floor")
     return rank_BE.gather(1, ids_BN).view(len(ids_BN) * size, -1)
-
-
-def _in_turns(ids_TK: Tensor, prepared: Schedule) -> Tensor:
-    """The rank that computes each pair, rank_TK, if the copies of an expert serve its tokens in turns."""
-    import torch
-
-    flat_N = ids_TK.flatten()
-    order_N = flat_N.argsort(stable=True)
-    first_E = flat_N.bincount(minlength=len(prepared.round_E)).cumsum(dim=0).roll(1)
-    first_E[0] = 0
-    turn_N = torch.empty_like(flat_N)
-    turn_N[order_N] = torch.arange(len(flat_N)) - first_E[flat_N[order_N]]
-    copies_E = (prepared.rank_EC >= 0).sum(dim=1)
-    return prepared.rank_EC.long()[flat_N, turn_N % copies_E[flat_N]].view_as(ids_TK)
 
 
 def mean_effect(effects: Sequence[Effect]) -> Effect:

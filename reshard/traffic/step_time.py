@@ -2,7 +2,7 @@
 
 Every rank is given all tokens, as vLLM does without all-to-all kernels. If experts have copies, each batch chooses
 which of them serve it (`copy_choice`). Times are in seconds. Tensors carry their shape in their name: T tokens, K
-experts chosen, E experts, B batches, C copies of one expert at most, S slots.
+experts chosen, E experts, B batches, P slots.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..model.sizes import ModelSizes
-from ..placement.copy_choice import CHOSEN_TOKENS, schedule, slot_tokens
+from ..placement.copy_choice import SMALL_BATCH, schedule, serving_slots
 from ..placement.permutations import Placement, rank_of_each
 from ..placement.steps import Phase, Step, count_experts
 from ..placement.time_model import GpuProfile, flops, rank_times
@@ -29,8 +29,8 @@ ALL_REDUCE_SECONDS = 12e-6
 ALL_REDUCES, PASSES = 2, 10
 CONTEXT = 1024  # tokens that each decoded token attends to
 # The kernel that chooses copies, per layer and by the tokens in a batch: fitted to docs/gpu/copies-time.json, of an
-# H100. In larger batches a map deals tokens to copies; EPLB's map took so long there.
-CHOICE_SECONDS, CHOICE_TOKEN_SECONDS, MAP_SECONDS = 4.0e-6, 7.6e-9, 1.9e-6
+# H100. For batches that are larger than those measured there, as long as for the largest; that is assumed.
+CHOICE_SECONDS, CHOICE_TOKEN_SECONDS = 4.0e-6, 7.6e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,24 +97,26 @@ def _moe_times(
         for name, placement in placements.items():
             order, has_copies = placement[layer], len(placement[layer]) > num_experts
             if has_copies:
-                count_BS, rank_S = _of_slots(count_BE, order, ep_size, step.tokens)
+                count_BP, rank_P = _of_slots(count_BE, order, ep_size, step.tokens)
             else:
-                count_BS, rank_S = count_BE, torch.tensor(rank_of_each(order, ep_size))
-            time_BR = rank_times(count_BS, rank_S, ep_size, tokens_B, sizes.expert, gpu)
+                count_BP, rank_P = count_BE, torch.tensor(rank_of_each(order, ep_size))
+            time_BR = rank_times(count_BP, rank_P, ep_size, tokens_B, sizes.expert, gpu)
             moe[name] += (float(time_BR.amax(dim=1).mean()) + has_copies * choice_time(step.tokens)) * weight
     return moe
 
 
 def _of_slots(count_BE: Tensor, order: Sequence[int], ep_size: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """The tokens of each copy, count_BS, and the rank that has it, rank_S; a copy that there is not has no token."""
-    prepared = schedule(order, count_BE.shape[1], ep_size)
-    count_BEC = slot_tokens(count_BE, prepared, tokens)
-    return count_BEC.flatten(1), prepared.rank_EC.clamp(min=0).long().flatten()
+    """The tokens that each slot computes, count_BP, and its rank, rank_P, if each batch chooses copies."""
+    import torch
+
+    slot_BE = serving_slots(count_BE, schedule(order, count_BE.shape[1], ep_size), tokens)
+    count_BP = count_BE.new_zeros(len(count_BE), len(order)).scatter_(1, slot_BE, count_BE)
+    return count_BP, torch.arange(len(order)) // (len(order) // ep_size)
 
 
 def choice_time(tokens: int) -> float:
-    """Seconds of a layer in which copies are chosen for a batch, or its tokens are dealt to copies."""
-    return MAP_SECONDS if tokens > CHOSEN_TOKENS else CHOICE_SECONDS + CHOICE_TOKEN_SECONDS * tokens
+    """Seconds of a layer in which copies are chosen for a batch."""
+    return CHOICE_SECONDS + CHOICE_TOKEN_SECONDS * min(tokens, SMALL_BATCH)
 
 
 def rest_time(step: Step, ep_size: int, sizes: ModelSizes, gpu: GpuProfile) -> float:
