@@ -94,11 +94,10 @@ def _gigabytes(size: int) -> str:
 
 def times_note(analysis: Analysis) -> str:
     """What the times are."""
+    choosing = ", with the time to choose copies" if analysis.copies else ""
     return (
-        f"predicted for {analysis.ep_size} {analysis.gpu}, from the active experts and the tokens of the slowest rank; "
-        "attention and the rest of a step are an estimate"
-        + "; copies: with the time to choose them"
-        * (analysis.copies is not None)
+        f"predicted for {analysis.ep_size} {analysis.gpu}, from the active experts and the tokens of the slowest rank"
+        f"{choosing}; attention and the rest of a step are an estimate"
     )
 
 
