@@ -53,10 +53,12 @@ def graphs(own: Rank) -> dict[str, dict[int, Any]]:
     for router in routers:
         router.reshard_answers_logical_ids()
     found["mapped"] = captured()
-    for router, (kind, _) in zip(routers, placed, strict=True):
-        router.__class__ = kind.__bases__[1]  # vLLM's own, beside the mixin
-        if router.__class__.__module__.partition(".")[0] != "vllm":
-            raise RuntimeError(f"{router.__class__}: expected a class of vLLM")
+    for layer, router, (kind, _) in zip(own.moe.values(), routers, placed, strict=True):
+        stock: Any = object.__new__(kind.__bases__[1])  # vLLM's own class, beside the mixin
+        stock.__dict__.update(vars(router))
+        if type(stock).__module__.partition(".")[0] != "vllm":
+            raise RuntimeError(f"{type(stock)}: expected a class of vLLM")
+        layer.router = stock
     found[BASE], found["again"] = captured(), captured()
     return found
 

@@ -89,7 +89,9 @@ class Placed(RoutesItself):
     ) -> tuple[Tensor, Tensor]:
         own: Any = super()
         kernel = self.reshard_kernel
-        if kernel is None or self.capture_fn is not None or not understood((), more):
+        # for one token, vLLM's router and the map are 1 us faster than our kernel (benchmarks/placed_step.py)
+        few = len(router_logits) == 1
+        if kernel is None or few or self.capture_fn is not None or not understood((), more):
             weights, ids = own._select_experts(hidden_states, router_logits, topk_indices_dtype, **more)
             return weights, ids
 
