@@ -27,7 +27,8 @@ PROGRAMS = {"make", "pip", "reshard", "vllm"}
 def run_all(text: str, folder: Path) -> list[str]:
     """Run a text's `reshard` commands in a folder, and return what they printed.
 
-    The folder has DeepSeek-R1 and a trace, and the Hub has deepseek-ai/DeepSeek-R1. `/node0` becomes a folder too.
+    The folder has DeepSeek-R1 and a trace, and the Hub has deepseek-ai/DeepSeek-R1. `/local` is a folder for each command,
+    as it is another disk on each node.
     """
     build(Spec("deepseek_v3", experts=16, layers=3, aligned=True), folder / "DeepSeek-R1")
     tokens = [[token % 16, (token * 5 + 3) % 16] for token in range(8192)]
@@ -39,7 +40,8 @@ def run_all(text: str, folder: Path) -> list[str]:
         for command in commands(text):
             if command.program != "reshard":
                 continue
-            words = [word.replace("/node0", str(folder / "node0")) for word in command.words[1:]]
+            local = f"/local/{len(printed)}"
+            words = [word.replace("/local", f"{folder}{local}") for word in command.words[1:]]
             done = subprocess.run(
                 [Path(sys.executable).with_name("reshard"), *words],
                 cwd=folder,
@@ -58,7 +60,10 @@ def test_every_reshard_command_runs_in_the_order_of_the_text(tmp_path: Path) -> 
     assert len(printed) == 8
     assert any("Recommendation: " in text for text in printed)
     assert_identical_trees(tmp_path / "DeepSeek-R1", tmp_path / "DeepSeek-R1-again")
-    assert (tmp_path / "node0" / "R1-zz" / "config.json").exists()
+    nodes = sorted(tmp_path.glob("local/*/R1-zz"))
+    assert len(nodes) == 2
+    for node in nodes:
+        run_well("verify", node, "--src", tmp_path / "DeepSeek-R1")
     assert "every file and tensor is what was written" in run_well("verify", tmp_path / "R1-zz")
 
 

@@ -33,7 +33,7 @@ def test_every_vllm_command_is_one_of_vllms() -> None:
     shown = [command for command in readme() if command.program == "vllm"]
     assert {command.words[1] for command in shown} == {"serve"}
     found = parsed(shown)
-    assert len(found) == len(shown) == 5
+    assert len(found) == len(shown) == 6
     assert all(one["enable_expert_parallel"] and one["tensor_parallel_size"] > 1 for one in found)
     placed = [command.variables.get("RESHARD_PLACEMENT") for command in shown]
     assert [name for name in placed if name] == ["zigzag", "balanced.json"]
