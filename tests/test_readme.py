@@ -27,8 +27,8 @@ PROGRAMS = {"make", "pip", "reshard", "vllm"}
 def run_all(text: str, folder: Path) -> list[str]:
     """Run a text's `reshard` commands in a folder, and return what they printed.
 
-    The folder has DeepSeek-R1 and a trace, and the Hub has deepseek-ai/DeepSeek-R1. `/local` is a folder for each command,
-    as it is another disk on each node.
+    The folder has DeepSeek-R1 and a trace, and the Hub has deepseek-ai/DeepSeek-R1. `/local` is another folder for each
+    command, as it is another disk on each node.
     """
     build(Spec("deepseek_v3", experts=16, layers=3, aligned=True), folder / "DeepSeek-R1")
     tokens = [[token % 16, (token * 5 + 3) % 16] for token in range(8192)]
