@@ -8,7 +8,8 @@ experts equally often. A table with a single column gives each expert one copy, 
 A table is made in two steps:
 
     1. shares     each copy of an expert gets as many columns as the others. Then, expert by expert, a column moves from
-                  its most loaded rank to its least loaded one, until that evens out no rank any more
+                  its most loaded rank to its least loaded one, while that evens out ranks. What is left to even out
+                  moves along chains of experts, from rank to rank: then no shares leave the most loaded rank with less
     2. columns    the copies of an expert take turns, in proportion to their shares
 
 Tensors carry their shape in their name: E experts, N columns.
@@ -76,12 +77,42 @@ def shares(ranks_of: Sequence[Sequence[int]], ep_size: int, columns: int) -> lis
             most = max((rank for rank, count in part.items() if count), key=lambda rank: load[rank])
             least = min(part, key=lambda rank: load[rank])
             if load[most] > load[least] + 1:
-                part[most] -= 1
-                part[least] += 1
-                load[most] -= 1
-                load[least] += 1
+                _move(part, most, least, load)
                 moved = True
+    while chain := _chain(movable, load):
+        for part, source, target in chain:
+            _move(part, source, target, load)
     return given
+
+
+def _move(part: dict[int, int], source: int, target: int, load: list[int]) -> None:
+    """Move a column of an expert from one rank to another."""
+    part[source] -= 1
+    part[target] += 1
+    load[source] -= 1
+    load[target] += 1
+
+
+def _chain(movable: Sequence[dict[int, int]], load: Sequence[int]) -> list[tuple[dict[int, int], int, int]]:
+    """The fewest moves that take a column off the most loaded rank and leave no other as loaded; [] if none do."""
+    first = max(range(len(load)), key=lambda rank: load[rank])
+    came: dict[int, tuple[dict[int, int], int]] = {}  # to each rank that was reached: from which, by which expert
+    reached = [first]
+    for rank in reached:
+        for part in movable:
+            for target in part if part.get(rank) else ():
+                if target not in reached:
+                    came[target] = part, rank
+                    reached.append(target)
+    ends = [rank for rank in reached if load[rank] < load[first] - 1]
+    if not ends:
+        return []
+    chain, target = [], ends[0]
+    while target != first:
+        part, source = came[target]
+        chain.append((part, source, target))
+        target = source
+    return chain[::-1]
 
 
 def _in_turns(slot_of: Mapping[int, int], part: Mapping[int, int]) -> list[int]:
