@@ -198,17 +198,14 @@ def _let_choose(choosing: Sequence[tuple[Any, Sequence[int]]], num_experts: int,
         orders = [order for _, order in choosing]
         room = room_for(orders, num_experts, served.ep_size, rearranges=served.rearranges)
     for layer, order in choosing:
-        faults = {
-            "its router cannot": not isinstance(layer.router, ChoosesCopies),
-            "its kernel routes by itself": lets_kernel_route(layer),
-        }
-        if fault := next((fault for fault, found in faults.items() if found), None):
+        router = getattr(layer, "router", None)
+        if not isinstance(router, ChoosesCopies) or lets_kernel_route(layer):
             raise UnsupportedError(
-                f"{served.asked}: layer {layer.layer_name} cannot choose among copies of experts: {fault}; serve the "
-                "model without copies, or with other options"
+                f"{served.asked}: layer {layer.layer_name} routes in its own way ({type(router or layer).__name__}), "
+                "and would not choose among copies of experts; serve the model without copies, or with other options"
             )
-        device = layer.router.eplb_state.expert_load_view.device
-        layer.router.reshard_copies = CopyMaps(order, num_experts, served.ep_size, device, room)
+        device = router.eplb_state.expert_load_view.device
+        router.reshard_copies = CopyMaps(order, num_experts, served.ep_size, device, room)
 
 
 def route_the_same_tokens(parallel: Any) -> bool:

@@ -5,7 +5,8 @@ python served_copies.py      for each line of JSON a line of JSON; TRITON_INTERP
 A line has `orders` (physical_to_logical [L, P]), `experts`, `ranks`, `data_parallel`, `rearrange` and `batches`. A
 batch has `rows` (the logical ids that each token chooses, the same in all layers), `real` (rows that are tokens), and
 perhaps `rearranged` (orders that EPLB commits before the batch, layer by layer if `by_layer`) or `spoilt` (the maps
-follow another placement, and the weights do not). The answer has for each batch
+follow another placement, and the weights do not). `own_way`: layers have vLLM's "router", or a "kernel" that routes.
+The answer is an error's text, or has for each batch
 
     pairs     [layer] of (token, expert) that some rank computes: with the weights that lie in its slots
     physical  [rank][layer][token][choice]
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from reshard.errors import UnsupportedError
 from reshard.placement.placement_file import PlacementFile
 from reshard.vllm import eplb
 from reshard.vllm.served import KEY, served_file
@@ -167,8 +169,9 @@ def one_rank(case: dict[str, Any]) -> tuple[Any, Any]:
         name = f"model.layers.{number}.mlp.experts"
         layer = type("Layer", (SimpleNamespace,), {"__module__": "vllm.stand_in"})()
         layer.layer_name = name
-        layer.router = choosing_router(Router(SimpleNamespace()), served, arguments, name)
-        layer.routed_experts = SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=False))
+        own_way, router = case.get("own_way"), Router(SimpleNamespace())
+        layer.router = router if own_way == "router" else choosing_router(router, served, arguments, name)
+        layer.routed_experts = SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=own_way == "kernel"))
         layers.append(layer)
     state = EplbState()
     model = Model(layers, case["experts"], served.redundant)
@@ -179,7 +182,10 @@ def one_rank(case: dict[str, Any]) -> tuple[Any, Any]:
 def serve(case: dict[str, Any]) -> list[dict[str, Any]]:
     """Answer a case."""
     stand_in(case)
-    every = [one_rank(case) for _ in range(case["ranks"])]
+    try:
+        every = [one_rank(case) for _ in range(case["ranks"])]
+    except UnsupportedError as error:
+        return [{"refused": str(error)}]
     for state, _ in every:
         state.rearrange(is_profile=True)
         assert state.profiled

@@ -157,6 +157,13 @@ def test_eplb_moves_experts_only_if_it_is_asked_to_and_the_choice_follows_its_ma
     assert moved[4]["physical"] == moved[0]["physical"] != moved[1]["physical"]
 
 
+@pytest.mark.parametrize("own_way", ["router", "kernel"])
+def test_a_layer_that_routes_in_its_own_way_is_refused(own_way: str, serve: Serve) -> None:
+    (answer,) = serve([], own_way=own_way)
+    assert "layer model.layers.0.mlp.experts routes in its own way (" in answer["refused"]
+    assert "would not choose among copies of experts" in answer["refused"]
+
+
 # The request
 
 
