@@ -122,12 +122,14 @@ class Copies:
             None if kernel is None else dataclasses.replace(kernel, place_E=slot_E)  # shares what was agreed
             for kernel, slot_E in zip(self._kernels, self._fixed_LE, strict=True)
         ]
-        same_tokens = moe[0].router.reshard_copies.tables is not None
+        same_tokens = moe[0].router.reshard_copies.same_tokens
         self._maps = {}
         for name in with_copies:
             layers = self._orders[name]
-            room = room_for(layers, num_experts, ranks, rearranges=False) if same_tokens else None
-            self._maps[name] = [CopyMaps(order_P, num_experts, ranks, device, room) for order_P in layers]
+            room = room_for(layers, num_experts, ranks, rearranges=False)
+            self._maps[name] = [
+                CopyMaps(order_P, num_experts, ranks, device, room, same_tokens=same_tokens) for order_P in layers
+            ]
         self.names = [*orders, *(f"{name}{BY_POSITION}" for name in by_position)]
 
     def swap(self, name: str) -> None:
@@ -165,7 +167,7 @@ class Copies:
         return {
             "kernel_agreed": {} if kernel is None else agreed(kernel),
             "kernel_reads_the_map": kernel is not None,
-            "rounds": {name: maps[0].tables.rounds for name, maps in self._maps.items() if maps[0].tables is not None},
+            "rounds": {name: maps[0].tables.rounds for name, maps in self._maps.items()},
         }
 
     def _use(self, way: str, kernels: Sequence[Any], maps: Sequence[Any]) -> None:

@@ -88,7 +88,7 @@ def tables(prepared: Schedule, device: torch.device | str, room: Room | None = N
     per_word = rounds_per_word(ranks)
     next_WR = torch.zeros(max(1, -(-room.rounds // per_word)), ranks, dtype=torch.int64)
     for turn, next_R in enumerate(prepared.next_GR):
-        next_WR[turn // per_word, :ep_size] |= next_R.long() << (turn % per_word * _bits(ranks))
+        next_WR[turn // per_word, :ep_size] |= next_R.long() << (turn % per_word * bits(ranks))
     copy_CE = torch.full((room.copies, experts), -1, dtype=torch.int32)
     round_E1 = prepared.round_E.clamp(min=0).unsqueeze(1)
     copy_EC = prepared.slot_EC | prepared.rank_EC << SLOT_BITS | round_E1 << SLOT_BITS + RANK_BITS
@@ -152,7 +152,7 @@ def choose_copies(
         EARLY=early,
         BLOCK=block,
         RANKS=ranks,
-        NEXT_BITS=_bits(ranks),
+        NEXT_BITS=bits(ranks),
         PER_WORD=rounds_per_word(ranks),
         MEMBERS=members,
         EXPERTS=tables.copy_CE.shape[1],
@@ -167,10 +167,11 @@ def choose_copies(
 
 def rounds_per_word(ranks: int) -> int:
     """How many rounds one int64 of `next_WR` holds."""
-    return 63 // _bits(ranks)
+    return 63 // bits(ranks)
 
 
-def _bits(ranks: int) -> int:
+def bits(ranks: int) -> int:
+    """How many bits the number of a rank has."""
     return max(1, (ranks - 1).bit_length())
 
 

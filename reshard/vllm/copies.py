@@ -1,15 +1,14 @@
 """Chooses among the copies of experts, in an original that is served with a placement that has copies.
 
-vLLM's EPLB knows which slots hold copies of an expert, and picks one by a token's position. So a small batch has more
-active experts than it needs. We replace that step of its routers, `_apply_eplb_mapping`, and leave the rest to vLLM:
+vLLM's EPLB knows which slots hold copies of an expert, and picks one by a token's position. We replace that step of its
+routers, `_apply_eplb_mapping`, and leave the rest to vLLM. Each batch gets one copy of each expert:
 
-    up to MAX_TOKENS tokens    one copy of each active expert, so that the busiest rank has the fewest of them
-                               (`choose_copies`)
-    more tokens                all experts are active: the tokens of an expert are split over its copies, by position
-                               (`placement.copy_split`)
+    up to MAX_TOKENS tokens    so that the busiest rank has the fewest active experts (`choose_copies`)
+    more tokens                all experts are active: so that ranks get equally many pairs of token and expert
+                               (`choose_by_pairs`)
 
-All ranks must choose alike, so the first needs ranks that route the same tokens. With data parallelism, and with
-prefill context parallelism, each rank routes its own: then an expert's copy is the same in all small batches.
+In small batches all ranks must use the same copy, or more experts would be active. With data parallelism, and with
+prefill context parallelism, each rank routes its own tokens: then an expert's copy is the same in all small batches.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UnsupportedError
+from ..placement import copy_choice
 from ..placement.copy_choice import MAX_ROUNDS, schedule
-from ..placement.copy_split import split_table
 from .fused import Fused, fused_in_place_of, understood
 from .placed import router_fault
 from .runners import RoutesItself
@@ -40,15 +39,16 @@ class CopyMaps:
 
     Attributes:
         physical_to_logical: [P]
-        split_EN: int32, the slots of each expert in large batches, by a token's position
-        fixed_E1: int32, the slot of each expert in small batches, if ranks route different tokens
-        tables: for the choice in small batches, if all ranks route the same tokens
+        tables: for the choice
+        fixed_E: int32, the slot of each expert in small batches if ranks route different tokens; so chosen that ranks
+            serve equally many experts
+        same_tokens: whether all ranks route the same tokens
     """
 
     physical_to_logical: tuple[int, ...]
-    split_EN: Tensor
-    fixed_E1: Tensor
-    tables: Tables | None
+    tables: Tables
+    fixed_E: Tensor
+    same_tokens: bool
 
     def __init__(
         self,
@@ -56,7 +56,9 @@ class CopyMaps:
         num_experts: int,
         ep_size: int,
         device: torch.device | str,
-        room: Room | None,
+        room: Room,
+        *,
+        same_tokens: bool,
     ) -> None:
         """Make the maps of a placement.
 
@@ -65,35 +67,30 @@ class CopyMaps:
             num_experts: E
             ep_size: R, a divisor of P
             device: of the tensors
-            room: for `tables`; None if ranks route different tokens
+            room: of `tables`
+            same_tokens: whether all ranks route the same tokens
         """
         self._num_experts, self._ep_size, self._room = num_experts, ep_size, room
-        self.physical_to_logical = tuple(physical_to_logical)
-        split_EN, fixed_E1, tables = self._made()
-        self.split_EN, self.fixed_E1 = split_EN.to(device), fixed_E1.to(device)
-        self.tables = None if tables is None else tables.to(device)
+        self.physical_to_logical, self.same_tokens = tuple(physical_to_logical), same_tokens
+        tables, fixed_E = self._made()
+        self.tables, self.fixed_E = tables.to(device), fixed_E.to(device)
 
     def update(self, physical_to_logical: Sequence[int]) -> None:
         """Follow another placement with as many slots, in place."""
         if tuple(physical_to_logical) == self.physical_to_logical:
             return
         self.physical_to_logical = tuple(physical_to_logical)
-        split_EN, fixed_E1, tables = self._made()
-        _write(self.split_EN, split_EN)
-        _write(self.fixed_E1, fixed_E1)
-        if self.tables is not None and tables is not None:
-            for old, new in zip(self.tables.tensors, tables.tensors, strict=True):
-                _write(old, new)
+        tables, fixed_E = self._made()
+        for old, new in zip((*self.tables.tensors, self.fixed_E), (*tables.tensors, fixed_E), strict=True):
+            old.copy_(new.pin_memory() if old.is_cuda else new, non_blocking=True)
 
-    def _made(self) -> tuple[Tensor, Tensor, Tables | None]:
-        placement, room = (self.physical_to_logical, self._num_experts, self._ep_size), self._room
-        split_EN, fixed_E1 = split_table(*placement), split_table(*placement, columns=1)
-        if room is None:
-            return split_EN, fixed_E1, None
+    def _made(self) -> tuple[Tables, Tensor]:
         from .choose_copies import tables
 
+        placement, room = (self.physical_to_logical, self._num_experts, self._ep_size), self._room
         prepared = schedule(*placement, max_rounds=room.rounds, max_copies=room.copies)
-        return split_EN, fixed_E1, tables(prepared, "cpu", room)
+        all_active_BE = torch.ones(1, self._num_experts, dtype=torch.int32)
+        return tables(prepared, "cpu", room), copy_choice.choose_copies(all_active_BE, prepared)[0].int()
 
     def __call__(self, ids_TK: Tensor, tokens: Tensor | None = None, record: Record | None = None) -> Tensor:
         """Map logical ids to physical ones; negative ids stay as they are.
@@ -103,14 +100,15 @@ class CopyMaps:
             tokens: [1], how many of the rows are tokens; the rest is padding
             record: counts tokens, without padding
         """
+        from .choose_by_pairs import choose_by_pairs, map_and_count
         from .choose_copies import MAX_TOKENS, choose_copies
-        from .split_ids import split_ids
 
         if len(ids_TK) > MAX_TOKENS:
-            return split_ids(ids_TK, self.split_EN, tokens, record)
-        if self.tables is None:
-            return split_ids(ids_TK, self.fixed_E1, tokens, record)
-        return choose_copies(ids_TK, self.tables, tokens, record)
+            # where ranks gather rows before they route, `tokens` is this rank's own number, and they must choose alike
+            return choose_by_pairs(ids_TK, self.tables, tokens, record, all_rows=not self.same_tokens)
+        if self.same_tokens:
+            return choose_copies(ids_TK, self.tables, tokens, record)
+        return map_and_count(ids_TK, self.fixed_E, tokens, record)
 
 
 def room_for(placements: Sequence[Sequence[int]], num_experts: int, ep_size: int, *, rearranges: bool) -> Room:
@@ -131,11 +129,6 @@ def room_for(placements: Sequence[Sequence[int]], num_experts: int, ep_size: int
         copies=max(most.copies, min(MORE_COPIES, ep_size)),
         fixed=slots,
     )
-
-
-def _write(old: Tensor, new: Tensor) -> None:
-    """Overwrite `old` in the order of its stream, without waiting for it."""
-    old.copy_(new.pin_memory() if old.is_cuda else new, non_blocking=True)
 
 
 class ChoosesCopies(RoutesItself):

@@ -193,10 +193,9 @@ def _let_choose(choosing: Sequence[tuple[Any, Sequence[int]]], num_experts: int,
     """Give the routers of layers the maps of their copies. Raises UnsupportedError if one cannot choose among them."""
     from .copies import ChoosesCopies, CopyMaps, room_for  # imports torch
 
-    room = None
-    if route_the_same_tokens(current_build().vllm_config.parallel_config):
-        orders = [order for _, order in choosing]
-        room = room_for(orders, num_experts, served.ep_size, rearranges=served.rearranges)
+    same_tokens = route_the_same_tokens(current_build().vllm_config.parallel_config)
+    orders = [order for _, order in choosing]
+    room = room_for(orders, num_experts, served.ep_size, rearranges=served.rearranges)
     for layer, order in choosing:
         router = getattr(layer, "router", None)
         if not isinstance(router, ChoosesCopies) or lets_kernel_route(layer):
@@ -205,7 +204,7 @@ def _let_choose(choosing: Sequence[tuple[Any, Sequence[int]]], num_experts: int,
                 "and would not choose among copies of experts; serve the model without copies, or with other options"
             )
         device = router.eplb_state.expert_load_view.device
-        router.reshard_copies = CopyMaps(order, num_experts, served.ep_size, device, room)
+        router.reshard_copies = CopyMaps(order, num_experts, served.ep_size, device, room, same_tokens=same_tokens)
 
 
 def route_the_same_tokens(parallel: Any) -> bool:

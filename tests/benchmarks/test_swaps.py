@@ -38,7 +38,9 @@ def swaps() -> Copies:
             num_unpadded_tokens_tensors=[torch.tensor(0)],
             should_record_tensor=torch.tensor(True),
         )
-        router = SimpleNamespace(eplb_state=state, reshard_kernel=None, reshard_copies=SimpleNamespace(tables=object()))
+        router = SimpleNamespace(
+            eplb_state=state, reshard_kernel=None, reshard_copies=SimpleNamespace(same_tokens=True)
+        )
         moe.append(SimpleNamespace(router=router))
     captured: list[str] = []
     found: Any = Copies(ORDERS, ["copies-2"], moe, EXPERTS, RANKS, captured.append)

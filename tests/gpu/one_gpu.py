@@ -25,12 +25,11 @@ def install() -> None:
     if os.environ.get("COPIES_SPOILT"):  # routers choose among the copies of another placement
         from reshard.vllm import copies
 
-        copies.split_table, copies.schedule = _of_others(copies.split_table), _of_others(copies.schedule)
+        copies.schedule = _of_others(copies.schedule)
     if os.environ.get("COPIES_PINNED"):  # expert `e` is always served on rank `e % R`, whatever its copies
-        from reshard.vllm import choose_copies, copies
+        from reshard.vllm.copies import CopyMaps
 
-        choose_copies.MAX_TOKENS = 0  # all batches go by the table
-        copies.split_table = _home
+        CopyMaps.__call__ = _home  # type: ignore[method-assign]
     if os.environ.get("COPIES_RECORDED"):
         _record(Path(os.environ["COPIES_RECORDED"]) / f"{os.environ['RANK']}.jsonl")
 
@@ -42,14 +41,19 @@ def _of_others(make: Callable[..., Any]) -> Callable[..., Any]:
     return make_of_others
 
 
-def _home(order: Sequence[int], experts: int, ranks: int, columns: int = 2) -> Any:
-    """In the place of `split_table`: the copy on rank `e % R`, which must exist."""
+def _home(maps: Any, ids: Any, tokens: Any, record: Any) -> Any:
+    """In the place of the choice: the copy on rank `e % R`, which must exist."""
     import torch
 
     from reshard.placement.copy_choice import copies_by_rank
+    from reshard.vllm.choose_by_pairs import map_and_count
 
-    slots = [slot_of[expert % ranks] for expert, slot_of in enumerate(copies_by_rank(order, experts, ranks))]
-    return torch.tensor(slots, dtype=torch.int32).unsqueeze(1).repeat(1, columns)
+    if not hasattr(maps, "home_E"):  # before a CUDA graph is captured
+        ranks, experts = maps._ep_size, maps._num_experts
+        by_rank = copies_by_rank(maps.physical_to_logical, experts, ranks)
+        slots = [slot_of[expert % ranks] for expert, slot_of in enumerate(by_rank)]
+        maps.home_E = torch.tensor(slots, dtype=torch.int32, device=ids.device)
+    return map_and_count(ids, maps.home_E, tokens, record)
 
 
 def _record(path: Path) -> None:

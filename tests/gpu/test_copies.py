@@ -127,19 +127,22 @@ def test_every_pair_is_computed_once_and_ranks_choose_alike(gpu: Gpu, tmp_path: 
     assert first == second, "both ranks map every batch alike, so the owner of a slot computes its pairs, and no other"
     orders = list(json.loads(Path(placement["RESHARD_PLACEMENT"]).read_text())["physical_to_logical"].values())
     used: Counter[tuple[int, int]] = Counter()
-    small = large = 0
+    small, large, evenness = 0, 0, []
     for layer, logical, physical in map(json.loads, first):
         assert [[orders[layer][slot] for slot in row] for row in physical] == logical
         slots = {(layer, slot) for row in physical for slot in row}
         chosen = {expert for row in logical for expert in row}
         small, large = small + (len(logical) <= 512), large + (len(logical) > 512)
-        assert (len(slots) == len(chosen)) == (len(logical) <= 512), "small batches use one copy of each expert"
-        used.update(slots if len(logical) <= 512 else ())
-    print(
-        f"{small} small and {large} large batches; {len(used)} of {2 * (EXPERTS + REDUNDANT)} slots used in small ones"
-    )
+        assert len(slots) == len(chosen), "a batch uses one copy of each expert"
+        used.update(slots)
+        if len(logical) > 512:
+            pairs = Counter(slot // (len(orders[layer]) // RANKS) for row in physical for slot in row)
+            evenness.append(max(pairs.values()) * RANKS / pairs.total())
+    print(f"{small} small and {large} large batches; {len(used)} of {2 * (EXPERTS + REDUNDANT)} slots used")
+    print(f"large batches: the busiest rank has up to {max(evenness):.3f} times the mean of pairs")
     assert small > len(PROMPTS)
     assert large
+    assert max(evenness) < 1.05
     assert len(used) > 2 * EXPERTS, "batches differ in the copies that they use"
 
 

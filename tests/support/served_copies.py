@@ -5,8 +5,10 @@ python served_copies.py      for each line of JSON a line of JSON; TRITON_INTERP
 A line has `orders` (physical_to_logical [L, P]), `experts`, `ranks`, `data_parallel`, `rearrange` and `batches`. A
 batch has `rows` (the logical ids that each token chooses, the same in all layers), `real` (rows that are tokens), and
 perhaps `rearranged` (orders that EPLB commits before the batch, layer by layer if `by_layer`) or `spoilt` (the maps
-follow another placement, and the weights do not). `own_way`: layers have vLLM's "router", or a "kernel" that routes.
-The answer is an error's text, or has for each batch
+follow another placement, and the weights do not). With `data_parallel` each rank routes its share of the rows, or if
+they are `gathered` all of them, and knows only its own number of tokens (`unpadded` of the batch, by rank). If
+`own_way` is "router" or "kernel", layers have vLLM's router, or a kernel that routes. The answer is an error's text, or
+has for each batch
 
     pairs     [layer] of (token, expert) that some rank computes: with the weights that lie in its slots
     physical  [rank][layer][token][choice]
@@ -197,7 +199,7 @@ def serve(case: dict[str, Any]) -> list[dict[str, Any]]:
                 state.rearrange()
             for layer, order in zip(model.moe_layers, batch.get("spoilt", ()), strict=False):
                 layer.router.reshard_copies.update(order)
-        found.append(run(batch, every, case["data_parallel"]))
+        found.append(run(batch, every, 1 if case.get("gathered") else case["data_parallel"]))
     return found
 
 
@@ -207,7 +209,7 @@ def run(batch: dict[str, Any], every: list[tuple[Any, Any]], data_parallel: int)
     share = len(rows) // data_parallel  # with data parallelism each rank routes its own tokens
     for rank, (state, model) in enumerate(every):
         mine = rows[rank * share : (rank + 1) * share] if data_parallel > 1 else rows
-        state.unpadded.fill_(min(len(mine), batch.get("real", len(rows))))
+        state.unpadded.fill_(batch.get("unpadded", [min(len(mine), batch.get("real", len(rows)))] * len(every))[rank])
         dtype = [torch.int32, torch.int64][len(rows) % 2]
         routed = [layer.router._select_experts(None, mine, dtype)[1] for layer in model.moe_layers]
         assert all(ids.dtype == dtype for ids in routed)

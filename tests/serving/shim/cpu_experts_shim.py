@@ -61,7 +61,7 @@ def install() -> None:
     if "COPIES_OF_OTHERS" in os.environ:
         from reshard.vllm import copies
 
-        copies.split_table, copies.schedule = _of_others(copies.split_table), _of_others(copies.schedule)
+        copies.schedule = _of_others(copies.schedule)
     if version := os.environ.get("VLLM_IS"):
         vllm.__version__ = version
     if "HOOK_IS_GONE" in os.environ:
