@@ -115,8 +115,10 @@ def _then_follow(commit: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(commit)
     def commit_and_follow(model_state: Any, new_physical_to_logical_map: Any, *args: Any, **kwargs: Any) -> None:
         commit(model_state, new_physical_to_logical_map, *args, **kwargs)
-        for layer, order in zip(model_state.model.moe_layers, new_physical_to_logical_map.tolist(), strict=True):
-            _follow(layer, order)
+        if maps := _maps_of(model_state.model):
+            orders = new_physical_to_logical_map.tolist()
+            for layer, of_layer in maps.items():
+                of_layer.update(orders[layer])
 
     return commit_and_follow
 
@@ -127,16 +129,17 @@ def _then_follow_layer(commit: Callable[..., None]) -> Callable[..., None]:
         model_state: Any, new_physical_to_logical_map: Any, layer: int, *args: Any, **kwargs: Any
     ) -> None:
         commit(model_state, new_physical_to_logical_map, layer, *args, **kwargs)
-        _follow(model_state.model.moe_layers[layer], new_physical_to_logical_map.tolist())
+        if (of_layer := _maps_of(model_state.model).get(layer)) is not None:
+            of_layer.update(new_physical_to_logical_map.tolist())
 
     return commit_and_follow
 
 
-def _follow(layer: Any, physical_to_logical: Sequence[int]) -> None:
-    """Make a layer choose among the copies of this placement, if it chooses at all."""
-    maps = getattr(getattr(layer, "router", None), "reshard_copies", None)
-    if maps is not None:
-        maps.update(physical_to_logical)
+def _maps_of(model: Any) -> dict[int, Any]:
+    """The CopyMaps of each layer that chooses among copies, by its number; none in models without such a placement."""
+    routers = enumerate(getattr(layer, "router", None) for layer in model.moe_layers)
+    found = {number: getattr(router, "reshard_copies", None) for number, router in routers}
+    return {number: maps for number, maps in found.items() if maps is not None}
 
 
 def place(model_state: Any, served: ServedPlacement, *, is_draft: bool) -> None:
