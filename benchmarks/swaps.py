@@ -119,7 +119,7 @@ class Copies:
         self._fixed_LE = torch.zeros(len(moe), num_experts, dtype=torch.int32, device=device)
         self._kernels = [runner.router.reshard_kernel for runner in moe]
         self._fixed_kernels = [
-            None if kernel is None else dataclasses.replace(kernel, place_E=slot_E)  # shares what was agreed
+            None if kernel is None else WithTable(kernel, slot_E)
             for kernel, slot_E in zip(self._kernels, self._fixed_LE, strict=True)
         ]
         same_tokens = moe[0].router.reshard_copies.same_tokens
@@ -172,8 +172,6 @@ class Copies:
 
     def _use(self, way: str, kernels: Sequence[Any], maps: Sequence[Any]) -> None:
         for runner, kernel, layer_maps in zip(self._moe, kernels, maps, strict=True):
-            if kernel is not None and not all(kernel.agreed.values()):
-                raise RuntimeError(f"the router's kernel differs from vLLM's: {agreed(kernel)}")
             runner.router.reshard_kernel, runner.router.reshard_copies = kernel, layer_maps
         if way != self._way:
             self._recapture(way)
@@ -187,6 +185,23 @@ class Copies:
             state.logical_to_physical_map.fill_(-1)
             state.logical_to_physical_map[:, :most].copy_(table)
             state.logical_replica_count.copy_(torch.tensor([len(slots) for slots in slots_E]))
+
+
+class WithTable:
+    """The router's kernel, which also maps ids by a table. It agrees with vLLM's router where it does so without."""
+
+    def __init__(self, kernel: Any, slot_E: Tensor) -> None:
+        self._plain, self._mapping = kernel, dataclasses.replace(kernel, place_E=slot_E)  # shares what was agreed
+
+    def route(self, logits_TE: Tensor, bias_E: Tensor | None, router: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+        """Weights and slots. Raises RuntimeError if the kernel differs from `router`."""
+        kind = logits_TE.dtype, len(logits_TE) == 1
+        if kind not in self._plain.agreed:
+            self._plain.route(logits_TE, bias_E, router)
+        if not self._plain.agreed.get(kind):
+            raise RuntimeError(f"the router's kernel differs from vLLM's: {agreed(self._plain)}")
+        found: tuple[Tensor, Tensor] = self._mapping.route(logits_TE, bias_E, router)
+        return found
 
 
 def _unchanged(ids_TK: Tensor, *_: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from copies_oracle import random_copies
 from step_times import BASE, also_by_position, spare_slots
-from swaps import BY_POSITION, Copies, padded, slots_of
+from swaps import BY_POSITION, Copies, WithTable, padded, slots_of
 
 EXPERTS, RANKS, LAYERS = 16, 4, 2
 ORDERS = {
@@ -85,6 +86,33 @@ def test_each_placement_has_its_way_to_map_ids_and_graphs_are_captured_once_for_
 def test_all_experts_can_be_sent_to_the_slots_of_one_rank(swaps: Any) -> None:
     swaps.swap_map(torch.arange(EXPERTS).repeat(LAYERS, 1) % 4)
     assert swaps.moe[1].router.reshard_copies(torch.tensor([[5, 15]]), None, None).tolist() == [[1, 3]]
+
+
+@dataclass
+class Kernel:
+    """As `fused.Fused`: it is compared with the router once for each kind of logits, and used if it agreed."""
+
+    place_E: torch.Tensor
+    right: bool = True
+    agreed: dict[Any, Any] = field(default_factory=dict)
+
+    def route(self, logits: torch.Tensor, bias: Any, router: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        kind = logits.dtype, len(logits) == 1
+        weights, ids = logits.topk(2)
+        if kind not in self.agreed:
+            self.agreed[kind] = self.right and torch.equal(self.place_E[ids], router(logits)[1])
+        return (weights, self.place_E[ids]) if self.agreed[kind] else router(logits)
+
+
+def test_the_router_s_kernel_maps_ids_by_a_table_for_logits_that_it_meets_first_then_too() -> None:
+    plain, table = Kernel(torch.arange(4)), torch.tensor([7, 5, 3, 1])
+    mapping = WithTable(plain, table)
+    for logits in (torch.tensor([[1.0, 3.0, 2.0, 0.0]]), torch.rand(8, 4), torch.rand(8, 4).double()):
+        ids = logits.topk(2).indices
+        assert torch.equal(mapping.route(logits, None, lambda rows: rows.topk(2))[1], table[ids])
+        assert torch.equal(plain.route(logits, None, lambda rows: rows.topk(2))[1], ids)
+    with pytest.raises(RuntimeError, match="the router's kernel differs from vLLM's"):
+        WithTable(Kernel(torch.arange(4), right=False), table).route(logits, None, lambda rows: rows.topk(2))
 
 
 def test_a_step_has_no_padding_and_is_not_counted(swaps: Any) -> None:
