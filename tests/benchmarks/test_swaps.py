@@ -92,7 +92,7 @@ def test_all_experts_can_be_sent_to_the_slots_of_one_rank(swaps: Any) -> None:
 class Kernel:
     """As `fused.Fused`: it is compared with the router once for each kind of logits, and used if it agreed."""
 
-    place_E: torch.Tensor
+    place_E: torch.Tensor  # noqa: N815 - as there
     right: bool = True
     agreed: dict[Any, Any] = field(default_factory=dict)
 
