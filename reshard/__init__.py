@@ -41,7 +41,7 @@ from .execute.run import Outcome
 from .model.layers import MoeLayer, MoeModel, read_model
 from .model.routing import Routing
 from .placement.contract import Contract
-from .placement.strategies import Balanced, FromFile, Linear, NodeZigzag, Placed, Strategy, Zigzag
+from .placement.strategies import Balanced, Copies, FromFile, Linear, NodeZigzag, Placed, Strategy, Zigzag
 from .plan.files import Digests
 from .record.manifest import FileSummary, Manifest, read_manifest
 from .traffic.analysis import Analysis
@@ -53,6 +53,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Contract",
+    "Copies",
     "Coselection",
     "Digests",
     "Effect",

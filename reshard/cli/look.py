@@ -17,7 +17,7 @@ from ..commands.page import refuse_page, write_page
 from ..commands.trace_info import trace_info
 from ..errors import OutputError
 from ..placement.steps import DEFAULT_MIX
-from ..placement.strategies import STRATEGIES, Linear, Options, Zigzag
+from ..placement.strategies import STRATEGIES, Copies, Linear, Options, Zigzag
 from ..placement.time_model import DEFAULT_GPU
 from ..traffic.choices import MAX_TOKENS
 from ..traffic.page import render
@@ -31,6 +31,7 @@ from .options import (
     json_option,
     make_strategy,
     printing_options,
+    spare_option,
     strategy_options,
 )
 from .progress import bar, layer_bar
@@ -77,6 +78,7 @@ def inspect_command(directory: str, ep: int | None, hub: Hub, printing: Printing
     examples=(
         "reshard analyze ./DeepSeek-R1 --ep 8",
         "reshard analyze ./DeepSeek-R1 --ep 8 --trace ./trace --html R1.html",
+        "reshard analyze ./DeepSeek-R1 --ep 8 --trace ./trace --spare 8",
         "reshard analyze ./DeepSeek-R1 --ep 16 --nodes 2 --json",
     ),
 )
@@ -88,8 +90,9 @@ def inspect_command(directory: str, ep: int | None, hub: Hub, printing: Printing
     type=click.Choice(list(STRATEGIES)),
     multiple=True,
     help="Placement to measure; can be repeated. The others are compared with the first.  [default: linear and zigzag, "
-    "and those that --nodes, --trace and --map make possible]",
+    "and those that --nodes, --trace, --map and --spare make possible]",
 )
+@spare_option
 @strategy_options
 @hub_options
 @click.option(
@@ -118,6 +121,7 @@ def inspect_command(directory: str, ep: int | None, hub: Hub, printing: Printing
 def analyze_command(
     src: str,
     ep: int,
+    spare: int | None,
     placing: Options,
     hub: Hub,
     placements: tuple[str, ...],
@@ -134,6 +138,7 @@ def analyze_command(
     instead, and reads no gates. If a placement is made from the trace, it is made from the first half of every
     recording, and all placements are measured on the second half.
     """
+    placing = replace(placing, spare=spare)
     possible = [
         name
         for name, offer in STRATEGIES.items()
@@ -215,6 +220,7 @@ def trace_info_command(directory: Path, as_json: bool) -> None:
         "reshard export ./R1-zz --to vllm --out - > placement.json",
         "reshard export ./DeepSeek-R1 --to vllm --ep 8 --strategy balanced \\\n"
         "      --trace ./trace --out balanced.json",
+        "reshard export ./DeepSeek-R1 --to vllm --ep 8 --spare 8 --trace ./trace \\\n      --out copies.json",
     ),
 )
 @click.argument("src", type=Source())
@@ -223,10 +229,10 @@ def trace_info_command(directory: Path, as_json: bool) -> None:
 @click.option(
     "--strategy",
     type=click.Choice([name for name in STRATEGIES if name != Linear.name]),
-    default=Zigzag.name,
-    show_default=True,
-    help="As for place. Leave it out if SRC is an output, which has a placement.",
+    help="As for place; copies needs --spare. Leave it out if SRC is an output, which has a placement.  "
+    "[default: zigzag; copies with --spare]",
 )
+@spare_option
 @strategy_options
 @hub_options
 @click.option(
@@ -241,7 +247,8 @@ def export_command(
     src: str,
     to: FormatName,
     ep: int | None,
-    strategy: str,
+    strategy: str | None,
+    spare: int | None,
     placing: Options,
     hub: Hub,
     out: Path | None,
@@ -258,8 +265,9 @@ def export_command(
         raise click.BadParameter(
             f"{FORMATS[to].engine} only reads a file whose name ends in {suffix}", param_hint="--out"
         )
-    made = make_strategy(strategy, ep, placing, quiet)
-    exported = export(src, to, ep, Zigzag if strategy == Zigzag.name else made, hub)
+    name = strategy or (Copies.name if spare else Zigzag.name)
+    made = make_strategy(name, ep, replace(placing, spare=spare), quiet)
+    exported = export(src, to, ep, Zigzag if name == Zigzag.name else made, hub)
     if out is not None:
         write_export(exported, out)
     if as_json:

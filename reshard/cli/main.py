@@ -21,7 +21,7 @@ from ..commands.verify import verify
 from ..commands.writing import room_for, write_resharding
 from ..errors import OutputError
 from ..execute.ready import shareable_size
-from ..placement.strategies import STRATEGIES, Linear, Options, Strategy, Zigzag
+from ..placement.strategies import STRATEGIES, Copies, Linear, Options, Strategy, Zigzag
 from ..plan.files import Digests
 from ..plan.sharing import Reflink
 from ..record.manifest import Layout, manifest_in, read_manifest
@@ -126,7 +126,7 @@ def zigzag_command(src: str, ep: int, out: Path, **options: Any) -> None:
 @click.option(
     "--strategy",
     required=True,
-    type=click.Choice([name for name in STRATEGIES if name != Linear.name]),
+    type=click.Choice([name for name in STRATEGIES if name not in (Linear.name, Copies.name)]),
     help="zigzag: round-robin over all ranks. node-zigzag: round-robin within each node, so that expert groups stay on "
     "their node. balanced: in each layer, least work for the slowest rank under --trace's traffic. file: as in --map.",
 )

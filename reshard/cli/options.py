@@ -187,6 +187,21 @@ def hub_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_options
 
 
+def _no_spare(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    """No spare slot is what there is without the option."""
+    return value or None
+
+
+spare_option = click.option(
+    "--spare",
+    type=click.IntRange(min=0),
+    metavar="S",
+    callback=_no_spare,
+    help="Slots on each rank for copies of experts, beside its share of the experts. For each batch, vLLM with the "
+    "plugin chooses the copies that serve it.",
+)
+
+
 def strategy_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of strategies; the command receives them as `placing`."""
 
@@ -242,7 +257,7 @@ def make_strategy(name: str, ep_size: int | None, options: Options, quiet: bool)
     UsageError if an option that it needs is absent, one that it does not take is given, or nodes do not divide ranks.
     """
     offer = STRATEGIES[name]
-    for option in ("nodes", "trace", "map", "gpu", "mix"):
+    for option in ("nodes", "trace", "map", "spare", "gpu", "mix"):
         given = getattr(options, option) is not None
         flag = "--batch-mix" if option == "mix" else f"--{option}"
         if option in offer.needs and not given:

@@ -24,6 +24,7 @@ from ..placement.permutations import describe_ranks
 from ..placement.strategies import Linear
 from ..record.manifest import FileSummary, Source
 from ..traffic.analysis import Analysis
+from ..traffic.report import describe_memory
 from .reports import Report, print_json
 from .terminal import ERROR, Whole, echo
 
@@ -203,11 +204,14 @@ def _sharing_lines(outcome: Outcome, source: Location | str) -> list[str]:
 def describe_export(exported: Export, out: Path | None) -> list[str]:
     """The lines of `export`."""
     use = exported.use.replace("{file}", str(out) if out else "FILE")
-    return [
+    lines = [
         f"{exported.strategy} for {exported.ep_size} EP ranks, {len(exported.moe_layers)} MoE layers of "
         f"{exported.num_experts} experts, for {exported.engine}",
-        Whole(f"serve the original, {exported.original}, with:  {use}"),
+        *(f"note: {note}" for note in exported.notes),
     ]
+    if exported.copies:
+        lines += describe_memory(exported.copies)
+    return [*lines, Whole(f"serve the original, {exported.original}, with:  {use}")]
 
 
 def describe_verification(verification: Verification, src: str | None, quick: bool) -> list[str]:

@@ -137,7 +137,7 @@ def inspection_report(inspection: Inspection) -> Report:
 
 def analysis_report(analysis: Analysis) -> Report:
     """What `analyze` found, and for each placement the commands that serve by it."""
-    return asdict(analysis)
+    return analysis.values
 
 
 def trace_report(info: TraceInfo) -> Report:
@@ -149,6 +149,8 @@ def export_report(exported: Export, out: Path | None) -> Report:
     """What `export` made; with the file's content if it was not written to `out`."""
     report = asdict(exported)
     content = report.pop("content")
+    if exported.copies is None:
+        del report["copies"], report["notes"]
     return {**report, "out": None, "content": content} if out is None else {**report, "out": str(out)}
 
 

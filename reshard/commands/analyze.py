@@ -13,14 +13,14 @@ from ..errors import OutputError
 from ..model.routing import Routing
 from ..placement.permutations import Placement, rank_slots
 from ..placement.steps import DEFAULT_MIX, PHASES, Step
-from ..placement.strategies import Balanced, Strategy
+from ..placement.strategies import Balanced, Copies, Strategy
 from ..placement.time_model import DEFAULT_GPU, read_gpu
 from ..traffic.advice import advise
 from ..traffic.analysis import Analysis, Candidate, Together
 from ..traffic.choices import MAX_TOKENS, random_traffic, recorded_traffic
 from ..traffic.effect import coselection, effect, mean_coselection, mean_effect
 from ..traffic.step_time import step_times
-from .original import Original, check_ep_size, place_experts, read_original, refuse_holes
+from .original import Original, check_ep_size, memory_of, place_experts, read_original, refuse_holes
 from .serving import record_command, serve_commands
 
 if TYPE_CHECKING:
@@ -98,7 +98,11 @@ def analyze(
         refuse_holes(original, {tensor.name for layer in model.layers for tensor in (*layer.router, *layer.expert_ids)})
         traffic = _random(original, tokens or RANDOM_TOKENS, seed, progress)
     else:
-        fitted = [strategy for strategy in strategies if isinstance(strategy, Balanced) and strategy.name in placements]
+        fitted = [
+            strategy
+            for strategy in strategies
+            if isinstance(strategy, (Balanced, Copies)) and strategy.trace and strategy.name in placements
+        ]
         traffic = _recorded(Path(trace), original, tokens or MAX_TOKENS, fitted)
     sizes = tuple(size for size in batch_sizes if 1 <= size <= traffic.tokens)
     if not sizes:
@@ -117,6 +121,8 @@ def analyze(
     steps = {Step(phase, size) for phase in PHASES for size in sizes}.union(counted)
     ordered = sorted(steps, key=lambda step: (step.phase, step.tokens))
     times = step_times(traffic.ids, placements, ordered, ep_size, original.sizes, profile)
+    copied = (strategy for strategy in strategies if isinstance(strategy, Copies) and strategy.name in placements)
+    memory = next((memory_of(original, strategy) for strategy in copied), None)
     serve = serve_commands(root, [strategy for strategy in strategies if strategy.name in placements])
     return Analysis(
         path=root,
@@ -137,11 +143,18 @@ def analyze(
         gpu_source=f"{profile.source}; MoE kernels: {profile.kernels.source}",
         steps=times,
         advice=advise(
-            times, counted, serve, recorded=traffic.recorded, nodes=nodes, record=record_command(root, ep_size)
+            times,
+            counted,
+            serve,
+            recorded=traffic.recorded,
+            nodes=nodes,
+            record=record_command(root, ep_size),
+            copies=memory,
         ),
         serve=serve,
         candidates=tuple(candidates),
         together=_together(traffic, routing, ep_size),
+        copies=memory,
     )
 
 
@@ -168,7 +181,9 @@ def _random(original: Original, tokens: int, seed: int, progress: Callable[[int]
     return _EvaluationTraffic(traffic.ids, tokens, description, recorded=False)
 
 
-def _recorded(trace: Path, original: Original, max_tokens: int, fitted: Sequence[Balanced]) -> _EvaluationTraffic:
+def _recorded(
+    trace: Path, original: Original, max_tokens: int, fitted: Sequence[Balanced | Copies]
+) -> _EvaluationTraffic:
     """At most `max_tokens` recorded tokens, none of which a strategy in `fitted` made its placement from."""
     model = original.model
     start = max((strategy.share for strategy in fitted), default=0.0)

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 from ..placement.permutations import rank_slots
 from ..placement.placement_file import PlacementFile, encode_placement_file
+from .serving import COPIES_OPTIONS
 
 FormatName = Literal["vllm", "sglang", "vllm-ascend", "trtllm", "eplb"]
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
@@ -23,7 +24,7 @@ FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
 class PlacedLayer:
     """A MoE layer: its module's name, and its number among all layers. MTP layers are numbered after the model's last.
 
-    `physical_to_logical` [E]: the expert in each slot.
+    `physical_to_logical` [E + R * S]: the expert in each slot; S is 0 unless experts have copies.
     """
 
     name: str
@@ -35,8 +36,8 @@ class PlacedLayer:
 class PlacedModel:
     """Where the experts of the checkpoint `original` go, by its own ids.
 
-    `ep_size` (R) divides `num_experts` (E); rank `r` owns the E / R slots from `r * E / R` on. `layers` are in the
-    model's order. MTP layers come last, and their numbers begin at `num_layers`.
+    `ep_size` (R) divides `num_experts` (E); rank `r` owns the E / R + S slots from `r * (E / R + S)` on, where S is
+    `spare`. `layers` are in the model's order. MTP layers come last, and their numbers begin at `num_layers`.
     """
 
     original: str
@@ -45,6 +46,7 @@ class PlacedModel:
     num_experts: int
     model_type: str
     num_layers: int = 0
+    spare: int = 0
     layers: tuple[PlacedLayer, ...] = ()
 
 
@@ -54,7 +56,8 @@ class Format:
 
     `mtp`: whether the engine places the experts of MTP layers by the file, or leaves them where they are. If `suffix`
     is not empty, the engine refuses or misreads a file whose name ends in anything else. `even`:
-    whether all ranks must have the same number of experts.
+    whether all ranks must have the same number of experts. `use_copies`: the words after `use` where some experts have
+    copies; None if the engine would choose among copies by a rule of its own, under which our copies cost time.
     """
 
     engine: str
@@ -63,6 +66,7 @@ class Format:
     suffix: str
     use: str
     even: bool = True
+    use_copies: str | None = None
 
 
 def _vllm(model: PlacedModel) -> str:
@@ -157,6 +161,7 @@ FORMATS: Mapping[FormatName, Format] = {
         suffix="",
         use="RESHARD_PLACEMENT={file} vllm serve {original} --tensor-parallel-size {ep} --enable-expert-parallel",
         even=False,
+        use_copies=f" {COPIES_OPTIONS}",
     ),
     "sglang": Format(
         engine="SGLang",
@@ -185,5 +190,6 @@ FORMATS: Mapping[FormatName, Format] = {
         mtp=True,
         suffix="",
         use="the physical_to_logical_map in {file}, for num_gpus={ep}",
+        use_copies=", num_replicas={slots}",
     ),
 }

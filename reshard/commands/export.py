@@ -23,13 +23,14 @@ from ..checkpoint.location import Location
 from ..checkpoint.source import ANY, Hub, find_source
 from ..errors import CheckpointError, OutputError, UnsupportedError
 from ..execute.new_file import write_new_file
+from ..model.memory import CopiesMemory
 from ..model.routing import config_sections
 from ..placement.layer_names import layer_key
 from ..placement.permutations import Placement
-from ..placement.strategies import Strategy, Zigzag
+from ..placement.strategies import Copies, Strategy, Zigzag
 from ..record.manifest import manifest_in
-from .engine_files import FORMATS, FormatName, PlacedLayer, PlacedModel
-from .original import Original, check_ep_size, is_output, original_of, place_experts
+from .engine_files import FORMATS, Format, FormatName, PlacedLayer, PlacedModel
+from .original import Original, check_ep_size, is_output, memory_of, original_of, place_experts
 
 MAX_LAYERS = 10_000
 
@@ -38,7 +39,8 @@ MAX_LAYERS = 10_000
 class Export:
     """What `export` made. `content` is the text of the file, which places the experts of `moe_layers`.
 
-    `use` says how to give the file to the engine; {file} stands for its name.
+    `use` says how to give the file to the engine; {file} stands for its name. `copies` is the memory that copies take,
+    None if there are none, and `notes` say what the user should know of them.
     """
 
     format: FormatName
@@ -50,6 +52,8 @@ class Export:
     moe_layers: tuple[str, ...]
     use: str
     content: str
+    copies: CopiesMemory | None = None
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -73,19 +77,31 @@ def export(
         CheckpointError, UnsupportedError: as `plan_placement` does
         IntegrityError: an output's manifest is damaged
         OutputError: `to`, `ep_size` or `strategy` does not fit
+        TraceError: the trace of `strategy` cannot be read, or is another model's
 
     """
     if to not in FORMATS:
         raise OutputError(f"{src}: unknown format {to!r:.80}; known are {', '.join(FORMATS)}")
-    source = find_source(src, hub)
+    form, source = FORMATS[to], find_source(src, hub)
     root = source.root
+    copies: CopiesMemory | None = None
+    notes: tuple[str, ...] = ()
     if is_output(source):
         if strategy is not Zigzag:
             raise OutputError(f"{root}: this output has a placement: leave out --strategy, or export the original")
         model = _of_output(source, ep_size)
     else:
-        model = _of_checkpoint(original_of(source), ep_size, strategy)
-    form = FORMATS[to]
+        original = original_of(source)
+        made = _made(original, ep_size, strategy)
+        if isinstance(made, Copies) and form.use_copies is None:
+            raise OutputError(
+                f"{root}: {form.engine} chooses among the copies of an expert by its own rule, and these are placed "
+                "for another one: leave out --spare, or use --to vllm"
+            )
+        placed = place_experts(original, made)
+        model = _of_checkpoint(original, made, placed.placement)
+        if isinstance(made, Copies):
+            copies, notes = memory_of(original, made), placed.notes
     if form.even and model.num_experts % model.ep_size:
         raise OutputError(
             f"{root}: {model.num_experts} experts cannot be dealt evenly to {model.ep_size} EP ranks, as {form.engine} "
@@ -101,9 +117,25 @@ def export(
         ep_size=model.ep_size,
         num_experts=model.num_experts,
         moe_layers=tuple(layer.name for layer in model.layers),
-        use=form.use.replace("{ep}", str(model.ep_size)).replace("{original}", shlex.quote(model.original)),
+        use=_use(form, model),
         content=form.write(model),
+        copies=copies,
+        notes=notes,
     )
+
+
+def _use(form: Format, model: PlacedModel) -> str:
+    redundant = model.ep_size * model.spare
+    words = {
+        "{ep}": str(model.ep_size),
+        "{redundant}": str(redundant),
+        "{slots}": str(model.num_experts + redundant),
+        "{original}": shlex.quote(model.original),
+    }
+    text = form.use + (form.use_copies or "") * (model.spare > 0)
+    for name, value in words.items():
+        text = text.replace(name, value)
+    return text
 
 
 def write_export(exported: Export, out: str | Path) -> None:
@@ -114,16 +146,28 @@ def write_export(exported: Export, out: str | Path) -> None:
     write_new_file(out, exported.content)
 
 
-def _of_checkpoint(original: Original, ep_size: int | None, make: Callable[[int], Strategy]) -> PlacedModel:
-    root = original.root
+def _made(original: Original, ep_size: int | None, make: Callable[[int], Strategy]) -> Strategy:
     if ep_size is None:
-        raise OutputError(f"{root}: a checkpoint, not an output of reshard; give the number of EP ranks with --ep")
+        raise OutputError(
+            f"{original.root}: a checkpoint, not an output of reshard; give the number of EP ranks with --ep"
+        )
     check_ep_size(ep_size, original)
-    strategy = make(ep_size)
+    return make(ep_size)
+
+
+def _of_checkpoint(original: Original, strategy: Strategy, placement: Placement) -> PlacedModel:
+    root = original.root
     repo_id = original.checkpoint.source.identity.repo_id
     name = str(root) if repo_id is None or isinstance(root, Path) else repo_id
-    header = PlacedModel(name, strategy.name, ep_size, original.num_experts, original.model.model_type)
-    return _number_layers(header, root, place_experts(original, strategy).placement, original.checkpoint.config)
+    header = PlacedModel(
+        name,
+        strategy.name,
+        strategy.ep_size,
+        original.num_experts,
+        original.model.model_type,
+        spare=strategy.spare if isinstance(strategy, Copies) else 0,
+    )
+    return _number_layers(header, root, placement, original.checkpoint.config)
 
 
 def _of_output(source: Files, ep_size: int | None) -> PlacedModel:

@@ -16,10 +16,21 @@ from ..checkpoint.source import ANY, Hub, find_source
 from ..errors import CheckpointError, OutputError
 from ..execute.holes import find_hole
 from ..model.layers import MoeModel, read_model
+from ..model.memory import CopiesMemory, copies_memory
 from ..model.sizes import ModelSizes, read_sizes
 from ..placement.contract import CONTRACT_KEY, numbering_in
 from ..placement.placement_file import read_placement_file
-from ..placement.strategies import Balanced, FromFile, MoeShape, Placed, Strategy, check_placement
+from ..placement.strategies import (
+    Balanced,
+    Copies,
+    FromFile,
+    MoeShape,
+    Placed,
+    Strategy,
+    check_copies,
+    check_placement,
+)
+from ..placement.time_model import read_gpu
 from ..record.manifest import JOURNAL, MANIFEST, UNFINISHED
 from ..traffic.choices import recorded_traffic
 
@@ -126,6 +137,12 @@ def check_strategy(strategy: Strategy, original: Original) -> None:
     check_ep_size(strategy.ep_size, original)
 
 
+def memory_of(original: Original, strategy: Copies) -> CopiesMemory:
+    """What the copies of `strategy` take of each GPU's memory."""
+    gpu = read_gpu(strategy.gpu)
+    return copies_memory(original.checkpoint, original.model, strategy.ep_size, strategy.spare, gpu)
+
+
 def place_experts(original: Original, strategy: Strategy) -> Placed:
     """Load what `strategy` works from, let it place the experts of `original`, and check the placement.
 
@@ -141,6 +158,13 @@ def place_experts(original: Original, strategy: Strategy) -> Placed:
         case Balanced():
             traffic = recorded_traffic(Path(strategy.trace), original.model, original.root, end=strategy.share)
             placed = strategy.place(shape, original.sizes.expert, traffic.ids)
+        case Copies():
+            ids = {}
+            if strategy.trace is not None:
+                ids = recorded_traffic(Path(strategy.trace), original.model, original.root, end=strategy.share).ids
+            placed = strategy.place(shape, original.sizes.expert, ids)
+            check_copies(placed.placement, shape, strategy)
+            return placed
         case FromFile():
             placed = strategy.place(shape, read_placement_file(Path(strategy.path)))
         case _:

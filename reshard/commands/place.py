@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ..arguments import as_path, parse_size
 from ..checkpoint.source import ANY, Hub
+from ..errors import OutputError
 from ..execute.fill import Progress
 from ..execute.reflink import find_sharing
 from ..execute.run import Outcome
-from ..placement.strategies import Balanced, Strategy, Zigzag
+from ..placement.strategies import Balanced, Copies, Strategy, Zigzag
 from ..plan.files import Digests, fingerprint
 from ..plan.sharing import Reflink
 from ..record.manifest import Layout
@@ -66,6 +67,11 @@ def plan_placement(
     shard_size = parse_size(max_shard_size, "--max-shard-size")
     original = read_original(src, hub)
     check_strategy(strategy, original)
+    if isinstance(strategy, Copies):
+        raise OutputError(
+            f"{original.root}: an output has each expert once, and copies are for serving: write a placement file with "
+            f"`reshard export --to vllm --ep {strategy.ep_size} --spare {strategy.spare}`"
+        )
     if not allow_holes:
         refuse_holes(original)
     checkpoint = original.checkpoint

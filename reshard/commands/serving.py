@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping
 
 from ..checkpoint.location import Location
 from ..placement.steps import DEFAULT_MIX, describe_mix
-from ..placement.strategies import Balanced, FromFile, Linear, NodeZigzag, Strategy
+from ..placement.strategies import Balanced, Copies, FromFile, Linear, NodeZigzag, Strategy
 from ..placement.time_model import DEFAULT_GPU
+
+COPIES_OPTIONS = "--enable-eplb --eplb-config '{\"num_redundant_experts\": {redundant}}'"
+"""What vLLM needs to serve a placement file in which experts have {redundant} copies in all."""
 
 
 def serve_command(model: Location | str, ep_size: int, placement: str | None = None) -> str:
@@ -39,6 +42,16 @@ def serve_commands(src: Location | str, strategies: Iterable[Strategy]) -> dict[
                     "--batch-mix": describe_mix(strategy.mix) if strategy.mix != DEFAULT_MIX else None,
                 }
                 found[strategy.name] = _exported(src, strategy, given)
+            case Copies():
+                given = {
+                    "--spare": strategy.spare,
+                    "--trace": strategy.trace,
+                    "--gpu": strategy.gpu if strategy.gpu != DEFAULT_GPU else None,
+                    "--batch-mix": describe_mix(strategy.mix) if strategy.mix != DEFAULT_MIX else None,
+                }
+                options = COPIES_OPTIONS.replace("{redundant}", str(strategy.ep_size * strategy.spare))
+                export, serve = _exported(src, strategy, given)
+                found[strategy.name] = (export, f"{serve} {options}")
             case FromFile():
                 found[strategy.name] = _exported(src, strategy, {"--map": strategy.path})
             case _:

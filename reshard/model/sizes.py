@@ -17,6 +17,7 @@ from .routing import config_sections
 
 _NO_WEIGHTS = re.compile(r"scale|zero|g_idx|bias|shape", re.IGNORECASE)
 _NOT_COMPUTED = re.compile(r"embed|vis(ual|ion)|audio|mtp\.", re.IGNORECASE)
+_DRAFT = re.compile(r"mtp\.")
 _LAYER = re.compile(r"layers\.([0-9]{1,9})\.")
 _PACKED = {"I32": 8, "U8": 2}  # 4-bit weights in a number of this type
 _DTYPES = {"F8_E4M3": "fp8", "F8_E5M2": "fp8", "I8": "int8", "U8": "fp4"}  # others, and I32, are multiplied as bf16
@@ -75,6 +76,17 @@ def read_sizes(checkpoint: Checkpoint, model: MoeModel) -> ModelSizes:
     )
 
 
+def shared_size(checkpoint: Checkpoint, model: MoeModel) -> int:
+    """Bytes of all weights but experts that a server without drafts loads."""
+    layers = _number(checkpoint, "num_hidden_layers", "num_layers", "n_layers") or len(model.layers)
+    experts = {tensor.name for layer in model.layers for tensor in _of_experts(layer)}
+    return sum(
+        tensor.size
+        for name, tensor in checkpoint.tensors.items()
+        if name not in experts and not _DRAFT.search(name) and not _past(name, layers)
+    )
+
+
 def _of_experts(layer: MoeLayer) -> Iterable[Tensor]:
     yield from layer.fused
     for tensors in layer.experts:
@@ -82,8 +94,13 @@ def _of_experts(layer: MoeLayer) -> Iterable[Tensor]:
 
 
 def _computed(name: str, layers: int) -> bool:
+    return not _NOT_COMPUTED.search(name) and not _past(name, layers)
+
+
+def _past(name: str, layers: int) -> bool:
+    """Whether the tensor belongs to a layer past the last one, as those of drafts do."""
     found = _LAYER.search(name)
-    return not _NOT_COMPUTED.search(name) and (found is None or int(found[1]) < layers)
+    return found is not None and int(found[1]) >= layers
 
 
 def _parameters(tensors: Iterable[Tensor]) -> int:

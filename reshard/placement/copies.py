@@ -41,11 +41,18 @@ MAX_ALL_SETS = 8  # ranks; for more, only sets of one rank, of two and of all ra
 
 Weigh = Callable[["Tensor"], "Tensor"]
 """From the tokens of each expert, count_BE, to what the expert adds to its rank, weight_BE, in any unit."""
+Fixed = Callable[[int], float]
+"""From the tokens in a batch to what each rank has to do beside its experts, in the unit of `Weigh`."""
 
 
 def active(count_BE: Tensor) -> Tensor:
     """1 for each active expert: its weights must be read, however few tokens it has."""
     return (count_BE > 0).float()
+
+
+def nothing(tokens: int) -> float:
+    """Ranks have nothing to do beside their experts."""
+    return 0.0
 
 
 # 1. Batches
@@ -57,7 +64,7 @@ class Sample:
 
     Attributes:
         weight_BE: what each expert adds to its rank; an average active expert of a batch size adds 1
-        share_B: sums to 1 after multiplying by the mean rank's weight, so that all batch sizes count alike
+        share_B: sums to 1 after multiplying by the mean rank's weight; a size whose `fixed` part is large counts less
     """
 
     weight_BE: Tensor
@@ -65,7 +72,13 @@ class Sample:
 
 
 def sampled(
-    ids_TK: Tensor, num_experts: int, ep_size: int, sizes: Sequence[int], weigh: Weigh = active, seed: int = 0
+    ids_TK: Tensor,
+    num_experts: int,
+    ep_size: int,
+    sizes: Sequence[int],
+    weigh: Weigh = active,
+    fixed: Fixed = nothing,
+    seed: int = 0,
 ) -> Sample:
     """Draw batches of each size: of DRAWN tokens in all, at least MIN_BATCHES.
 
@@ -74,13 +87,12 @@ def sampled(
         num_experts: E
         ep_size: R
         sizes: tokens in a batch
-        weigh: what an expert with some tokens adds to its rank
+        weigh, fixed: what an expert with some tokens adds to its rank, and what each rank has to do beside that
         seed: of the random numbers
     """
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
-    weights, shares = [], []
+    generator, weights, shares = torch.Generator().manual_seed(seed), [], []
     for size in sizes:
         number = max(MIN_BATCHES, DRAWN // size)
         rows_BT = torch.randint(len(ids_TK), (number, size), generator=generator)
@@ -89,10 +101,13 @@ def sampled(
             ids_BN = ids_TK[rows_BT[:, first : first + 64]].reshape(number, -1).long()
             count_BE.scatter_add_(1, ids_BN, torch.ones(ids_BN.shape))
         weight_BE = weigh(count_BE).float()
-        weight_BE /= weight_BE.sum() / (count_BE > 0).sum()
+        unit = float(weight_BE.sum() / (count_BE > 0).sum())
+        weight_BE /= unit
+        done = float(weight_BE.sum()) / ep_size + number * fixed(size) / unit
         weights.append(weight_BE)
-        shares.append(torch.full((number,), ep_size / (len(sizes) * float(weight_BE.sum()))))
-    return Sample(torch.cat(weights), torch.cat(shares))
+        shares.append(torch.full((number,), 1 / done))
+    weight_BE, share_B = torch.cat(weights), torch.cat(shares)
+    return Sample(weight_BE, share_B * ep_size / float(share_B @ weight_BE.sum(dim=1)))
 
 
 # 2. Where the search starts
@@ -276,6 +291,7 @@ def with_copies(
     *,
     sizes: Sequence[int] = BATCH_SIZES,
     weigh: Weigh = active,
+    fixed: Fixed = nothing,
 ) -> tuple[int, ...]:
     """The placement of one layer with copies, under which we expect the busiest rank of a batch to have least to do.
 
@@ -285,7 +301,7 @@ def with_copies(
         ep_size: R, a divisor of E
         spare: S, slots on each rank beside its E / R
         sizes: tokens in a batch, all equally important
-        weigh: what an expert with some tokens adds to its rank
+        weigh, fixed: what an expert with some tokens adds to its rank, and what each rank has to do beside that
 
     Returns:
         physical_to_logical: [E + R * S]; each rank's experts in ascending order, none twice
@@ -293,16 +309,24 @@ def with_copies(
     Raises:
         OutputError: R does not divide E, or S is more than the experts that a rank lacks
     """
-    if num_experts % ep_size or not 0 <= spare <= num_experts - num_experts // ep_size:
-        raise OutputError(
-            f"{spare} spare slots on each of {ep_size} EP ranks for {num_experts} experts: expected a number of ranks "
-            f"that divides the experts, and at most {num_experts - num_experts // ep_size} spare slots; use others"
-        )
-    seen = sampled(ids_TK[::2], num_experts, ep_size, sizes, weigh)
-    unseen = sampled(ids_TK[1::2], num_experts, ep_size, sizes, weigh, seed=1)
+    if fault := spare_fault(num_experts, ep_size, spare):
+        raise OutputError(fault)
+    seen = sampled(ids_TK[::2], num_experts, ep_size, sizes, weigh, fixed)
+    unseen = sampled(ids_TK[1::2], num_experts, ep_size, sizes, weigh, fixed, seed=1)
     start_ER = first(seen.weight_BE.sum(dim=0), ep_size, spare)
     candidates = [placement_of(held_ER) for held_ER in (start_ER, searched(start_ER, seen))]
     return min(candidates, key=lambda placement: busiest(placement, unseen, ep_size))
+
+
+def spare_fault(num_experts: int, ep_size: int, spare: int) -> str | None:
+    """Why E experts cannot have S spare slots on each of R ranks, and what to do; None if they can."""
+    most = num_experts - num_experts // ep_size
+    if num_experts % ep_size == 0 and 0 <= spare <= most:
+        return None
+    return (
+        f"{spare} spare slots on each of {ep_size} EP ranks for {num_experts} experts: expected a number of ranks that "
+        f"divides the experts, and at most {most} spare slots, so that no rank has an expert twice; use others"
+    )
 
 
 def busiest(physical_to_logical: Sequence[int], sample: Sample, ep_size: int) -> float:

@@ -1,7 +1,9 @@
 """Which copy of each expert serves a batch, so that the busiest rank has the least to do. Pure functions.
 
 With spare slots, some experts have copies on several ranks, and each batch may choose among them. While decoding, the
-time of a rank follows its *active* experts, so one copy serves all tokens of a batch. The choice is greedy, in rounds:
+time of a rank follows its *active* experts, so one copy serves all tokens of a batch. In large batches nearly all
+experts are active, and one copy serves there too, but so that ranks have equally many pairs of token and expert. The
+choice is greedy, in rounds:
 
     1. schedule        once per placement: give each expert with copies, in order, the first round in which none of its
                        ranks has another expert. So the experts of one round can be placed at the same time.
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 # A second sweep brings the busiest rank from 1.5 to 2 % above the optimum to 0.5 %. A third would gain 0.04 of an
 # expert in batches of eight tokens, which is less than it takes.
 SWEEPS = 2
+SMALL_BATCH = 512  # tokens; in a larger one nearly all experts are active
 MAX_ROUNDS = 47  # on a GPU the choices of a rank are the bits of an integer
 
 
@@ -142,25 +145,39 @@ def choose_copies(weight_BE: Tensor, prepared: Schedule, sweeps: int = SWEEPS) -
     weight_BE = weight_BE.long()
     ranks = torch.arange(len(prepared.fixed_RF))
     load_BR = _weights(weight_BE, prepared.fixed_RF.flatten()).view(len(weight_BE), len(ranks), -1).sum(dim=2)
-    mine = [torch.zeros_like(load_BR) for _ in prepared.expert_GR]  # by round: 1 if the rank has the expert
+    mine_GBR = load_BR.new_zeros(len(prepared.expert_GR), *load_BR.shape)  # 1 if the rank has the expert of the round
     for sweep in range(sweeps):
         for turn, (expert_R, next_R) in enumerate(zip(prepared.expert_GR, prepared.next_GR, strict=True)):
             weight_BR = _weights(weight_BE, expert_R)
-            without_BR = load_BR - mine[turn] * weight_BR
+            without_BR = load_BR - mine_GBR[turn] * weight_BR
             key_BR = without_BR * len(ranks) + (ranks if (turn + sweep) % 2 == 0 else ranks.flip(0))
             least_BR = other_BR = key_BR
             for _ in range(prepared.slot_EC.shape[1] - 1):
                 other_BR = other_BR[:, next_R.long()]
                 least_BR = torch.minimum(least_BR, other_BR)
-            mine[turn] = ((key_BR == least_BR) & (weight_BR > 0)).long()
-            load_BR = without_BR + mine[turn] * weight_BR
-    slot_BE = prepared.slot_EC[:, 0].long().expand_as(weight_BE).clone()
-    for expert, turn in enumerate(prepared.round_E.tolist()):
-        if turn >= 0:
-            for slot, rank in zip(prepared.slot_EC[expert].tolist(), prepared.rank_EC[expert].tolist(), strict=True):
-                if slot >= 0:
-                    slot_BE[mine[turn][:, rank] == 1, expert] = slot
+            mine_GBR[turn] = (key_BR == least_BR) & (weight_BR > 0)
+            load_BR = without_BR + mine_GBR[turn] * weight_BR
+    slot_BE = prepared.slot_EC[:, 0].long().expand_as(weight_BE)
+    for rank_E, slot_E in zip(prepared.rank_EC.T.long(), prepared.slot_EC.T.long(), strict=True):
+        if len(mine_GBR):
+            takes_EB = mine_GBR[prepared.round_E.clamp(min=0).long(), :, rank_E.clamp(min=0)]
+            takes_EB[(prepared.round_E < 0) | (slot_E < 0)] = 0
+            slot_BE = torch.where(takes_EB.T == 1, slot_E, slot_BE)
     return slot_BE
+
+
+def serving_slots(count_BE: Tensor, prepared: Schedule, tokens: int) -> Tensor:
+    """Choose a copy of each expert so that the busiest rank has few active experts, or in a large batch few pairs.
+
+    Parameters:
+        count_BE: tokens that chose each logical expert, in each batch
+        prepared: the placement
+        tokens: in a batch; more than SMALL_BATCH make it large
+
+    Returns:
+        slot_BE: as `choose_copies` does
+    """
+    return choose_copies((count_BE > 0).long() if tokens <= SMALL_BATCH else count_BE, prepared)
 
 
 def _weights(weight_BE: Tensor, expert_N: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The strategies that a user may ask for, and the placement that each makes: physical_to_logical [E] per MoE layer.
 
+`Copies` alone makes longer ones, which can be served, but not written to an output.
+
 A strategy is made for a number of EP ranks. It reads no weights and no files: the caller passes what it needs to know
 about the model as a `MoeShape`, and recorded traffic or a placement file already loaded. `check_placement` checks every
 placement before it is used, whatever made it.
@@ -15,8 +17,10 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 from ..arguments import check_whole
 from ..errors import OutputError
 from .balance import balanced_layers
+from .copies import spare_fault
 from .permutations import Placement, is_permutation, node_zigzag, rank_slots, zigzag
 from .placement_file import PlacementFile
+from .spare import copied_layers, copies_fault, decoding_sizes, evenly_copied
 from .steps import DEFAULT_MIX, Step, describe_mix
 from .swaps import Aim
 from .time_model import DEFAULT_GPU, ExpertShape, read_gpu
@@ -156,25 +160,53 @@ class Balanced:
                 f"{model.where}: balanced on {self.nodes} nodes: {self.ep_size} EP ranks cannot be divided evenly "
                 "among them; choose another --nodes or --ep"
             )
-        tokens = min(map(len, traffic.values()), default=0)
-        if tokens < MIN_TOKENS:
-            part = "recorded" if self.share == 1 else f"in its first {self.share:.0%}, which the placement is made from"
-            raise OutputError(
-                f"{self.trace}: {tokens} tokens {part}; balanced needs at least {MIN_TOKENS}: record more of the "
-                "traffic that the model serves"
-            )
+        _refuse_short(traffic, self)
         recorded = [traffic[layer] for layer in model.layers if layer in traffic]
         aim = Aim(self.mix, expert, read_gpu(self.gpu))
         balanced = balanced_layers(recorded, model.num_experts, self.ep_size, aim, self.nodes)
-        without = [layer for layer in model.layers if layer not in traffic]
         placement = {
             layer: next(balanced) if layer in traffic else zigzag(model.num_experts, self.ep_size)
             for layer in self.progress(model.layers)
         }
-        if not without:
-            return Placed(placement)
-        names = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
-        return Placed(placement, (f"{self.trace} has no traffic of {names}: these layers got zigzag",))
+        return Placed(placement, _without_traffic(model, traffic, self.trace, "zigzag"))
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Gives each rank `spare` more slots, for copies of experts; each batch chooses which copy serves it. See `copies`.
+
+    The placement is made from the first `share` of every recording in `trace`, so that decoding steps of `mix` take
+    little time on `gpu`, as for `Balanced`. Without a trace, copies are spread evenly over ranks and expert groups.
+    """
+
+    ep_size: int
+    spare: int
+    trace: str | Path | None = None
+    share: float = 1.0
+    progress: LayerProgress = field(default=iter, compare=False)
+    gpu: str = DEFAULT_GPU
+    mix: tuple[Step, ...] = DEFAULT_MIX
+    name: ClassVar[str] = "copies"
+
+    def place(self, model: MoeShape, expert: ExpertShape, traffic: Mapping[str, Tensor]) -> Placed:
+        """Each layer's physical_to_logical [E + R * S]; evenly spread copies for a layer without traffic.
+
+        Parameters and errors are those of `Balanced.place`; also raises OutputError if the spare slots do not fit.
+        """
+        check_whole(self.spare, f"{model.where}: --spare")
+        if fault := spare_fault(model.num_experts, self.ep_size, self.spare):
+            raise OutputError(f"{model.where}: {fault}")
+        aim = Aim(self.mix, expert, read_gpu(self.gpu))
+        decoding_sizes(aim)
+        evenly = evenly_copied(model.num_experts, self.ep_size, self.spare)
+        if self.trace is None:
+            note = "no trace: copies are spread evenly; copies of the experts that your traffic uses most gain more"
+            return Placed(dict.fromkeys(model.layers, evenly), (note,))
+        _refuse_short(traffic, self)
+        recorded = [traffic[layer] for layer in model.layers if layer in traffic]
+        copied = copied_layers(recorded, model.num_experts, self.ep_size, self.spare, aim)
+        placement = {layer: next(copied) if layer in traffic else evenly for layer in self.progress(model.layers)}
+        return Placed(placement, _without_traffic(model, traffic, self.trace, "zigzag and evenly spread copies"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +240,7 @@ class FromFile:
         return Placed({name: tuple(by_layer[name]) for name in model.layers}, notes)
 
 
-Strategy = Linear | Zigzag | NodeZigzag | Balanced | FromFile
+Strategy = Linear | Zigzag | NodeZigzag | Balanced | Copies | FromFile
 """Each has a `name`, as on the command line and in the manifest, and an `ep_size`, R."""
 
 
@@ -224,6 +256,13 @@ def check_placement(placement: Placement, model: MoeShape) -> None:
             )
 
 
+def check_copies(placement: Placement, model: MoeShape, strategy: Copies) -> None:
+    """OutputError unless `placement` fills the slots of `strategy` in every layer, with no expert twice on a rank."""
+    for layer in model.layers:
+        if fault := copies_fault(placement[layer], model.num_experts, strategy.ep_size, strategy.spare):
+            raise OutputError(f"{model.where}: {layer}: {fault}")
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """What the user may give a strategy beside the number of EP ranks; its `Offer` says which of these it takes."""
@@ -233,6 +272,7 @@ class Options:
     map: Path | None = None
     gpu: str | None = None
     mix: tuple[Step, ...] | None = None
+    spare: int | None = None
     share: float = 1.0
     progress: LayerProgress = iter
 
@@ -258,6 +298,18 @@ def _balanced(ep_size: int, options: Options) -> Strategy:
     )
 
 
+def _copies(ep_size: int, options: Options) -> Strategy:
+    return Copies(
+        ep_size,
+        _given(options.spare),
+        options.trace,
+        options.share,
+        options.progress,
+        options.gpu or DEFAULT_GPU,
+        options.mix or DEFAULT_MIX,
+    )
+
+
 # By name, in the order in which they are shown.
 STRATEGIES: Mapping[str, Offer] = {
     Linear.name: Offer(lambda ep_size, options: Linear(ep_size)),
@@ -265,6 +317,7 @@ STRATEGIES: Mapping[str, Offer] = {
     NodeZigzag.name: Offer(lambda ep_size, options: NodeZigzag(ep_size, _given(options.nodes)), needs=("nodes",)),
     Balanced.name: Offer(_balanced, needs=("trace",), takes=("nodes", "gpu", "mix")),
     FromFile.name: Offer(lambda ep_size, options: FromFile(ep_size, _given(options.map)), needs=("map",)),
+    Copies.name: Offer(_copies, needs=("spare",), takes=("trace", "gpu", "mix")),
 }
 
 
@@ -272,6 +325,25 @@ def _given(value: T | None) -> T:
     if value is None:
         raise OutputError("an option that this strategy needs is missing; see reshard.placement.strategies.STRATEGIES")
     return value
+
+
+def _refuse_short(traffic: Mapping[str, Tensor], strategy: Balanced | Copies) -> None:
+    """OutputError if a placement cannot be made from so few tokens."""
+    tokens = min(map(len, traffic.values()), default=0)
+    if tokens < MIN_TOKENS:
+        share = strategy.share
+        part = "recorded" if share == 1 else f"in its first {share:.0%}, which the placement is made from"
+        raise OutputError(
+            f"{strategy.trace}: {tokens} tokens {part}; {strategy.name} needs at least {MIN_TOKENS}: record more of "
+            "the traffic that the model serves"
+        )
+
+
+def _without_traffic(model: MoeShape, traffic: Mapping[str, Tensor], trace: object, got: str) -> tuple[str, ...]:
+    """A note of the layers that have no traffic in `trace`, if there are any."""
+    without = [layer for layer in model.layers if layer not in traffic]
+    names = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
+    return (f"{trace} has no traffic of {names}: these layers got {got}",) if without else ()
 
 
 def _in_every_layer(model: MoeShape, physical_to_logical: tuple[int, ...]) -> Placed:

@@ -53,13 +53,15 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class GpuProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a GPU can do: `bandwidth` of its memory and of its `link` to the node's other GPUs, one way, in bytes/s.
 
-    `flops` has dense FLOP/s by the type of the numbers multiplied, of which bf16 is always one.
+    `flops` has dense FLOP/s by the type of the numbers multiplied, of which bf16 is always one. `memory` is in bytes,
+    0 if it is not known; where datasheets write GB, it is 2^30 bytes.
     """
 
     source: str
     bandwidth: float
     flops: dict[str, float]
     link: float
+    memory: float = 0
     kernels: Kernels
     name: str = ""
 
@@ -123,7 +125,7 @@ def read_gpu(name: str) -> GpuProfile:
     kernels = profile.kernels
     shares = (kernels.tile, kernels.read_share, kernels.flops_share, kernels.rows_share)
     figures = (profile.bandwidth, profile.link, *profile.flops.values(), *shares)
-    if "bf16" not in profile.flops or min(figures) <= 0 or kernels.launch < 0:
+    if "bf16" not in profile.flops or min(figures) <= 0 or min(kernels.launch, profile.memory) < 0:
         raise OutputError(f"{path}: expected figures above 0, and bf16 among flops; found {given!r:.200}")
     return profile
 

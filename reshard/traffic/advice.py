@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..model.memory import CopiesMemory
 from ..placement.steps import PHASES, Step, describe_mix
+from ..placement.strategies import Copies
 from .step_time import StepTime, mean_time
 
 WORTH = 0.01  # of a step's time: the time model's own error is about as large
@@ -36,6 +38,7 @@ def advise(
     recorded: bool,
     nodes: int,
     record: str,
+    copies: CopiesMemory | None = None,
 ) -> Advice:
     """Recommend one of the placements in `times`.
 
@@ -46,6 +49,8 @@ def advise(
         recorded: whether `times` are of recorded traffic
         nodes: the nodes that the ranks are spread over
         record: the command that records traffic
+        copies: the memory that copies take, if a placement has some. Since they take memory, they must save WORTH more
+            than any other placement
 
     """
     counted = [time for time in times if Step(time.phase, time.tokens) in mix]
@@ -59,23 +64,52 @@ def advise(
             "analyze it."
         )
         return Advice(None, why, described, saved, (record,))
+    fixed = {name: value for name, value in saved.items() if copies is None or name != Copies.name}
+    by_copies = saved.get(Copies.name, 0.0) if copies else 0.0
+    if copies and copies.fits and by_copies >= max([0.0, *fixed.values()]) + WORTH:
+        strategy = Copies.name
+        why = (
+            f"serve with copies, {copies.spare_slots} spare slots on each rank: {_saves(counted, strategy, base)}"
+            f"{_where(saved, strategy)}. {_costs(copies)}"
+        )
+    else:
+        strategy, why = _of_fixed(counted, fixed, base)
+        if copies and not copies.fits:
+            why += f" Copies do not fit: they take {_gigabytes(copies.taken)} of each GPU."
+        elif copies and Copies.name in saved:
+            why += f" Copies save {_percent(by_copies)}, and take {_gigabytes(copies.taken)} of each GPU."
+    if nodes > 1:
+        why += " Sending tokens between nodes is not in these times: see the nodes that a token reaches."
+    return Advice(strategy, why, described, saved, tuple(commands[strategy]))
+
+
+def _of_fixed(counted: Sequence[StepTime], saved: Mapping[str, float], base: str) -> tuple[str, str]:
+    """The best of the placements without copies, and the recommendation in a sentence."""
     most = max(saved.values(), default=0.0)
-    strategy, why = base, f"serve {base}: there is nothing else to compare it with."
     if most >= WORTH:
         strategy = next(name for name, value in saved.items() if value >= most - ALIKE)
-        why = f"serve placed {strategy}: {_saves(counted, strategy, base)}."
-        worse = [f"{name} {_percent(saved[name])}" for name in saved if name != strategy]
-        if worse:
-            why = f"{why[:-1]}; on average {_percent(saved[strategy])}, where {' and '.join(worse)}."
-    elif saved and min(saved.values()) <= -WORTH:
+        return strategy, f"serve placed {strategy}: {_saves(counted, strategy, base)}{_where(saved, strategy)}."
+    if saved and min(saved.values()) <= -WORTH:
         worst = min(saved, key=lambda name: saved[name])
         why = f"serve {base}: no placement saves 1 % of a step's time, and {worst} adds {_percent(-saved[worst])}."
     elif saved:
         best = max(saved, key=lambda name: saved[name])
         why = f"do not bother, serve {base}: the best placement, {best}, saves {_percent(most)} of a step's time."
-    if nodes > 1:
-        why += " Sending tokens between nodes is not in these times: see the nodes that a token reaches."
-    return Advice(strategy, why, described, saved, tuple(commands[strategy]))
+    else:
+        why = f"serve {base}: there is nothing else to compare it with."
+    return base, why
+
+
+def _where(saved: Mapping[str, float], strategy: str) -> str:
+    """What the other placements save."""
+    others = [f"{name} {_percent(saved[name])}" for name in saved if name != strategy]
+    return f"; on average {_percent(saved[strategy])}, where {' and '.join(others)}" if others else ""
+
+
+def _costs(copies: CopiesMemory) -> str:
+    """What copies take of a GPU, and what they leave for the KV cache."""
+    left = f" and leave about {_gigabytes(copies.kv_size)} of {_gigabytes(copies.kv_size_without)} for the KV cache"
+    return f"Copies take {_gigabytes(copies.taken)} of each GPU{left if copies.gpu_size else ''}."
 
 
 def _saves(counted: Sequence[StepTime], strategy: str, base: str) -> str:
@@ -93,6 +127,10 @@ def _saves(counted: Sequence[StepTime], strategy: str, base: str) -> str:
             because = f" ({reasons[phase]})" if high >= WORTH else ""
             phrases.append(f"{amount} of a {phase} step's time{because}")
     return f"it saves {' and '.join(phrases)}"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
 
 
 def _percent(value: float) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..checkpoint.location import Location
+from ..model.memory import CopiesMemory
 from .advice import Advice
 from .effect import Coselection, Effect
 from .step_time import StepTime
@@ -41,6 +43,7 @@ class Analysis:
     placement gains. `unrecorded` names the MoE layers that the trace lacks; they are not measured. `unfit` has each
     strategy that does not fit the model, the ranks or the trace, and why. `steps` has the times of steps on R GPUs of
     the kind `gpu`, whose figures come from `gpu_source`. `serve` has the commands that serve by each candidate.
+    `copies` is the memory that copies take, if one of the candidates has some.
     """
 
     path: Location
@@ -64,8 +67,17 @@ class Analysis:
     serve: dict[str, tuple[str, ...]]
     candidates: tuple[Candidate, ...]
     together: Together
+    copies: CopiesMemory | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The MoE layers that were measured, in order."""
         return tuple(self.together.layers)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All fields as plain values; `copies` only if there are some."""
+        found = asdict(self)
+        if self.copies is None:
+            del found["copies"]
+        return found

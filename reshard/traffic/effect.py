@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import OutputError
+from ..placement.copy_choice import Schedule, schedule, serving_slots
 from ..placement.permutations import rank_of_each
 
 if TYPE_CHECKING:
@@ -18,11 +19,15 @@ if TYPE_CHECKING:
 
 # Tokens processed at once: bounds the memory used beside the traffic, whatever the number of ranks and experts.
 _CHUNK = 1 << 13
+_MAX_CHOICES = 1 << 10  # batches of each size that choose copies
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
     """What one layer's placement does to its traffic.
+
+    With copies, each batch chooses which of them serve it, and `imbalance` is of these choices. The other figures are
+    of the choice for all tokens as one batch.
 
     `imbalance` has a value for each batch size: the busiest rank's (token, expert) pairs over the mean, averaged over
     batches. If time follows pairs, this is the layer's time over its time in perfect balance. `ranks` and `nodes` say
@@ -60,7 +65,7 @@ def effect(
 
     Parameters:
         ids_TK: int64; batches are consecutive tokens, and an incomplete last batch is left out
-        physical_to_logical: [E]
+        physical_to_logical: [E], or more slots if experts have copies
         ep_size: R
         nodes: a divisor of R; each node holds consecutive ranks
         batch_sizes: each at most T
@@ -73,12 +78,18 @@ def effect(
     if len(ids_TK) < max(batch_sizes, default=0):
         raise OutputError(f"{len(ids_TK)} tokens are too few for a batch of {max(batch_sizes)}; choose a smaller batch")
 
-    rank_TK = torch.tensor(rank_of_each(physical_to_logical, ep_size))[ids_TK]
+    num_experts, slots, prepared = max(physical_to_logical) + 1, len(physical_to_logical) // ep_size, None
+    if len(physical_to_logical) > num_experts:
+        prepared = schedule(physical_to_logical, num_experts, ep_size)
+        rank_TK = _chosen(ids_TK, prepared, slots, len(ids_TK))
+    else:
+        rank_TK = torch.tensor(rank_of_each(physical_to_logical, ep_size))[ids_TK]
     tokens, top_k = rank_TK.shape
     imbalance = []
     for size in batch_sizes:
-        busiest = sum(float(pairs_BR.amax(dim=1).sum()) for pairs_BR in _pairs(rank_TK, size, ep_size))
-        imbalance.append(busiest / (tokens // size) * ep_size / (size * top_k))
+        chosen_TK = rank_TK if prepared is None else _chosen(ids_TK, prepared, slots, size)
+        busiest = sum(float(pairs_BR.amax(dim=1).sum()) for pairs_BR in _pairs(chosen_TK, size, ep_size))
+        imbalance.append(busiest / (len(chosen_TK) // size) * ep_size / (size * top_k))
     pairs_R = torch.zeros(ep_size, dtype=torch.long)
     ranks_reached = nodes_reached = 0
     for pairs_TR in _pairs(rank_TK, 1, ep_size):
@@ -87,6 +98,23 @@ def effect(
         nodes_reached += int((pairs_TR.view(len(pairs_TR), nodes, -1).sum(dim=2) > 0).sum())
     loads_R = pairs_R.double() * ep_size / (tokens * top_k)
     return Effect(tuple(imbalance), ranks_reached / tokens, nodes_reached / tokens, tuple(loads_R.tolist()))
+
+
+def _chosen(ids_TK: Tensor, prepared: Schedule, slots: int, size: int) -> Tensor:
+    """The rank that computes each pair, rank_TK, if each batch of `size` consecutive tokens chooses copies.
+
+    A rank has `slots` slots. Of more than _MAX_CHOICES batches, takes so many, spread evenly.
+    """
+    import torch
+
+    number = len(ids_TK) // size
+    ids_BN = ids_TK[: number * size].reshape(number, -1)
+    if number > _MAX_CHOICES:
+        ids_BN = ids_BN[[turn * number // _MAX_CHOICES for turn in range(_MAX_CHOICES)]]
+    count_BE = torch.zeros(len(ids_BN), len(prepared.round_E), dtype=torch.long)
+    count_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN))
+    rank_BE = torch.div(serving_slots(count_BE, prepared, size), slots, rounding_mode="floor")
+    return rank_BE.gather(1, ids_BN).view(len(ids_BN) * size, -1)
 
 
 def mean_effect(effects: Sequence[Effect]) -> Effect:

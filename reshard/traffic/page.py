@@ -12,7 +12,6 @@ import hashlib
 import html
 import json
 import re
-from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def render(analysis: Analysis, command: str = "") -> str:
         "typical_batch": typical_batch(analysis),
         "made": " · ".join(filter(None, (f"reshard {__version__}", date.today().isoformat(), command))),
     }
-    data = json.dumps({"analysis": asdict(analysis), "words": words}, default=str, separators=(",", ":"))
+    data = json.dumps({"analysis": analysis.values, "words": words}, default=str, separators=(",", ":"))
     values = {
         "title": html.escape(f"{analysis.path.absolute().name}: placements on {analysis.ep_size} EP ranks"),
         "script": _digest(template, "script"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..model.memory import UTILIZATION, CopiesMemory
 from ..placement.steps import PHASES
 from .analysis import Analysis
 from .effect import Effect
@@ -23,7 +24,16 @@ WHAT_COUNTS = (
 def describe_analysis(analysis: Analysis, *, by_layer: bool = False) -> list[str]:
     """The table over all layers and what it means; with `by_layer` also the same table for each layer."""
     means = {candidate.strategy: candidate.mean for candidate in analysis.candidates}
-    lines = [*headlines(analysis), "", *_times(analysis), "", *_table(analysis, means), "", *_worst(analysis)]
+    lines = [
+        *headlines(analysis),
+        "",
+        *_times(analysis),
+        *_copies(analysis),
+        "",
+        *_table(analysis, means),
+        "",
+        *_worst(analysis),
+    ]
     for name, *phrases in compare(analysis):
         lines += ["", f"{name}:", *(f"  {phrase}" for phrase in phrases)]
     lines += ["", "What counts, where sending tokens takes time too:"]
@@ -55,11 +65,40 @@ def headlines(analysis: Analysis) -> list[str]:
     return lines
 
 
+def _copies(analysis: Analysis) -> list[str]:
+    """The memory that copies take, after the times; nothing without copies."""
+    return (
+        [] if analysis.copies is None else ["", "Copies:", *(f"  {line}" for line in describe_memory(analysis.copies))]
+    )
+
+
+def describe_memory(memory: CopiesMemory) -> list[str]:
+    """What copies take of a GPU's memory, and what is left for the KV cache."""
+    lines = [
+        f"copies take {_gigabytes(memory.copies_size)} of each GPU: {memory.spare_slots} spare slots in each MoE layer "
+        f"(drafts left out); EPLB's buffer of one layer takes {_gigabytes(memory.buffer_size)} more"
+    ]
+    if memory.gpu_size:
+        left = f"about {_gigabytes(memory.kv_size)} are left" if memory.fits else "nothing is left"
+        lines.append(
+            f"{left} for the KV cache, and {_gigabytes(memory.kv_size_without)} without copies: {UTILIZATION} of "
+            f"{_gigabytes(memory.gpu_size)} (vLLM's rule), less {_gigabytes(memory.weights_size)} of weights; an "
+            "estimate, from which activations and CUDA graphs still go off"
+        )
+    return lines
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
 def times_note(analysis: Analysis) -> str:
     """What the times are."""
     return (
         f"predicted for {analysis.ep_size} {analysis.gpu}, from the active experts and the tokens of the slowest rank; "
         "attention and the rest of a step are an estimate"
+        + "; copies: with the time to choose them"
+        * (analysis.copies is not None)
     )
 
 

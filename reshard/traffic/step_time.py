@@ -1,7 +1,8 @@
 """How long a step takes under each placement: its MoE layers by the time model, and an estimate of the rest.
 
-Every rank is given all tokens, as vLLM does without all-to-all kernels. Times
-are in seconds. Tensors carry their shape in their name: T tokens, K experts chosen, E experts.
+Every rank is given all tokens, as vLLM does without all-to-all kernels. If experts have copies, each batch chooses
+which of them serve it (`copy_choice`). Times are in seconds. Tensors carry their shape in their name: T tokens, K
+experts chosen, E experts, B batches, P slots.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..model.sizes import ModelSizes
+from ..placement.copy_choice import SMALL_BATCH, schedule, serving_slots
 from ..placement.permutations import Placement, rank_of_each
 from ..placement.steps import Phase, Step, count_experts
 from ..placement.time_model import GpuProfile, flops, rank_times
@@ -26,6 +28,9 @@ LAYER_SECONDS = 60e-6
 ALL_REDUCE_SECONDS = 12e-6
 ALL_REDUCES, PASSES = 2, 10
 CONTEXT = 1024  # tokens that each decoded token attends to
+# The kernel that chooses copies, per layer and by the tokens in a batch: fitted to docs/gpu/copies-time.json, of an
+# H100. For batches that are larger than those measured there, as long as for the largest; that is assumed.
+CHOICE_SECONDS, CHOICE_TOKEN_SECONDS = 4.0e-6, 7.6e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ def step_times(
 
     Parameters:
         ids: ids_TK of each MoE layer
-        placements: by strategy; each has these layers
+        placements: by strategy; each has these layers. With copies, an order has more slots than there are experts
         steps: in the order of the result; each of at most T tokens
         ep_size: R
         sizes: of the model
@@ -86,14 +91,32 @@ def _moe_times(
     moe = dict.fromkeys(placements, 0.0)
     weight = sizes.moe_layers / len(ids)  # a layer without traffic counts as the mean of the others
     for layer, ids_TK in ids.items():
-        num_experts = len(next(iter(placements.values()))[layer])
+        num_experts = max(next(iter(placements.values()))[layer]) + 1
         count_BE = count_experts(ids_TK, num_experts, step, MAX_BATCHES)
         tokens_B = torch.full((len(count_BE),), step.tokens)
         for name, placement in placements.items():
-            rank_E = torch.tensor(rank_of_each(placement[layer], ep_size))
-            time_BR = rank_times(count_BE, rank_E, ep_size, tokens_B, sizes.expert, gpu)
-            moe[name] += float(time_BR.amax(dim=1).mean()) * weight
+            order, has_copies = placement[layer], len(placement[layer]) > num_experts
+            if has_copies:
+                count_BP, rank_P = _of_slots(count_BE, order, ep_size, step.tokens)
+            else:
+                count_BP, rank_P = count_BE, torch.tensor(rank_of_each(order, ep_size))
+            time_BR = rank_times(count_BP, rank_P, ep_size, tokens_B, sizes.expert, gpu)
+            moe[name] += (float(time_BR.amax(dim=1).mean()) + has_copies * choice_time(step.tokens)) * weight
     return moe
+
+
+def _of_slots(count_BE: Tensor, order: Sequence[int], ep_size: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """The tokens that each slot computes, count_BP, and its rank, rank_P, if each batch chooses copies."""
+    import torch
+
+    slot_BE = serving_slots(count_BE, schedule(order, count_BE.shape[1], ep_size), tokens)
+    count_BP = count_BE.new_zeros(len(count_BE), len(order)).scatter_(1, slot_BE, count_BE)
+    return count_BP, torch.arange(len(order)) // (len(order) // ep_size)
+
+
+def choice_time(tokens: int) -> float:
+    """Seconds of a layer in which copies are chosen for a batch."""
+    return CHOICE_SECONDS + CHOICE_TOKEN_SECONDS * min(tokens, SMALL_BATCH)
 
 
 def rest_time(step: Step, ep_size: int, sizes: ModelSizes, gpu: GpuProfile) -> float:

@@ -92,9 +92,12 @@ def sizes(directory: Path) -> dict[str, int]:
         ("restore WORK/output --out NEW", "restore"),
         ("analyze WORK/src --ep 2 --tokens 64", "analyze"),
         ("analyze WORK/src --ep 2 --trace WORK/trace", "analyze"),
+        ("analyze WORK/src --ep 2 --trace WORK/trace --spare 1", "analyze"),
         ("trace info WORK/trace", "trace_info"),
         ("export WORK/src --to vllm --ep 2", "export"),
         ("export WORK/output --to vllm --out NEW.json", "export"),
+        ("export WORK/src --to vllm --ep 2 --spare 1", "export"),
+        ("export WORK/src --to vllm --ep 2 --spare 1 --trace WORK/trace", "export"),
     ],
 )
 def test_every_command_prints_what_the_schema_describes(command: str, kind: str, work: Path, tmp_path: Path) -> None:

@@ -171,6 +171,18 @@ def test_effects_agree_with_counting_by_hand(data: st.DataObject) -> None:
     assert found.nodes == pytest.approx(sum(len({r // per_node for r in some}) for some in reached) / tokens)
 
 
+def test_copies_load_ranks_by_the_copies_that_each_batch_chooses() -> None:
+    """Rank 0 has experts 0, 1 and 2; rank 1 has 2, 3 and 0: each batch may put 0 and 2 on different ranks."""
+    placement, ids = [0, 1, 2, 2, 3, 0], torch.tensor([[0, 2]] * 2048)
+    found = effect(ids, placement, 2, 1, (1, 512, 1024))
+    assert (found.imbalance, found.loads, found.ranks) == ((1.0, 1.0, 1.0), (1.0, 1.0), 2.0)
+    one_expert = effect(torch.tensor([[0]] * 2048), placement, 2, 1, (1, 512, 1024))
+    assert one_expert.imbalance == (2.0, 2.0, 2.0), "one copy serves a batch"
+    by_turns = torch.tensor([[0, 1], [3, 3]] * 1024)[:, :1]  # 0 and 3 in turns: rank 1 has 3, so 0 goes to rank 0
+    assert effect(by_turns, placement, 2, 1, (2, 1024)).imbalance == (1.0, 1.0)
+    assert effect(ids, [0, 2, 1, 3], 2, 1, (1, 512, 1024)).imbalance == (2.0, 2.0, 2.0), "a control: no copies"
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint(tmp_path_factory, Spec("deepseek_v3", experts=EXPERTS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ from reshard.errors import OutputError
 from reshard.placement.copies import active, first, placement_of, sampled, searched, with_copies
 from reshard.placement.copy_choice import choose_copies, schedule
 from reshard.placement.permutations import zigzag
+from reshard.placement.spare import copies_fault, evenly_copied
+from reshard.placement.time_model import ExpertShape, expert_times, read_gpu
 
 LEARNED = load_file(Path(__file__).parents[1] / "data" / "routing.safetensors")
 EXPERTS, RANKS, SPARE = 64, 8, 4
@@ -103,6 +106,72 @@ def test_the_search_ends_close_to_the_best_of_all_placements() -> None:
         starts.append(values[-1] / min(values))
     assert max(ratios) < 1.02
     assert max(starts) > 1.02  # a control: the start alone is further away
+
+
+def test_by_time_too_the_search_ends_close_to_the_best_of_all_placements() -> None:
+    """An expert with many tokens takes several tiles; a large share of what ranks do does not depend on experts."""
+    expert, gpu = ExpertShape(hidden=7168, intermediate=2048, top_k=2, size=44_050_944, dtype="fp8"), read_gpu("H200")
+    ratios, starts = [], []
+    for seed, (experts, ranks, spare) in itertools.product(range(3), [(6, 2, 1), (6, 3, 1), (6, 3, 2)]):
+        liking = torch.randn(experts, generator=torch.Generator().manual_seed(seed))
+        chance = torch.rand(512, experts, generator=torch.Generator().manual_seed(seed))
+        ids_TK = (liking - chance.log().neg().log()).topk(2, dim=1).indices
+        sample = sampled(
+            ids_TK, experts, ranks, (2, 256), lambda count: expert_times(count, expert, gpu), lambda _: 1e-4
+        )
+        start_ER = first(sample.weight_BE.sum(dim=0), ranks, spare)
+        found = placement_of(searched(start_ER, sample))
+        values = [
+            float(best_choices(placement, sample.weight_BE, experts, ranks) @ sample.share_B)
+            for placement in [*all_placements(experts, ranks, experts // ranks + spare), placement_of(start_ER), found]
+        ]
+        starts.append(values[-2] / min(values))
+        ratios.append(values[-1] / min(values))
+    assert max(ratios) < 1.06, "the search takes experts for divisible, and six are few"
+    assert sum(ratios) < 1.01 * len(ratios)
+    assert sum(starts) > sum(ratios) + 0.04, f"a control: the start alone is further away: {ratios} {starts}"
+
+
+def test_a_batch_size_counts_by_the_part_of_its_time_that_its_experts_take() -> None:
+    """Two sizes by hand: a unit of work for each active expert, and a fixed part that outweighs the small one's."""
+    ids_TK = torch.tensor([[0, 1], [2, 3]] * 64)
+    even = sampled(ids_TK, 4, 2, (1, 64))
+    small, large = 8192 // 1, 8192 // 64
+    mean_B = even.weight_BE.sum(dim=1) / 2
+    assert float(even.share_B @ mean_B) == pytest.approx(1)
+    assert float(even.share_B[:small] @ mean_B[:small]) == pytest.approx(0.5), "all sizes count alike"
+    fixed = sampled(ids_TK, 4, 2, (1, 64), fixed=lambda tokens: 9.0 if tokens == 1 else 2.0)
+    parts = 1 / (1 + 9), 2 / (2 + 2)  # a rank has one active expert of two, or two of four
+    assert float(fixed.share_B[:small] @ mean_B[:small]) == pytest.approx(parts[0] / sum(parts), rel=0.01)
+    assert len(fixed.share_B) == small + large
+
+
+@pytest.mark.parametrize(
+    ("experts", "ranks", "spare"), [(256, 8, 8), (256, 8, 2), (64, 8, 4), (60, 6, 0), (12, 3, 8), (8, 2, 3)]
+)
+def test_evenly_spread_copies_take_as_many_experts_of_each_rank(experts: int, ranks: int, spare: int) -> None:
+    placement = evenly_copied(experts, ranks, spare)
+    assert copies_fault(placement, experts, ranks, spare) is None
+    slots = experts // ranks + spare
+    zigzag_slots = [expert for expert in range(experts) if expert in placement[(expert % ranks) * slots :][:slots]]
+    assert zigzag_slots == list(range(experts))
+    number = [placement.count(expert) for expert in range(experts)]
+    of_rank = [sum(number[rank::ranks]) for rank in range(ranks)]
+    assert max(of_rank) == min(of_rank) == slots
+    assert max(number) - min(number) <= 1
+
+
+@pytest.mark.parametrize(
+    ("placement", "words"),
+    [
+        ([0, 1, 2, 2, 3], "expected 6 slots, found 5"),
+        ([0, 1, 2, 2, 1, 0], "expected each of the experts 0 to 3"),
+        ([0, 1, 1, 2, 3, 0], r"no expert twice on a rank, found \[0, 1, 1\] on rank 0"),
+    ],
+)
+def test_what_is_no_placement_with_copies_is_found(placement: list[int], words: str) -> None:
+    assert copies_fault([0, 1, 2, 2, 3, 0], 4, 2, 1) is None
+    assert re.search(words, copies_fault(placement, 4, 2, 1) or "")
 
 
 # What a placement is

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from reshard.placement.copies import with_copies
-from reshard.placement.copy_choice import MAX_ROUNDS, choose_copies, schedule
+from reshard.placement.copy_choice import MAX_ROUNDS, SMALL_BATCH, choose_copies, schedule, serving_slots
 
 LEARNED = load_file(Path(__file__).parents[1] / "data" / "routing.safetensors")
 EXPERTS = 64
@@ -65,6 +65,14 @@ def test_every_expert_is_served_by_one_of_its_own_slots(case: tuple[int, tuple[i
     loads = busiest(choose_copies(active_BE, prepared), active_BE, placement, ranks)
     for load, active in zip(loads, active_BE.tolist(), strict=True):
         assert load >= least(active, placement, ranks)
+
+
+def test_small_batches_even_out_active_experts_and_large_ones_pairs() -> None:
+    """Rank 0 has experts 0, 1 and 4, rank 1 has 2, 3 and 4; expert 4 goes where there is less of what counts."""
+    prepared = schedule([0, 1, 4, 2, 3, 4], 5, 2)
+    count_BE = torch.tensor([[1, 1, 900, 0, 5]])  # two active experts against one, two pairs against 900
+    assert serving_slots(count_BE, prepared, SMALL_BATCH)[0, 4] == 5
+    assert serving_slots(count_BE, prepared, SMALL_BATCH + 1)[0, 4] == 2
 
 
 def test_experts_beyond_the_last_round_keep_their_first_slot() -> None:
