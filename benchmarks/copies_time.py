@@ -1,8 +1,9 @@
 """Time the kernel that chooses copies on one GPU, as it runs while decoding: after the router, in a CUDA graph.
 
-Each graph captures 58 calls, since R1 has 58 MoE layers, of the plugin's router and what maps its ids. Beside the
-choice of copies, three others are timed: nothing, one gather (`map_ids`), and EPLB's map with `--eplb`, which imports
-vLLM. What a way costs is its time over that of the router alone. The graphs are replayed in turns.
+Each graph captures 58 calls, since R1 has 58 MoE layers, of the plugin's router and what maps its ids. The choice of
+copies is by active experts up to 512 tokens, and by pairs for more, as serving does it. Beside it, three others are
+timed: nothing, one gather (`map_ids`), and EPLB's map with `--eplb`, which imports vLLM. What a way costs is its time
+over that of the router alone. The graphs are replayed in turns. Only the first sizes try `--warps`.
 
 python copies_time.py [--eplb] [--warps 1,4,8] [--rounds N] [--json FILE]
 """
@@ -20,11 +21,12 @@ from measure import median
 
 from reshard.placement.copies import first, placement_of
 from reshard.placement.copy_choice import schedule
-from reshard.vllm.choose_copies import Record, choose_copies, tables
+from reshard.vllm.choose_by_pairs import choose_by_pairs
+from reshard.vllm.choose_copies import MAX_TOKENS, Record, choose_copies, tables
 from reshard.vllm.grouped_topk import Choice, grouped_topk
 from reshard.vllm.map_ids import map_ids
 
-TOKENS = (8, 32, 64, 128, 256, 512)
+TOKENS = (8, 32, 64, 128, 256, 512, 1024, 8192)
 R1 = Choice(num_experts=256, n_group=8, topk_group=4, top_k=8, renormalize=True, scale=2.5)
 RANKS, SPARE = 8, 8
 Map = Callable[[torch.Tensor], object]
@@ -42,13 +44,16 @@ def ways(tokens: int, warps: list[int], eplb: bool) -> dict[str, Map]:
     found: dict[str, Map] = {
         "router alone": lambda ids: ids,
         "map_ids": lambda ids: map_ids(ids, place_E),
-        "copies": lambda ids: choose_copies(ids, on_gpu, count, record),
     }
+    if tokens > MAX_TOKENS:
+        found["copies"] = lambda ids: choose_by_pairs(ids, on_gpu, count, record)
+    else:
+        found["copies"] = lambda ids: choose_copies(ids, on_gpu, count, record)
 
     def with_warps(number: int) -> Map:
         return lambda ids: choose_copies(ids, on_gpu, count, record, warps=number)
 
-    for number in warps:
+    for number in warps if tokens <= MAX_TOKENS else ():
         found[f"copies, {number} warps"] = with_warps(number)
     if eplb:
         from vllm.model_executor.layers.fused_moe.router import base_router
@@ -104,11 +109,12 @@ if __name__ == "__main__":
                 times[name].append(microseconds(graph))
         found.append({"tokens": tokens, "microseconds": times})
         if tokens == TOKENS[0]:
-            names = [f"{name}, µs more" for name in times if name != "router alone"]
-            print(f"{torch.cuda.get_device_name()}\n| tokens | router alone, µs | {' | '.join(names)} |")
-            print("| --- " * (len(names) + 2) + "|")
+            others = [name for name in times if name != "router alone"]
+            heads = " | ".join(f"{name}, µs more" for name in others)
+            print(f"{torch.cuda.get_device_name()}\n| tokens | router alone, µs | {heads} |")
+            print("| --- " * (len(others) + 2) + "|")
         alone = median(times["router alone"])
-        more = [f"{median(values) - alone:.2f}" for name, values in times.items() if name != "router alone"]
+        more = [f"{median(times[name]) - alone:.2f}" if name in times else "" for name in others]
         print(f"| {tokens} | {alone:.2f} | {' | '.join(more)} |", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))

@@ -8,7 +8,8 @@
 vLLM serves an original with a placement (`additional_config`), so that its routers map ids. Weights are random, and
 the time of a step does not depend on them. So another placement needs no other weights: `measure` overwrites the map of
 each layer in place, and the CUDA graphs that vLLM has captured read the new one. Nothing else differs between
-placements.
+placements. If a placement has copies of experts, vLLM starts with the one that has the most, and with EPLB: then each
+rank has its slots under every placement, and each way to map ids has its own CUDA graphs (`swaps`).
 
 - *decode*: vLLM's own CUDA graph is replayed, once for each batch. A batch has one token of each sequence, from
   anywhere in the text; attention reads a context of CONTEXT tokens.
@@ -47,6 +48,7 @@ from entry_points import announce, python_path
 from lifted_model import FILE, PLUGIN, R1_EXPERT, VARIABLE, expected_choices, make, r1_config
 from reporting import gpus, installed, say, write_json
 from serve_ep import MULTICAST_OFF, ROOT, UNLESS_SET
+from swaps import BY_POSITION, Copies, Fixed, Swaps
 from torch import Tensor
 
 from reshard import __version__
@@ -155,9 +157,11 @@ def width(values: Sequence[float]) -> float:
 
 def place(options: argparse.Namespace) -> None:
     """Write a placement file for each strategy, made from recorded choices: {kind: [G, T, K]}, all kinds in turns."""
+    from copies import eplb
     from safetensors.torch import load_file
 
     from reshard.placement.balance import balanced_layers, packed
+    from reshard.placement.copies import with_copies
     from reshard.placement.permutations import zigzag
     from reshard.placement.steps import DEFAULT_MIX
     from reshard.placement.swaps import Aim
@@ -173,7 +177,13 @@ def place(options: argparse.Namespace) -> None:
         "zigzag": lambda: [zigzag(experts, ranks)] * len(counts),
         "packing": lambda: [packed(count_E, ranks) for count_E in counts],
         "balanced": lambda: list(balanced_layers(list(traffic_GTK), experts, ranks, aim)),
+        "best-fixed": lambda: [with_copies(ids_TK, experts, ranks, 0) for ids_TK in traffic_GTK],
     }
+    for spare in options.spare:
+        makers |= {
+            f"copies-{spare}": lambda spare=spare: [with_copies(ids, experts, ranks, spare) for ids in traffic_GTK],
+            f"eplb-{spare}": lambda spare=spare: [eplb(count_E, ranks, ranks * spare) for count_E in counts],
+        }
     config = json.loads((options.directory / "config.json").read_text())
     layers = range(config["first_k_dense_replace"], config["num_hidden_layers"])
     for name in options.strategies or makers:
@@ -193,7 +203,7 @@ def write_placement(
         strategy="file",
         ep_size=ep_size,
         model_type=model_type,
-        num_experts=len(by_gate[0]),
+        num_experts=1 + max(by_gate[0]),
         layers=names,
         physical_to_logical=orders,
     )
@@ -201,7 +211,7 @@ def write_placement(
 
 
 def orders_of(path: Path, layers: Sequence[int]) -> Tensor:
-    """physical_to_logical of each layer, [L, E]."""
+    """physical_to_logical of each layer, [L, P]; P is the number of experts, or more if some have copies."""
     found = read_placement_file(path).physical_to_logical
     every = [found[f"model.layers.{layer}.mlp"] if isinstance(found, dict) else found for layer in layers]
     return torch.tensor(every)
@@ -229,15 +239,35 @@ class Rank:
         self.device = next(self.model.parameters()).device
         self.layers = list(self.moe)
         self.llm = llm
+        self.swaps = self._swaps(options)
         self._spans: list[tuple[Any, Any, float]] = []  # of forward passes: begin, end, milliseconds of the CPU
         self._warm: set[Case] = set()  # compiled
         self.model.register_forward_pre_hook(self._begin)
         self.model.register_forward_hook(self._end)
 
-    def swap(self, maps_LE: Tensor) -> None:
-        """Make the placement `logical_to_physical` [L, E] the one that routers use, in place."""
-        for runner, map_E in zip(self.moe.values(), maps_LE, strict=True):
-            runner.reshard_place.place_E.copy_(map_E)
+    def _swaps(self, options: argparse.Namespace) -> Swaps:
+        orders, moe = read_orders(options.placements, self.layers), list(self.moe.values())
+        spare = spare_slots(orders, self.ranks)
+        if not spare:
+            return Fixed({name: order_LE.to(self.device) for name, order_LE in orders.items()}, moe)
+        self._captured: dict[str, Any] = {}  # CUDA graphs, by the way to map ids
+        num_experts = orders[BASE].shape[1]
+        return Copies(orders, also_by_position(options, orders), moe, num_experts, self.ranks, self._recapture)
+
+    def _recapture(self, way: str) -> None:
+        """Use the CUDA graphs of a way to map ids; capture them if there are none yet."""
+        if not self.on_gpu:
+            return
+        wrapper = self.runner.model
+        if way in self._captured:
+            wrapper.concrete_cudagraph_entries = self._captured[way]
+            return
+        wrapper.concrete_cudagraph_entries = self._captured[way] = {}
+        kinds = self.runner.cudagraph_dispatcher.get_capture_descs()
+        sizes = {key.num_tokens for _, keys in kinds for key in keys}
+        for tokens in sorted(sizes):  # compiles kernels, which must not happen while a graph is captured
+            self.forward(tokens, "decode")
+        self.runner.capture_model()
 
     def mine(self, ids: Sequence[int]) -> list[int]:
         """This rank's share of a batch."""
@@ -257,6 +287,7 @@ class Rank:
         took, host = [], 0.0
         for ids in every if case in self._warm else [every[0], *every]:
             self.put(self.mine(ids))
+            self.swaps.before_step(len(ids) // self.parts)
             self.forward(len(ids) // self.parts, case.what)
             begin, end, host = self._spans[-1]
             took.append(begin.elapsed_time(end) if self.on_gpu else 1000 * (end - begin))
@@ -302,6 +333,7 @@ class Rank:
     def _replays(self, every: Sequence[Sequence[int]]) -> list[float]:
         graph, buffer = self._graph(len(every[0])), self.runner.input_ids.gpu
         ids_BT = torch.tensor(every, dtype=buffer.dtype, device=self.device)
+        self.swaps.before_step(len(every[0]))
         events = []
         for number, ids_T in enumerate([ids_BT[0], *ids_BT]):  # the first is a warm-up
             buffer[: len(ids_T)].copy_(ids_T)
@@ -322,22 +354,23 @@ class Rank:
             raise RuntimeError(f"vLLM has {len(found)} CUDA graphs for {tokens} tokens, expected one")
         return found[0]
 
-    def choices(self, maps_LE: Tensor, vocabulary: int, few: int) -> dict[str, Tensor]:
+    def choices(self, placement: str, vocabulary: int, few: int) -> dict[str, Tensor]:
         """The experts that the real routers choose for each token under a placement, mapped back to logical ids.
 
         Returns:
             many: int16 [L, V, K], by batches of up to WINDOW tokens; few: the same by batches of `few` tokens
         """
-        self.swap(maps_LE)
+        self.swaps.swap(placement)
+        logical_LP = self.swaps.logical(placement).to(self.device)
         pieces: dict[str, list[list[Tensor]]] = {name: [[] for _ in self.moe] for name in ("many", "few")}
 
         def watch(number: int, router: Any) -> Callable[..., None]:
-            back_E = maps_LE[number].argsort()
+            logical_P = logical_LP[number]
 
             def chosen(gate: Any, given_TH: Tensor) -> Tensor:
                 logits_TE = gate.forward(given_TH)[0]
                 _, ids_TK = router.select_experts(hidden_states=given_TH, router_logits=logits_TE)
-                return back_E[ids_TK.long()].to(torch.int16).cpu()
+                return logical_P[ids_TK.long()].to(torch.int16).cpu()
 
             def hook(gate: Any, given: tuple[Tensor, ...], _: Any) -> None:
                 pieces["many"][number].append(chosen(gate, given[0]))
@@ -362,24 +395,27 @@ class Rank:
     def about(self) -> dict[str, Any]:
         """Which kernels route and compute, and whether the kernel that routes reads the map that `swap` writes."""
         runner = next(iter(self.moe.values()))
-        kernel = runner.router.reshard_kernel
         method = runner.routed_experts.quant_method
         experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", method)
         exchange = getattr(getattr(method, "moe_kernel", None), "prepare_finalize", None)
         return {
             "router": type(runner.router).__name__,
-            "kernel_agreed": {}
-            if kernel is None
-            else {str(kind): bool(found) for kind, found in kernel.agreed.items()},
-            "kernel_reads_the_map": kernel is not None
-            and all(
-                found.router.reshard_kernel.place_E.data_ptr() == found.reshard_place.place_E.data_ptr()
-                for found in self.moe.values()
-            ),
+            **self.swaps.about(),
             "experts": type(experts).__name__,
             "exchange": type(exchange).__name__,
             "gpu_memory_mib": torch.cuda.memory_allocated() >> 20 if self.on_gpu else 0,
         }
+
+
+def starts_with(options: argparse.Namespace) -> tuple[str, int]:
+    """The placement that vLLM starts with, and its spare slots on each rank: the one with the most, if any has some."""
+    layers = json.loads((options.directory / "config.json").read_text())
+    numbers = range(layers["first_k_dense_replace"], layers["num_hidden_layers"])
+    orders = read_orders(options.placements, numbers)
+    spare = spare_slots(orders, options.ranks)
+    if not spare:
+        return options.start, 0
+    return max(orders, key=lambda name: orders[name].shape[1]), spare
 
 
 def arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -387,11 +423,15 @@ def arguments(options: argparse.Namespace) -> dict[str, Any]:
     share = options.ranks if options.mode == "dp" else 1
     sizes = [tokens // share for tokens in options.decode if tokens % share == 0]
     parallel = {"data_parallel_size": options.ranks} if share > 1 else {"tensor_parallel_size": options.ranks}
+    start, spare = starts_with(options)
+    if spare:
+        redundant = {"num_redundant_experts": options.ranks * spare, "communicator": "torch_gloo", "use_async": False}
+        parallel |= {"enable_eplb": True, "eplb_config": redundant}
     common = {
         **{"load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False, "seed": 0},
         **{"enable_expert_parallel": True, "distributed_executor_backend": "external_launcher", **parallel},
         "max_num_seqs": max(sizes),
-        "additional_config": {"reshard": {"placement": str((options.placements / f"{options.start}.json").resolve())}},
+        "additional_config": {"reshard": {"placement": str((options.placements / f"{start}.json").resolve())}},
     }
     if not torch.cuda.is_available():  # a rehearsal
         cpu = {"attention_backend": "CPU_MLA", "compilation_config": {"custom_ops": ["-rotary_embedding"]}}
@@ -416,14 +456,13 @@ def work(own: Rank, options: argparse.Namespace) -> None:
     began, group = options.began, cast(Any, get_world_group())
     with torch.inference_mode():
         record = prepare(own, options)
-        placements = {name: maps_LE.to(own.device) for name, maps_LE in read_maps(options, own.layers).items()}
         todo, turn = cases(options.decode, options.prefill, own.parts), 0
         all_cases, rows = todo, record["rows"]
         while True:
             for case in todo:
-                names = list(placements)
+                names = own.swaps.names
                 for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    own.swap(placements[name])
+                    own.swaps.swap(name)
                     took, host = own.steps(case, batches(case, turn, options.vocabulary))
                     row = {"case": case.name, "round": turn, "placement": name, "ms": [round(ms, 4) for ms in took]}
                     rows.append(row | ({"host": round(host, 3)} if host else {}))
@@ -444,10 +483,9 @@ def prepare(own: Rank, options: argparse.Namespace) -> dict[str, Any]:
     say_first(f"{time.time() - options.began:.0f} s: vLLM is up")
     about = own.about()  # before anything else runs: graphs were captured with the kernels that had agreed until now
     about["kernel_maps"] = about["kernel_reads_the_map"] and all(about["kernel_agreed"].values())
-    maps = read_maps(options, own.layers)
-    chosen = own.choices(maps["zigzag"].to(own.device), options.vocabulary, min(16, WINDOW))
+    chosen = own.choices("zigzag", options.vocabulary, min(16, WINDOW))
     differ = differing(chosen, options.directory, own.device) if own.rank == 0 else {}
-    control = slowest_placement(own, options, maps[BASE])
+    control = slowest_placement(own, options)
     say_first(f"{time.time() - options.began:.0f} s: {json.dumps({**about, 'differ': differ, 'control': control})}")
     if any(share > 0.2 for share in differ.values()):
         raise RuntimeError(f"routers choose other experts than expected: {differ}")
@@ -469,7 +507,8 @@ def prepare(own: Rank, options: argparse.Namespace) -> dict[str, Any]:
         "cases": [asdict(case) for case in cases(options.decode, options.prefill, own.parts)],
         "vocabulary": options.vocabulary,
         "placements": {
-            name: read_placement_file(options.placements / f"{name}.json").placement_digest for name in maps
+            name: read_placement_file(options.placements / f"{name.removesuffix(BY_POSITION)}.json").placement_digest
+            for name in own.swaps.names
         },
         "rows": [],
     }
@@ -505,23 +544,38 @@ def routing_of(config: Mapping[str, Any]) -> Any:
     )
 
 
-def slowest_placement(own: Rank, options: argparse.Namespace, linear_LE: Tensor) -> float:
+def slowest_placement(own: Rank, options: argparse.Namespace) -> float:
     """The time of a decoding step with all experts on one rank, over that with the linear placement."""
     tokens = min((tokens for tokens in options.decode if tokens >= 8 and tokens % own.parts == 0), default=None)
     if tokens is None or own.ranks == 1:
         return 0.0
-    case, local = Case("decode", "mixed", tokens, 8), linear_LE.shape[1] // own.ranks
-    took = []
-    for maps_LE in (linear_LE, linear_LE % local):
-        own.swap(maps_LE.to(own.device))
-        took.append(statistics.median(own.steps(case, batches(case, 0, options.vocabulary))[0]))
+    case, took = Case("decode", "mixed", tokens, 8), []
+    own.swaps.swap(BASE)
+    took.append(statistics.median(own.steps(case, batches(case, 0, options.vocabulary))[0]))
+    linear_LE = own.swaps.logical(BASE)
+    num_experts = 1 + int(linear_LE.max())
+    own.swaps.swap_map(torch.arange(num_experts).repeat(len(linear_LE), 1) % (num_experts // own.ranks))
+    took.append(statistics.median(own.steps(case, batches(case, 0, options.vocabulary))[0]))
     return round(took[1] / took[0], 4)
 
 
-def read_maps(options: argparse.Namespace, layers: Sequence[int]) -> dict[str, Tensor]:
-    """logical_to_physical [L, E] of each placement file; BASE first."""
-    paths = sorted(options.placements.glob("*.json"), key=lambda path: (path.stem != BASE, path.stem))
-    return {path.stem: orders_of(path, layers).argsort(dim=1).to(torch.int32) for path in paths}
+def read_orders(directory: Path, layers: Sequence[int]) -> dict[str, Tensor]:
+    """physical_to_logical [L, P] of each placement file; BASE first."""
+    paths = sorted(directory.glob("*.json"), key=lambda path: (path.stem != BASE, path.stem))
+    return {path.stem: orders_of(path, layers) for path in paths}
+
+
+def spare_slots(orders: Mapping[str, Tensor], ranks: int) -> int:
+    """The most slots of a rank beside its share of the experts."""
+    return (max(order_LP.shape[1] for order_LP in orders.values()) - orders[BASE].shape[1]) // ranks
+
+
+def also_by_position(options: argparse.Namespace, orders: Mapping[str, Tensor]) -> list[str]:
+    """The placements that vLLM's own choice of a copy serves too: those asked for, or those with the most copies."""
+    if options.by_position is not None:
+        return list(options.by_position)
+    most = max(order_LP.shape[1] for order_LP in orders.values())
+    return [name for name, order_LP in orders.items() if order_LP.shape[1] == most]
 
 
 # All ranks
@@ -646,6 +700,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     placing.add_argument("--gpu", default="H200", help="for balanced: a GPU's name, or a JSON (default H200)")
     placing.add_argument("--prefix", default="", help="of the files' names")
     placing.add_argument("--strategies", nargs="+", help="only these")
+    placing.add_argument("--spare", type=int, nargs="*", default=[2, 4, 8], help="slots for copies (default 2 4 8)")
     measuring.add_argument("--placements", type=Path, required=True, help="directory of placement files")
     measuring.add_argument("--mode", choices=("tp", "dp"), default="tp")
     measuring.add_argument("--ranks", type=int, default=8, help="GPUs (default 8)")
@@ -657,7 +712,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     measuring.add_argument("--rounds", type=int, default=1000, help="at most so many")
     measuring.add_argument("--decode", type=sizes, default=DECODE, help="tokens:batches, … (default all sizes)")
     measuring.add_argument("--prefill", type=sizes, default=PREFILL, help="tokens:batches, …")
-    measuring.add_argument("--start", default="zigzag", help="placement that vLLM starts with (default zigzag)")
+    measuring.add_argument(
+        "--start", default="zigzag", help="placement that vLLM starts with, if none has copies (default zigzag)"
+    )
+    measuring.add_argument(
+        "--by-position",
+        nargs="*",
+        metavar="NAME",
+        help="also serve these as vLLM's EPLB picks copies (default: those with the most copies)",
+    )
     measuring.add_argument("--backend", default="triton", help="vLLM's --moe-backend (default triton)")
     measuring.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     measuring.add_argument("--began", type=float, help=argparse.SUPPRESS)

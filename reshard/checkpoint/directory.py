@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .files import File as File
-from .files import Files, LocalFiles
+from .files import Files, LocalFiles, and_others
 from .files import is_left_out as is_left_out
 from .header import Header, Tensor
 from .lfs import refuse_pointer
@@ -87,9 +87,16 @@ def read_files(source: Files, absent: Container[str] = ()) -> Checkpoint:
         refuse_without_index(root, files)
     maps = {root / name: _read_index(source, name, weights) for name in indices}
     for path, (weight_map, _) in maps.items():
+        missing: dict[str, str] = {}
         for tensor, name in weight_map.items():
             if name not in files and name not in absent:
-                raise CheckpointError(f"{path}: tensor {tensor}: its file {name} is missing; download it again")
+                missing.setdefault(name, tensor)
+        if missing:
+            first, *others = missing
+            raise CheckpointError(
+                f"{path}: tensor {missing[first]}: its file {first} is missing; download it again"
+                f"{and_others('missing', others)}"
+            )
     shards = source.headers(weights)
     tensors = _by_name(root, shards)
     for path, (weight_map, _) in maps.items():

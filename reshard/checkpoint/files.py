@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -136,8 +136,22 @@ class LocalFiles:
             return file.read(size)
 
     def headers(self, names: Iterable[str]) -> dict[str, Header]:
-        """The headers of the safetensors files `names`."""
-        return {name: read_header(self.root / name) for name in names}
+        """The headers of the safetensors files `names`; the error about one names all that are damaged."""
+        headers, faults = {}, {}
+        for name in names:
+            try:
+                headers[name] = read_header(self.root / name)
+            except CheckpointError as error:
+                faults[name] = error
+        if faults:
+            first, *others = faults
+            raise CheckpointError(f"{faults[first]}{and_others('damaged', others)}")
+        return headers
+
+
+def and_others(fault: str, names: Sequence[str]) -> str:
+    """What an error about one file adds when other files have a fault too; nothing if `names` is empty."""
+    return f"; {len(names)} more {'is' if len(names) == 1 else 'are'} {fault}: {', '.join(names)}" if names else ""
 
 
 def is_left_out(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,15 +171,22 @@ def analyze_command(
     if placements and analysis.unfit:
         raise OutputError(next(iter(analysis.unfit.values())))
     if html == STDOUT:
-        click.echo(render(analysis), nl=False)
+        click.echo(render(analysis, _command_line()), nl=False)
         return
     if html is not None:
-        write_page(analysis, html)
+        write_page(analysis, html, _command_line())
     lines = [*describe_analysis(analysis, by_layer=by_layer), *describe_serving(analysis)]
     lines += [f"wrote {html}"] * (html is not None)
     why, *commands = recommendation(analysis)
     lines += ["", why, *map(Whole, commands)]
     print_report(analysis_report(analysis), lines, Printing(as_json=as_json))
+
+
+def _command_line() -> str:
+    """The words of this command, without a token."""
+    words = ["reshard", *click.get_current_context().find_root().obj]
+    hidden = ["…" if before == "--token" else word for before, word in zip(["", *words], words, strict=False)]
+    return shlex.join("--token=…" if word.startswith("--token=") else word for word in hidden)
 
 
 class _Traces(click.Group):

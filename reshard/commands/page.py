@@ -20,7 +20,10 @@ def refuse_page(out: str | Path, root: Location) -> None:
     refuse_existing(Path(out))
 
 
-def write_page(analysis: Analysis, out: str | Path) -> None:
-    """Write the page. Raises OutputError if `out` exists or lies in the checkpoint."""
+def write_page(analysis: Analysis, out: str | Path, command: str = "") -> None:
+    """Write the page, which names the `command` that made it.
+
+    Raises OutputError if `out` exists or lies in the checkpoint.
+    """
     refuse_page(out, analysis.path)
-    write_new_file(Path(out), render(analysis))
+    write_new_file(Path(out), render(analysis, command))

@@ -57,29 +57,54 @@ class Schedule:
     rank_EC: Tensor
 
 
-def schedule(physical_to_logical: Sequence[int], num_experts: int, ep_size: int) -> Schedule:
+def copies_by_rank(physical_to_logical: Sequence[int], num_experts: int, ep_size: int) -> list[dict[int, int]]:
+    """The slot of each logical expert on each rank that has one; the first of them if a rank has several.
+
+    Parameters:
+        physical_to_logical: [P], every logical expert at least once
+        num_experts: E
+        ep_size: R, a divisor of P
+
+    Returns:
+        E dictionaries from rank to slot, ranks in ascending order
+    """
+    slots = len(physical_to_logical) // ep_size
+    copies: list[dict[int, int]] = [{} for _ in range(num_experts)]
+    for physical, logical in enumerate(physical_to_logical):
+        copies[logical].setdefault(physical // slots, physical)
+    return copies
+
+
+def schedule(
+    physical_to_logical: Sequence[int],
+    num_experts: int,
+    ep_size: int,
+    *,
+    max_rounds: int = MAX_ROUNDS,
+    max_copies: int | None = None,
+) -> Schedule:
     """Prepare a placement for `choose_copies`.
 
-    Copies of one expert on one rank count as one. An expert for which MAX_ROUNDS rounds have no room keeps its first
+    Copies of one expert on one rank count as one. An expert for which `max_rounds` rounds have no room keeps its first
     slot.
 
     Parameters:
         physical_to_logical: [P], every logical expert at least once
         num_experts: E
         ep_size: R, a divisor of P
+        max_rounds: G at most, at most MAX_ROUNDS
+        max_copies: C at most, the copies on the lowest ranks; None: all copies
     """
     import torch
 
-    slots = len(physical_to_logical) // ep_size
-    copies: list[dict[int, int]] = [{} for _ in range(num_experts)]  # of each expert: its slot, by rank
-    for physical, logical in enumerate(physical_to_logical):
-        copies[logical].setdefault(physical // slots, physical)
+    copies = copies_by_rank(physical_to_logical, num_experts, ep_size)
+    copies = [dict(list(slot_of.items())[:max_copies]) for slot_of in copies]
     rounds: list[dict[int, int]] = []  # the expert of each rank that has one
     round_E = [-1] * num_experts
     for expert, slot_of in enumerate(copies):
         if len(slot_of) > 1:
             free = next((turn for turn, taken in enumerate(rounds) if taken.keys().isdisjoint(slot_of)), len(rounds))
-            if free < MAX_ROUNDS:
+            if free < max_rounds:
                 rounds[free:free] = [{}] if free == len(rounds) else []
                 rounds[free].update(dict.fromkeys(slot_of, expert))
                 round_E[expert] = free

@@ -12,6 +12,7 @@ import hashlib
 import html
 import json
 import re
+from datetime import date
 from pathlib import Path
 
 from .._version import __version__
@@ -21,8 +22,8 @@ from .report import WHAT_COUNTS, compare, describe_analysis, headlines, recommen
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def render(analysis: Analysis) -> str:
-    """The page as text."""
+def render(analysis: Analysis, command: str = "") -> str:
+    """The page as text; its last line names the version, today's date and the `command` that made it."""
     template = _TEMPLATE.read_text(encoding="utf-8")
     words = {
         "headlines": headlines(analysis),
@@ -31,7 +32,7 @@ def render(analysis: Analysis) -> str:
         "times": times_note(analysis),
         "gpu": f"{analysis.gpu}: {analysis.gpu_source}",
         "typical_batch": typical_batch(analysis),
-        "version": __version__,
+        "made": " · ".join(filter(None, (f"reshard {__version__}", date.today().isoformat(), command))),
     }
     data = json.dumps({"analysis": analysis.values, "words": words}, default=str, separators=(",", ":"))
     values = {

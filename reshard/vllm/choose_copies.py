@@ -45,25 +45,55 @@ class Tables:
     fixed: int
     rounds: int
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All of them."""
+        return self.members_MR, self.next_WR, self.copy_CE
 
-def tables(prepared: Schedule, device: torch.device | str) -> Tables:
-    """The tables of a schedule."""
+    def to(self, device: torch.device | str) -> Tables:
+        """The same tables on a device."""
+        members_MR, next_WR, copy_CE = (tensor.to(device) for tensor in self.tensors)
+        return Tables(members_MR, next_WR, copy_CE, self.fixed, self.rounds)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What tables can hold. Layers with the same room share compiled kernels, and CUDA graphs depend on it.
+
+    Attributes:
+        rounds: G at most
+        copies: C at most
+        fixed: F at most
+    """
+
+    rounds: int
+    copies: int
+    fixed: int
+
+    @classmethod
+    def of(cls, prepared: Schedule) -> Room:
+        """What this schedule takes."""
+        return cls(len(prepared.expert_GR), prepared.slot_EC.shape[1], prepared.fixed_RF.shape[1])
+
+
+def tables(prepared: Schedule, device: torch.device | str, room: Room | None = None) -> Tables:
+    """The tables of a schedule, with `room` or just enough."""
+    room = room or Room.of(prepared)
     rounds, ep_size = prepared.expert_GR.shape
-    copies = prepared.slot_EC.shape[1]
     ranks, experts = _power(ep_size), _power(len(prepared.round_E))
-    fixed = max(_power(prepared.fixed_RF.shape[1]), _power(rounds))
+    fixed = max(_power(room.fixed), _power(room.rounds))
     members_MR = torch.full((2 * fixed, ranks), -1, dtype=torch.int32)
     members_MR[: prepared.fixed_RF.shape[1], :ep_size] = prepared.fixed_RF.T
     members_MR[fixed : fixed + rounds, :ep_size] = prepared.expert_GR
     per_word = rounds_per_word(ranks)
-    next_WR = torch.zeros(max(1, -(-rounds // per_word)), ranks, dtype=torch.int64)
+    next_WR = torch.zeros(max(1, -(-room.rounds // per_word)), ranks, dtype=torch.int64)
     for turn, next_R in enumerate(prepared.next_GR):
-        next_WR[turn // per_word, :ep_size] |= next_R.long() << (turn % per_word * _bits(ranks))
-    copy_CE = torch.full((copies, experts), -1, dtype=torch.int32)
+        next_WR[turn // per_word, :ep_size] |= next_R.long() << (turn % per_word * bits(ranks))
+    copy_CE = torch.full((room.copies, experts), -1, dtype=torch.int32)
     round_E1 = prepared.round_E.clamp(min=0).unsqueeze(1)
     copy_EC = prepared.slot_EC | prepared.rank_EC << SLOT_BITS | round_E1 << SLOT_BITS + RANK_BITS
-    copy_CE[:, : len(copy_EC)] = torch.where(prepared.slot_EC < 0, -1, copy_EC).T
-    return Tables(members_MR.to(device), next_WR.to(device), copy_CE.to(device), fixed, rounds)
+    copy_CE[: copy_EC.shape[1], : len(copy_EC)] = torch.where(prepared.slot_EC < 0, -1, copy_EC).T
+    return Tables(members_MR.to(device), next_WR.to(device), copy_CE.to(device), fixed, room.rounds)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -122,7 +152,7 @@ def choose_copies(
         EARLY=early,
         BLOCK=block,
         RANKS=ranks,
-        NEXT_BITS=_bits(ranks),
+        NEXT_BITS=bits(ranks),
         PER_WORD=rounds_per_word(ranks),
         MEMBERS=members,
         EXPERTS=tables.copy_CE.shape[1],
@@ -137,10 +167,11 @@ def choose_copies(
 
 def rounds_per_word(ranks: int) -> int:
     """How many rounds one int64 of `next_WR` holds."""
-    return 63 // _bits(ranks)
+    return 63 // bits(ranks)
 
 
-def _bits(ranks: int) -> int:
+def bits(ranks: int) -> int:
+    """How many bits the number of a rank has."""
     return max(1, (ranks - 1).bit_length())
 
 

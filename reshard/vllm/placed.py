@@ -89,7 +89,9 @@ class Placed(RoutesItself):
     ) -> tuple[Tensor, Tensor]:
         own: Any = super()
         kernel = self.reshard_kernel
-        if kernel is None or self.capture_fn is not None or not understood((), more):
+        # for one token, vLLM's router and the map are 1 us faster than our kernel (benchmarks/placed_step.py)
+        few = len(router_logits) == 1
+        if kernel is None or few or self.capture_fn is not None or not understood((), more):
             weights, ids = own._select_experts(hidden_states, router_logits, topk_indices_dtype, **more)
             return weights, ids
 
@@ -113,6 +115,17 @@ class Placed(RoutesItself):
         self.reshard_kernel = None
 
 
+def router_fault(router: Any, arguments: dict[str, Any]) -> str | None:
+    """Describe why the ids of a router, which vLLM created with `arguments`, cannot be mapped; None if they can."""
+    faults = {
+        "it has zero experts": arguments.get("zero_expert_type") is not None,
+        "it routes to fused shared experts": bool(arguments.get("num_fused_shared_experts")),
+        f"{type(router).__name__} does not map its ids": not hasattr(router, "_apply_eplb_mapping"),
+        f"{type(router).__name__} captures no ids": not hasattr(router, "capture_fn"),
+    }
+    return next((fault for fault, found in faults.items() if found), None)
+
+
 def placed_router(router: Any, served: ServedPlacement, arguments: dict[str, Any], prefix: str) -> Any:
     """Make the router of the layer `prefix` return physical ids; vLLM created it with `arguments`.
 
@@ -121,13 +134,7 @@ def placed_router(router: Any, served: ServedPlacement, arguments: dict[str, Any
     """
     from vllm.config import get_current_vllm_config
 
-    faults = {
-        "it has zero experts": arguments.get("zero_expert_type") is not None,
-        "it routes to fused shared experts": bool(arguments.get("num_fused_shared_experts")),
-        f"{type(router).__name__} does not map its ids": not hasattr(router, "_apply_eplb_mapping"),
-        f"{type(router).__name__} captures no ids": not hasattr(router, "capture_fn"),
-    }
-    if fault := next((fault for fault, found in faults.items() if found), None):
+    if fault := router_fault(router, arguments):
         raise UnsupportedError(
             f"{served.asked}: layer {prefix}: its router cannot be placed: {fault}; use other options or serve "
             "without a placement"

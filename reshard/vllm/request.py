@@ -2,6 +2,8 @@
 
     RESHARD_PLACEMENT=zigzag | node-zigzag:M | FILE
     --additional-config '{"reshard": {"placement": …}}'      the same; use it if variables do not travel (Ray, nodes)
+                        '{"reshard": {"rearrange": true}}'   whether vLLM's EPLB moves experts while it serves; the
+                                                             default is true, but false if experts have copies
 
 We resolve the request once per vLLM configuration, when vLLM makes it and before it starts any process. Options that
 would bypass the placement are refused there too.
@@ -53,6 +55,8 @@ class Model:
     elastic: bool
     transfer: str | None  # backend of weight updates
     eplb: bool = False
+    redundant: int = 0  # experts of EPLB, beside E
+    on_cuda: bool = True
     worker: str = "auto"  # its class
 
 
@@ -87,7 +91,7 @@ def resolve_in(config: Any, environment: Mapping[str, str]) -> None:
             f"{VARIABLE}={asked}: placements need vLLM {VERSIONS}, {fault}; install one of these, or unset {VARIABLE}"
         )
     model = _model_of(config)
-    served = resolve(asked, model)
+    served = resolve(asked, model, rearrange=asked_to_rearrange(more))
     if not model.expert_parallel:
         _log().warning(
             "%s=%s: expert parallelism is off (--enable-expert-parallel): answers are right, but the placement has no "
@@ -125,14 +129,16 @@ def asked_for(environment: Mapping[str, str], more: Any) -> str | None:
                 "carries the placement to every process"
             )
         return variable
-    if not isinstance(request, Mapping) or not isinstance(request.get("placement"), str):
+    if not isinstance(request, Mapping) or not isinstance(request.get("placement", variable), str):
         raise UnsupportedError(
             f'additional_config.{KEY} is {request!r:.80}; expected {{"placement": "zigzag"}}, or node-zigzag:M, or a '
             "placement file"
         )
-    if unknown := sorted(set(map(str, request)) - {"placement"}):
-        raise UnsupportedError(f"additional_config.{KEY}: unknown key {unknown[0]!r:.80}; expected placement only")
-    asked = str(request["placement"])
+    if unknown := sorted(set(map(str, request)) - {"placement", "rearrange"}):
+        raise UnsupportedError(
+            f"additional_config.{KEY}: unknown key {unknown[0]!r:.80}; expected placement, and rearrange if you like"
+        )
+    asked = str(request.get("placement", variable))
     if variable and variable != asked:
         raise UnsupportedError(
             f"{VARIABLE} is {variable}, but additional_config.{KEY}.placement is {asked}: give only one, or the same "
@@ -141,14 +147,38 @@ def asked_for(environment: Mapping[str, str], more: Any) -> str | None:
     return asked
 
 
-def resolve(asked: str, model: Model) -> ServedPlacement:
-    """Resolve the request `asked` for `model`; raise UnsupportedError if the placement cannot be served."""
+def asked_to_rearrange(more: Any) -> bool | None:
+    """Whether the user wants vLLM's EPLB to move experts; None if they did not say. `more`: as for `asked_for`."""
+    request = more.get(KEY) if isinstance(more, Mapping) else None
+    found = request.get("rearrange") if isinstance(request, Mapping) else None
+    if found is not None and not isinstance(found, bool):
+        raise UnsupportedError(f"additional_config.{KEY}.rearrange is {found!r:.80}; expected true or false")
+    return found
+
+
+def resolve(asked: str, model: Model, *, rearrange: bool | None = None) -> ServedPlacement:
+    """Resolve the request `asked` for `model`; raise UnsupportedError if the placement cannot be served.
+
+    `rearrange`: whether EPLB moves experts; None: unless they have copies.
+    """
     if fault := _fault(model):
         raise UnsupportedError(f"{VARIABLE}={asked}: {model.name}: {fault}")
+    if rearrange is not None and not model.eplb:
+        raise UnsupportedError(
+            f"additional_config.{KEY}.rearrange is for vLLM's EPLB, which is off; add --enable-eplb, or leave it out"
+        )
     if asked == ZIGZAG:
-        return served_strategy(asked, 1, model.num_experts, model.ep_size, model.num_layers)
-    if asked.partition(":")[0] == NODE_ZIGZAG:
-        return _node_zigzag(asked, model)
+        nodes = 1
+    elif asked.partition(":")[0] == NODE_ZIGZAG:
+        nodes = _nodes(asked, model)
+    else:
+        return _resolve_file(asked, model, rearrange)
+    return served_strategy(
+        *(asked, nodes, model.num_experts, model.ep_size, model.num_layers), rearrange=rearrange is not False
+    )
+
+
+def _resolve_file(asked: str, model: Model, rearrange: bool | None) -> ServedPlacement:
     path = Path(asked)
     if not path.exists():
         raise UnsupportedError(
@@ -159,7 +189,10 @@ def resolve(asked: str, model: Model) -> ServedPlacement:
     make = f"make a placement for it with `{_command(model, file.strategy)}`"
     if misfit := _misfit(file, model):
         raise UnsupportedError(f"{asked}: {misfit}; {make}")
-    served = served_file(asked, file, model.ep_size, model.num_layers, make)
+    if file.has_copies and (fault := _copies_fault(len(file.orders[0]) - file.num_experts, model)):
+        raise UnsupportedError(f"{asked}: {fault}")
+    rearrange = not file.has_copies if rearrange is None else rearrange
+    served = served_file(asked, file, model.ep_size, model.num_layers, make, rearrange=rearrange)
     _refuse_without_ep(served, model)
     return served
 
@@ -207,7 +240,8 @@ def _fault(model: Model) -> str | None:
     return next((fault for fault, found in faults.items() if found), None) or worker_fault(model.worker)
 
 
-def _node_zigzag(asked: str, model: Model) -> ServedPlacement:
+def _nodes(asked: str, model: Model) -> int:
+    """M of node-zigzag:M. Raises UnsupportedError if nodes, ranks, groups and experts cannot be divided evenly."""
     match = re.fullmatch(rf"{NODE_ZIGZAG}:([1-9]\d*)", asked)
     if match is None:
         raise UnsupportedError(f"{VARIABLE}={asked}: expected {NODE_ZIGZAG}:M with M nodes, such as {NODE_ZIGZAG}:2")
@@ -222,7 +256,7 @@ def _node_zigzag(asked: str, model: Model) -> ServedPlacement:
             f"{VARIABLE}={asked}: {model.name}: {fault} cannot be divided evenly among {nodes} nodes with "
             f"{model.ep_size} EP ranks; use another M, or {ZIGZAG}"
         )
-    return served_strategy(asked, nodes, model.num_experts, model.ep_size, model.num_layers)
+    return nodes
 
 
 def _misfit(file: PlacementFile, model: Model) -> str | None:
@@ -232,8 +266,22 @@ def _misfit(file: PlacementFile, model: Model) -> str | None:
     if file.ep_size is not None and file.ep_size != model.ep_size:
         off = "" if model.expert_parallel else " (expert parallelism is off: --enable-expert-parallel)"
         return f"made for {file.ep_size} EP ranks, served on {model.ep_size}{off}"
-    if file.has_copies:
-        return "it has copies of some experts, and copies cannot be served yet"
+    if len(sizes := sorted({len(order) for order in file.orders})) > 1:
+        return f"a layer has {sizes[0]} slots and another one {sizes[-1]}, and vLLM has as many in each layer"
+    if file.has_copies and sizes[0] % model.ep_size:
+        return f"its {sizes[0]} slots cannot be divided evenly among {model.ep_size} EP ranks"
+    return None
+
+
+def _copies_fault(redundant: int, model: Model) -> str | None:
+    """Describe why a placement with so many copies cannot be served, and what to do; None if it can."""
+    option = f"--eplb-config '{{\"num_redundant_experts\": {redundant}}}'"
+    if not model.eplb:
+        return f"it has copies of some experts, and vLLM holds copies with EPLB only; add --enable-eplb {option}"
+    if model.redundant != redundant:
+        return f"it has {redundant} copies, and vLLM has room for {model.redundant}; give {option}"
+    if not model.on_cuda:
+        return "it has copies of some experts, and a kernel for NVIDIA GPUs chooses among them; serve without copies"
     return None
 
 
@@ -247,6 +295,8 @@ def _model_of(config: Any) -> Model:
     model, parallel = config.model_config, config.parallel_config
     text = model.hf_text_config
     transfer = getattr(config, "weight_transfer_config", None)
+    from vllm.platforms import current_platform
+
     return Model(
         name=str(model.model),
         num_experts=model.get_num_experts(),
@@ -261,6 +311,8 @@ def _model_of(config: Any) -> Model:
         elastic=bool(getattr(parallel, "enable_elastic_ep", False)),
         transfer=None if transfer is None else str(transfer.backend),
         eplb=bool(parallel.enable_eplb),
+        redundant=int(parallel.eplb_config.num_redundant_experts) if parallel.enable_eplb else 0,
+        on_cuda=bool(current_platform.is_cuda()),
         worker=worker_of(config),
     )
 

@@ -104,10 +104,16 @@ def _with_contract(create: Callable[..., Any]) -> Callable[..., Any]:
 def _placed(router: Any, served: ServedPlacement | None, arguments: dict[str, Any], prefix: str) -> Any:
     from vllm.config import get_current_vllm_config
 
+    if served is None:
+        return router
+    if get_current_vllm_config().parallel_config.enable_eplb:  # `eplb` moves experts after loading
+        if not served.redundant:
+            return router
+        from .copies import choosing_router  # imports torch
+
+        return choosing_router(router, served, arguments, prefix)
     from .placed import placed_router  # imports torch
 
-    if served is None or get_current_vllm_config().parallel_config.enable_eplb:  # `eplb` moves experts after loading
-        return router
     return placed_router(router, served, arguments, prefix)
 
 

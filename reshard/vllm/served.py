@@ -76,6 +76,16 @@ class ServedPlacement(Travelling):
         return all(list(order) == sorted(order) for order in every)
 
     @property
+    def redundant(self) -> int:
+        """How many more slots than experts each layer has: its redundant experts. 0 if no expert has copies."""
+        return int(self["redundant"])
+
+    @property
+    def rearranges(self) -> bool:
+        """Whether vLLM's EPLB, if it is on, moves experts while it serves."""
+        return bool(self["rearrange"])
+
+    @property
     def num_layers(self) -> int:
         """Number of layers of the model itself; layers from this number on belong to a draft."""
         return int(self["num_layers"])
@@ -89,7 +99,8 @@ class ServedPlacement(Travelling):
             draft: whether it is known to belong to a draft, whatever its name
 
         Returns:
-            physical_to_logical [E]; None for a draft's layer that the placement does not contain: it stays linear
+            physical_to_logical [E + redundant]; None for a draft's layer that the placement does not contain: it stays
+            linear
 
         Raises:
             UnsupportedError: the placement lacks a layer of the model itself, or has another number of experts for it
@@ -104,11 +115,12 @@ class ServedPlacement(Travelling):
             order = orders
         elif (name := find_layer(layer, layers, self.num_layers)) is not None:
             order = orders[name] if isinstance(orders, dict) else orders
-        if order is not None and len(order) == num_experts:
+        if order is not None and len(order) == num_experts + self.redundant:
             return tuple(order)
         if draft or layer_key(layer, self.num_layers).kind == "draft":
             return None
-        found = f"has {num_experts} experts, but the placement {len(order)}" if order else "is not in the placement"
+        expected = f"has {num_experts} experts" + (f" and {self.redundant} copies" if self.redundant else "")
+        found = f"{expected}, but the placement {len(order)}" if order else "is not in the placement"
         raise UnsupportedError(f"{self.asked}: layer {layer} {found}; {self['make']}")
 
 
@@ -119,7 +131,9 @@ def _unpickle(kind: type[Travelling], values: dict[str, Any]) -> Travelling:
     return kind(values)
 
 
-def served_strategy(asked: str, nodes: int, num_experts: int, ep_size: int, num_layers: int) -> ServedPlacement:
+def served_strategy(
+    asked: str, nodes: int, num_experts: int, ep_size: int, num_layers: int, *, rearrange: bool = True
+) -> ServedPlacement:
     """Zigzag among `nodes` nodes, for a model with `num_experts` experts per layer."""
     order = zigzag(num_experts, ep_size) if nodes == 1 else node_zigzag(num_experts, ep_size, nodes)
     return ServedPlacement(
@@ -129,13 +143,20 @@ def served_strategy(asked: str, nodes: int, num_experts: int, ep_size: int, num_
         physical_to_logical=list(order),
         layers=[],
         num_layers=num_layers,
+        redundant=0,
+        rearrange=rearrange,
         digest=placement_digest(order, ep_size),
         make="",
     )
 
 
-def served_file(asked: str, file: PlacementFile, ep_size: int, num_layers: int, make: str) -> ServedPlacement:
-    """The placement of a file; `make` tells the user in errors how to make one that fits."""
+def served_file(
+    asked: str, file: PlacementFile, ep_size: int, num_layers: int, make: str, *, rearrange: bool = True
+) -> ServedPlacement:
+    """The placement of a file, whose layers have equally many slots; `make` tells in errors how to make one that fits.
+
+    `rearrange`: whether vLLM's EPLB moves experts while it serves.
+    """
     orders = file.physical_to_logical
     return ServedPlacement(
         placement=asked,
@@ -144,6 +165,8 @@ def served_file(asked: str, file: PlacementFile, ep_size: int, num_layers: int, 
         physical_to_logical=orders,
         layers=file.layers,
         num_layers=num_layers,
+        redundant=len(file.orders[0]) - file.num_experts,
+        rearrange=rearrange,
         digest=placement_digest(orders, ep_size),
         make=make,
     )

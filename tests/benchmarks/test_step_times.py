@@ -160,13 +160,17 @@ def test_placements_are_made_from_text_that_is_not_measured(tmp_path: Path) -> N
         prefix="",
         gpu="H200",
         strategies=None,
+        spare=[2],
     )
     place(options)
     made = {path.stem: orders_of(path, range(1, 5)) for path in options.out.iterdir()}
-    assert sorted(made) == ["balanced", "linear", "packing", "zigzag"]
+    assert sorted(made) == ["balanced", "best-fixed", "copies-2", "eplb-2", "linear", "packing", "zigzag"]
+    for name in ("copies-2", "eplb-2"):
+        assert made[name].shape == (4, 16 + 4 * 2)
+        assert all(set(order) == set(range(16)) for order in made[name].tolist())
     assert made["linear"].tolist() == [list(range(16))] * 4
     assert made["zigzag"][0].tolist() == [*range(0, 16, 4), *range(1, 16, 4), *range(2, 16, 4), *range(3, 16, 4)]
-    for name in ("packing", "balanced"):
+    for name in ("packing", "balanced", "best-fixed"):
         assert made[name].sort(dim=1).values.tolist() == [list(range(16))] * 4
     (busy,) = [rank.tolist() for rank in made["packing"][0].view(4, 4) if 15 in rank]
     assert sorted(busy) == [0, 1, 2, 15] or len(set(busy) & {0, 1, 2, 3}) == 3  # with those that this text never uses

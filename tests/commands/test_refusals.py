@@ -27,6 +27,7 @@ from typing import Any
 import command_line
 import hostile
 import pytest
+from checkpoints import Spec, build
 from click.testing import Result
 from command_line import Endless, slowly, time_limit
 from forgery import MANIFEST, forge
@@ -829,3 +830,22 @@ def test_a_source_that_changed_since_the_interruption_is_not_mixed_with_the_old_
         result = zigzag(src, out, *SMALL_FILES, "--restart")
     succeeds(result)
     succeeds(invoke("verify", out, "--src", src))
+
+
+def test_a_broken_download_is_named_as_a_whole(tmp_path: Path) -> None:
+    """One run says which files to download again, however many there are."""
+    build(Spec("deepseek_v3", files=4), tmp_path / "source")
+    files = sorted((tmp_path / "source").glob("*.safetensors"))
+    for path in files[1:]:
+        path.write_bytes(path.read_bytes()[:-8])
+    result = zigzag(tmp_path / "source", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"reshard: error: {files[1]}: the header describes")
+    also = f"; 2 more are damaged: {files[2].name}, {files[3].name}\n"
+    assert result.stderr.endswith(f"truncated, download it again{also}")
+    for path in files[2:]:
+        path.unlink()
+    result = zigzag(tmp_path / "source", tmp_path / "out")
+    assert re.search(
+        rf"its file ({files[2].name}|{files[3].name}) is missing; download it again; 1 more is missing: ", result.stderr
+    )

@@ -356,10 +356,10 @@ def test_the_documentation_shows_the_tables() -> None:
         assert shown in text, f"docs/families.md has to show\n{shown}"
 
 
-def test_the_readme_names_every_family_and_marks_those_with_groups() -> None:
-    text = " ".join((DOCUMENTATION / "README.md").read_text().split())
+def test_the_docs_name_every_family_and_marks_those_with_groups() -> None:
+    text = " ".join((DOCUMENTATION / "docs" / "outputs.md").read_text().split())
     _, _, rest = text.partition("Known families (group-limited ones in bold): ")
-    names, _, _ = rest.partition(" ([docs/families.md]")
+    names, _, _ = rest.partition(" ([families.md]")
     expected = "; ".join(f"**{family.name}**" if family.group_limited else family.name for family in TABLE)
     assert names == expected
 

@@ -29,12 +29,11 @@ def main() -> None:
         step_times.run_ranks([sys.executable, __file__, *sys.argv[1:]], options)
         return
     own = step_times.Rank(options)
-    maps = step_times.read_maps(options, own.layers)
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=20)
     answers = []
     for name in names:
         with torch.inference_mode():
-            own.swap(maps[name])
+            own.swaps.swap(name)
         outputs = own.llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], sampling, use_tqdm=False)
         found = [[list(output.outputs[0].token_ids), to_hex(output.outputs[0].logprobs)] for output in outputs]
         answers.append([name, found])

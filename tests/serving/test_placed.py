@@ -267,7 +267,14 @@ def test_options_that_bypass_a_placement_are_refused_with_one_line_before_any_pr
         "no file": ("zigzagg", {}, "no such file; expected zigzag, node-zigzag:M"),
         "no nodes": ("node-zigzag", {}, "expected node-zigzag:M with M nodes"),
         "uneven nodes": ("node-zigzag:3", {}, "2 EP ranks cannot be divided evenly among 3 nodes"),
-        "copies": (str(copies), {}, "copies cannot be served yet"),
+        "copies": (
+            *(str(copies), {}),
+            "vLLM holds copies with EPLB only; add --enable-eplb --eplb-config '.\"num_redundant_experts\": 2.'$",
+        ),
+        "rearranging": (
+            *("zigzag", {"additional_config": {"reshard": {"rearrange": True}}}),
+            "rearrange is for vLLM's EPLB, which is off",
+        ),
         "other E": (str(other_e), {}, "made for 8 experts, .* has 16; .*reshard export .* --to vllm --ep 2"),
         "other EP": (str(random_file(serving, source, 4)), {}, "made for 4 EP ranks, served on 2; .*reshard export"),
         "EP off": (

@@ -10,11 +10,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
 from checkpoints import Spec, build
 from command_line import run, run_well
+from hub_server import serving
 from playwright.sync_api import Browser, Page, sync_playwright
 from scratch import checkpoint
 
@@ -27,6 +29,7 @@ from reshard.traffic.page import render
 BROWSER_REQUIRED = "RESHARD_TEST_BROWSER"
 PATIENCE = 120_000  # milliseconds: a machine may be busy
 RANKS, GROUPS, EXPERTS = 8, 4, 16
+MADE = r'"made":"[^"]*"'  # the version, the date and the command
 ENVELOPE = ("schema_version", "command")  # what the command adds to the analysis
 HOSTILE = "</script><script>window.hit = 1</script><img src='http://127.0.0.1:9/x' onerror='window.hit = 2'><!--"
 
@@ -149,7 +152,7 @@ def test_the_page_is_the_analysis_and_one_file(source: Path, tmp_path: Path) -> 
     assert not re.findall(r"(?:src|href)\s*=|url\(|@import", text)
     again = json.loads(run_well(*arguments, "--json", "--html", tmp_path / "again.html"))
     assert {key: value for key, value in again.items() if key not in ENVELOPE} == found
-    assert (tmp_path / "again.html").read_text() == text
+    assert re.sub(MADE, "", (tmp_path / "again.html").read_text()) == re.sub(MADE, "", text)
 
 
 @pytest.mark.parametrize("where", ["there", "link", "source", "folder in source"])
@@ -243,6 +246,55 @@ def test_the_recommendation_comes_first_and_every_time_is_in_a_table(
             )
             assert next(cells) == f"{100 * step.share(names[0]):.0f} %"
         assert list(cells) == []
+
+
+def test_a_placement_has_its_own_colour_and_marker_whatever_stands_beside_it(
+    analysis: Analysis, address: str, page: Page, tmp_path: Path
+) -> None:
+    def looks() -> dict[str, tuple[str, str]]:
+        script = """[...document.querySelectorAll('#legend .name')].map((one) => [one.textContent,
+            getComputedStyle(one.querySelector('.point')).fill,
+            one.querySelector('.point').getAttribute('d').replace(/[0-9.]+/g, '')])"""
+        return {name: (colour, shape) for name, colour, shape in page.evaluate(script)}
+
+    show(page, address)
+    every = looks()
+    show(page, written(replace(analysis, candidates=analysis.candidates[1:]), tmp_path))
+    fewer = looks()
+    assert fewer == {name: every[name] for name in ("zigzag", "node-zigzag")}
+    assert len(set(every.values())) == 3
+    other = replace(analysis.candidates[2], strategy="file")
+    (tmp_path / "other").mkdir()
+    steps = tuple(replace(step, moe={**step.moe, "file": step.moe["node-zigzag"]}) for step in analysis.steps)
+    changed = replace(analysis, candidates=(*analysis.candidates, other), steps=steps)
+    show(page, written(changed, tmp_path / "other"))
+    assert {name: look for name, look in looks().items() if name != "file"} == every
+    assert looks()["file"] not in every.values()
+
+
+def test_the_highest_line_of_every_drawing_has_a_label_and_nothing_lies_above_it(address: str, page: Page) -> None:
+    show(page, address)
+    drawn = page.evaluate("""[...document.querySelectorAll('svg[role=img]')].map((svg) => [
+        Math.min(...[...svg.querySelectorAll('.axis')].map((one) => one.y1.baseVal.value)),
+        Math.min(...[...svg.querySelectorAll('text')].map((one) => one.y.baseVal[0].value)) - 4,
+        Math.min(...[...svg.querySelectorAll('polyline')].flatMap((one) => [...one.points].map((at) => at.y)),
+                 ...[...svg.querySelectorAll('.bar')].map((one) => one.y.baseVal.value))])""")
+    assert len(drawn) == 4
+    for line, label, highest in drawn:
+        assert line == pytest.approx(label) == pytest.approx(10)
+        assert highest >= line - 0.01
+
+
+def test_the_last_line_says_when_and_by_what_command_without_a_token(source: Path, page: Page, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    with serving(tmp_path / "cache") as hub:
+        hub.token = "hf_secret"
+        hub.add("org/model", source)
+        run_well("analyze", "org/model", "--ep", RANKS, "--tokens", 256, "--token", hub.token, "--html", out)
+    assert "hf_secret" not in out.read_text()
+    show(page, out.as_uri())
+    (made,) = texts(page, "#footer")
+    assert re.fullmatch(rf"reshard \S+ · {date.today()} · reshard analyze org/model .*--token '…' --html {out}", made)
 
 
 def test_what_is_drawn_is_what_was_found(analysis: Analysis, address: str, page: Page) -> None:

@@ -180,3 +180,25 @@ def test_of_each_active_expert_one_copy_serves_the_whole_batch(case: tuple[int, 
         if spare and tokens * top_k > 2 * experts:
             loads = [sum(slot // slots == rank for slot in used) for rank in range(ranks)]
             assert max(loads) - min(loads) <= 1
+
+
+@pytest.mark.parametrize("case", [*COPIES, (16, 4, 2, 3, 400, 3)], ids=str)
+def test_a_large_batch_has_one_copy_of_each_expert_so_that_ranks_get_as_many_pairs(
+    case: tuple[int, ...], interpreted: Ask
+) -> None:
+    experts, ranks, spare, most, tokens, top_k = case
+    draw = random.Random(tokens)
+    placement = random_copies(draw, experts, ranks, spare, most)
+    slots = len(placement) // ranks
+    for dtype, real in (("int32", None), ("int64", tokens - 3)):
+        rows = [draw.sample(range(experts), top_k) for _ in range(tokens)]
+        rows[0][0] = -1
+        mapped, every, chosen, chosen_by_all, load = interpreted("pairs", placement, experts, ranks, rows, real, dtype)
+        for kernel, pure in ((mapped, chosen), (every, chosen_by_all)):
+            assert kernel == [[pure[expert] if expert >= 0 else expert for expert in row] for row in rows]
+        assert [[placement[slot] if slot >= 0 else slot for slot in found] for found in mapped] == rows
+        counted = [slot for found in mapped[:real] for slot in found if slot >= 0]
+        assert load == [counted.count(slot) for slot in range(len(placement))]
+        if tokens == 400:
+            pairs = [sum(slot // slots == rank for slot in counted) for rank in range(ranks)]
+            assert max(pairs) < 1.1 * len(counted) / ranks

@@ -9,10 +9,14 @@ RECORD_TENSORS notes the tensors that are read, too. Where NODES is a JSON list 
 from the i-th, as on a node of its own. VLLM_IS and HOOK_IS_GONE make vLLM look like one that reshard's plugin does not
 fit. FORK_WORKERS saves workers the import of vLLM. ROUTER_FORGETS lets routers of a model that is served placed answer
 as if experts were where they always were, and RETURNS_SLOTS lets those of an output return what they chose as it is.
+
+EPLB_ON_CPU has vLLM's EPLB run, which it has for GPUs only. TRITON_INTERPRET must be set, too, for reshard's kernels.
+COPIES_OF_OTHERS has routers choose among the copies of another placement than slots hold.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -52,6 +56,12 @@ def install() -> None:
         from reshard.vllm import returned
 
         returned.Returning._capture = lambda self, capture, ids: capture(ids)
+    if "EPLB_ON_CPU" in os.environ:
+        _allow_eplb()
+    if "COPIES_OF_OTHERS" in os.environ:
+        from reshard.vllm import copies
+
+        copies.schedule = _of_others(copies.schedule)
     if version := os.environ.get("VLLM_IS"):
         vllm.__version__ = version
     if "HOOK_IS_GONE" in os.environ:
@@ -72,6 +82,60 @@ def _apply_locally(apply: Callable[..., None]) -> Callable[..., None]:
         apply(self, **kwargs)
 
     return wrapper
+
+
+def _allow_eplb() -> None:
+    """Answer for the GPU, and do what vLLM's runner for CPUs leaves out. Maps, moves and steps are vLLM's own."""
+    from types import SimpleNamespace
+
+    from vllm.config import parallel
+    from vllm.distributed.eplb.eplb_state import EplbState
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    from reshard.vllm import request
+
+    class Gpu:
+        """The platform, but for the question that vLLM asks before EPLB."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(platform, name)
+
+        def is_cuda_alike(self) -> bool:
+            return True
+
+    platform, load, model_of = parallel.current_platform, CPUModelRunner.load_model, request._model_of
+    parallel.current_platform = Gpu()
+
+    class Event:
+        """An event of a device that has done all that it was given."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def record(self, *args: Any) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, other: Any) -> float:
+            return 0.0
+
+    @functools.wraps(load)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        load(self, *args, **kwargs)
+        self.eplb_state = EplbState(self.parallel_config, torch.device("cpu"))
+        self.eplb_state.add_model(self.get_model(), self.model_config)
+
+    torch.Event = Event  # type: ignore[misc,assignment]
+    torch.accelerator.current_stream = lambda: SimpleNamespace(synchronize=lambda: None)  # type: ignore[assignment]
+    torch.cuda.get_device_capability = lambda device: (8, 0)  # type: ignore[assignment,misc]
+    CPUModelRunner.load_model = load_model
+    request._model_of = lambda config: dataclasses.replace(model_of(config), on_cuda=True)
+
+
+def _of_others(make: Callable[..., Any]) -> Callable[..., Any]:
+    def make_of_others(order: Any, experts: int, *more: Any, **options: Any) -> Any:
+        return make([(expert + 1) % experts for expert in order], experts, *more, **options)
+
+    return make_of_others
 
 
 def _warm_up_stages() -> None:
