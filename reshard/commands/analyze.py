@@ -191,7 +191,7 @@ def _recorded(
     description = f"tokens recorded in {trace}"
     if start:
         names = " and ".join(strategy.name for strategy in fitted)
-        description += f" after the first {start:.0%}, which {names} was made from"
+        description += f" after the first {start:.0%}, which {names} {'was' if len(fitted) == 1 else 'were'} made from"
     if traffic.tokens < traffic.of:
         description += f", sampled evenly from {traffic.of}"
     unrecorded = tuple(layer.name for layer in model.layers if layer.name not in traffic.ids)

@@ -48,6 +48,11 @@ class CopiesMemory:
         return not self.gpu_size or self.kv_size > 0
 
 
+def gigabytes(size: int) -> str:
+    """A number of bytes in words."""
+    return f"{size / 1e9:.1f} GB"
+
+
 def copies_memory(checkpoint: Checkpoint, model: MoeModel, ep_size: int, spare: int, gpu: GpuProfile) -> CopiesMemory:
     """Estimate the memory of each of `ep_size` GPUs for `model`, which was read from `checkpoint`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..model.memory import CopiesMemory
+from ..model.memory import CopiesMemory, gigabytes
 from ..placement.steps import PHASES, Step, describe_mix
 from ..placement.strategies import Copies
 from .step_time import StepTime, mean_time
@@ -75,9 +75,9 @@ def advise(
     else:
         strategy, why = _of_fixed(counted, fixed, base)
         if copies and not copies.fits:
-            why += f" Copies do not fit: they take {_gigabytes(copies.taken)} of each GPU."
+            why += f" Copies do not fit: they take {gigabytes(copies.taken)} of each GPU."
         elif copies and Copies.name in saved:
-            why += f" Copies save {_percent(by_copies)}, and take {_gigabytes(copies.taken)} of each GPU."
+            why += f" Copies save {_percent(by_copies)}, and take {gigabytes(copies.taken)} of each GPU."
     if nodes > 1:
         why += " Sending tokens between nodes is not in these times: see the nodes that a token reaches."
     return Advice(strategy, why, described, saved, tuple(commands[strategy]))
@@ -108,8 +108,8 @@ def _where(saved: Mapping[str, float], strategy: str) -> str:
 
 def _costs(copies: CopiesMemory) -> str:
     """What copies take of a GPU, and what they leave for the KV cache."""
-    left = f" and leave about {_gigabytes(copies.kv_size)} of {_gigabytes(copies.kv_size_without)} for the KV cache"
-    return f"Copies take {_gigabytes(copies.taken)} of each GPU{left if copies.gpu_size else ''}."
+    left = f" and leave about {gigabytes(copies.kv_size)} of {gigabytes(copies.kv_size_without)} for the KV cache"
+    return f"Copies take {gigabytes(copies.taken)} of each GPU{left if copies.gpu_size else ''}."
 
 
 def _saves(counted: Sequence[StepTime], strategy: str, base: str) -> str:
@@ -127,10 +127,6 @@ def _saves(counted: Sequence[StepTime], strategy: str, base: str) -> str:
             because = f" ({reasons[phase]})" if high >= WORTH else ""
             phrases.append(f"{amount} of a {phase} step's time{because}")
     return f"it saves {' and '.join(phrases)}"
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
 
 
 def _percent(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..model.memory import UTILIZATION, CopiesMemory
+from ..model.memory import UTILIZATION, CopiesMemory, gigabytes
 from ..placement.steps import PHASES
 from .analysis import Analysis
 from .effect import Effect
@@ -75,30 +75,25 @@ def _copies(analysis: Analysis) -> list[str]:
 def describe_memory(memory: CopiesMemory) -> list[str]:
     """What copies take of a GPU's memory, and what is left for the KV cache."""
     lines = [
-        f"copies take {_gigabytes(memory.copies_size)} of each GPU: {memory.spare_slots} spare slots in each MoE layer "
-        f"(drafts left out); EPLB's buffer of one layer takes {_gigabytes(memory.buffer_size)} more"
+        f"copies take {gigabytes(memory.copies_size)} of each GPU: {memory.spare_slots} spare slots in each MoE layer "
+        f"(drafts left out); EPLB's buffer of one layer takes {gigabytes(memory.buffer_size)} more"
     ]
     if memory.gpu_size:
-        left = f"about {_gigabytes(memory.kv_size)} are left" if memory.fits else "nothing is left"
+        left = f"about {gigabytes(memory.kv_size)} are left" if memory.fits else "nothing is left"
         lines.append(
-            f"{left} for the KV cache, and {_gigabytes(memory.kv_size_without)} without copies: {UTILIZATION} of "
-            f"{_gigabytes(memory.gpu_size)} (vLLM's rule), less {_gigabytes(memory.weights_size)} of weights; an "
+            f"{left} for the KV cache, and {gigabytes(memory.kv_size_without)} without copies: {UTILIZATION} of "
+            f"{gigabytes(memory.gpu_size)} (vLLM's rule), less {gigabytes(memory.weights_size)} of weights; an "
             "estimate, from which activations and CUDA graphs still go off"
         )
     return lines
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
-
-
 def times_note(analysis: Analysis) -> str:
     """What the times are."""
+    choosing = ", with the time to choose copies" if analysis.copies else ""
     return (
-        f"predicted for {analysis.ep_size} {analysis.gpu}, from the active experts and the tokens of the slowest rank; "
-        "attention and the rest of a step are an estimate"
-        + "; copies: with the time to choose them"
-        * (analysis.copies is not None)
+        f"predicted for {analysis.ep_size} {analysis.gpu}, from the active experts and the tokens of the slowest rank"
+        f"{choosing}; attention and the rest of a step are an estimate"
     )
 
 
