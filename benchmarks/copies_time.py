@@ -20,9 +20,9 @@ from graph_time import LAYERS, microseconds
 from measure import median
 
 from reshard.placement.copies import first, placement_of
-from reshard.placement.copy_choice import schedule
+from reshard.placement.copy_choice import SMALL_BATCH, schedule
 from reshard.vllm.choose_by_pairs import choose_by_pairs
-from reshard.vllm.choose_copies import MAX_TOKENS, Record, choose_copies, tables
+from reshard.vllm.choose_copies import Record, choose_copies, tables
 from reshard.vllm.grouped_topk import Choice, grouped_topk
 from reshard.vllm.map_ids import map_ids
 
@@ -45,7 +45,7 @@ def ways(tokens: int, warps: list[int], eplb: bool) -> dict[str, Map]:
         "router alone": lambda ids: ids,
         "map_ids": lambda ids: map_ids(ids, place_E),
     }
-    if tokens > MAX_TOKENS:
+    if tokens > SMALL_BATCH:
         found["copies"] = lambda ids: choose_by_pairs(ids, on_gpu, count, record)
     else:
         found["copies"] = lambda ids: choose_copies(ids, on_gpu, count, record)
@@ -53,7 +53,7 @@ def ways(tokens: int, warps: list[int], eplb: bool) -> dict[str, Map]:
     def with_warps(number: int) -> Map:
         return lambda ids: choose_copies(ids, on_gpu, count, record, warps=number)
 
-    for number in warps if tokens <= MAX_TOKENS else ():
+    for number in warps if tokens <= SMALL_BATCH else ():
         found[f"copies, {number} warps"] = with_warps(number)
     if eplb:
         from vllm.model_executor.layers.fused_moe.router import base_router

@@ -251,7 +251,7 @@ class Rank:
         if not spare:
             return Fixed({name: order_LE.to(self.device) for name, order_LE in orders.items()}, moe)
         self._captured: dict[str, Any] = {}  # CUDA graphs, by the way to map ids
-        num_experts = orders[BASE].shape[1]
+        num_experts = num_experts_of(orders[BASE])
         return Copies(orders, also_by_position(options, orders), moe, num_experts, self.ranks, self._recapture)
 
     def _recapture(self, way: str) -> None:
@@ -552,9 +552,8 @@ def slowest_placement(own: Rank, options: argparse.Namespace) -> float:
     case, took = Case("decode", "mixed", tokens, 8), []
     own.swaps.swap(BASE)
     took.append(statistics.median(own.steps(case, batches(case, 0, options.vocabulary))[0]))
-    linear_LE = own.swaps.logical(BASE)
-    num_experts = 1 + int(linear_LE.max())
-    own.swaps.swap_map(torch.arange(num_experts).repeat(len(linear_LE), 1) % (num_experts // own.ranks))
+    num_experts = num_experts_of(own.swaps.logical(BASE))
+    own.swaps.swap_map(torch.arange(num_experts).repeat(len(own.layers), 1) % (num_experts // own.ranks))
     took.append(statistics.median(own.steps(case, batches(case, 0, options.vocabulary))[0]))
     return round(took[1] / took[0], 4)
 
@@ -567,7 +566,12 @@ def read_orders(directory: Path, layers: Sequence[int]) -> dict[str, Tensor]:
 
 def spare_slots(orders: Mapping[str, Tensor], ranks: int) -> int:
     """The most slots of a rank beside its share of the experts."""
-    return (max(order_LP.shape[1] for order_LP in orders.values()) - orders[BASE].shape[1]) // ranks
+    return max(order_LP.shape[1] - num_experts_of(order_LP) for order_LP in orders.values()) // ranks
+
+
+def num_experts_of(order_LP: Tensor) -> int:
+    """How many logical experts a placement has."""
+    return 1 + int(order_LP.max())
 
 
 def also_by_position(options: argparse.Namespace, orders: Mapping[str, Tensor]) -> list[str]:

@@ -146,7 +146,7 @@ class Copies:
         """Serve each logical expert from this slot."""
         self._fixed_LE.copy_(slot_LE)
         maps: list[Callable[..., Tensor]] = [
-            _unchanged if kernel is not None else _by_table(slot_E)
+            _by_kernel(slot_E) if kernel is not None else _by_table(slot_E)
             for kernel, slot_E in zip(self._fixed_kernels, self._fixed_LE, strict=True)
         ]
         self._use("fixed", self._fixed_kernels, maps)
@@ -204,8 +204,11 @@ class WithTable:
         return found
 
 
-def _unchanged(ids_TK: Tensor, *_: Any) -> Tensor:
-    return ids_TK
+def _by_kernel(slot_E: Tensor) -> Callable[..., Tensor]:
+    """What is left to map after the router's kernel: a single token, which vLLM's own router serves."""
+    from reshard.vllm.map_ids import map_ids
+
+    return lambda ids_TK, *_: ids_TK if len(ids_TK) > 1 else map_ids(ids_TK, slot_E)
 
 
 def _by_table(slot_E: Tensor) -> Callable[..., Tensor]:

@@ -18,7 +18,6 @@ from triton.language.extra.cuda import gdc_wait
 
 from ..placement.copy_choice import SWEEPS, Schedule
 
-MAX_TOKENS = 512  # with more, all experts are active, and one program would be slow
 MAX_TOKENS_LAUNCHED_EARLY = 64  # as in grouped_topk
 MIN_BLOCK = 256  # ids; all smaller batches share one compiled kernel
 SLOT_BITS, RANK_BITS = 16, 8  # of a number in `copy_CE`
@@ -115,7 +114,7 @@ def choose_copies(
     """Map logical to physical experts; of each expert, one copy serves the batch.
 
     Parameters:
-        ids_TK: logical ids of at most MAX_TOKENS tokens, of any integer type; negative ids stay as they are
+        ids_TK: logical ids of at most SMALL_BATCH tokens, of any integer type; negative ids stay as they are
         tables: of the placement
         tokens: [1], how many of the rows are tokens, on the GPU; the rest is padding and makes no expert active
         record: counts tokens, without padding

@@ -3,7 +3,7 @@
 vLLM's EPLB knows which slots hold copies of an expert, and picks one by a token's position. We replace that step of its
 routers, `_apply_eplb_mapping`, and leave the rest to vLLM. Each batch gets one copy of each expert:
 
-    up to MAX_TOKENS tokens    so that the busiest rank has the fewest active experts (`choose_copies`)
+    up to SMALL_BATCH tokens   so that the busiest rank has the fewest active experts (`choose_copies`)
     more tokens                all experts are active: so that ranks get equally many pairs of token and expert
                                (`choose_by_pairs`)
 
@@ -20,7 +20,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..placement import copy_choice
-from ..placement.copy_choice import MAX_ROUNDS, schedule
+from ..placement.copy_choice import MAX_ROUNDS, SMALL_BATCH, schedule
 from .fused import Fused, fused_in_place_of, understood
 from .placed import router_fault
 from .runners import RoutesItself
@@ -101,9 +101,9 @@ class CopyMaps:
             record: counts tokens, without padding
         """
         from .choose_by_pairs import choose_by_pairs, map_and_count
-        from .choose_copies import MAX_TOKENS, choose_copies
+        from .choose_copies import choose_copies
 
-        if len(ids_TK) > MAX_TOKENS:
+        if len(ids_TK) > SMALL_BATCH:
             # where ranks gather rows before they route, `tokens` is this rank's own number, and they must choose alike
             return choose_by_pairs(ids_TK, self.tables, tokens, record, all_rows=not self.same_tokens)
         if self.same_tokens:
@@ -140,7 +140,8 @@ class ChoosesCopies(RoutesItself):
 
     def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> Any:
         own: Any = super()
-        if self.reshard_kernel is None or not understood(args[1:], kwargs):
+        few = len(router_logits) == 1  # vLLM's router is faster then, as in `placed`
+        if self.reshard_kernel is None or few or not understood(args[1:], kwargs):
             return own._compute_routing(hidden_states, router_logits, *args, **kwargs)
 
         def router(logits: Tensor) -> tuple[Tensor, Tensor]:

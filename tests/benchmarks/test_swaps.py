@@ -124,6 +124,6 @@ def test_a_step_has_no_padding_and_is_not_counted(swaps: Any) -> None:
 
 def test_the_placement_with_the_most_copies_is_also_served_by_position() -> None:
     assert spare_slots(ORDERS, RANKS) == 2
-    assert spare_slots({BASE: ORDERS[BASE]}, RANKS) == 0
+    assert spare_slots({"zigzag": ORDERS["zigzag"]}, RANKS) == 0
     assert also_by_position(SimpleNamespace(by_position=None), ORDERS) == ["copies-2"]  # type: ignore[arg-type]
     assert also_by_position(SimpleNamespace(by_position=["copies-1"]), ORDERS) == ["copies-1"]  # type: ignore[arg-type]

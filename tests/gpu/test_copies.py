@@ -121,7 +121,9 @@ def test_pinned_copies_are_identical_to_the_same_placement_without_copies(gpu: G
 def test_every_pair_is_computed_once_and_ranks_choose_alike(gpu: Gpu, tmp_path: Path) -> None:
     source = v3(gpu)
     placement = copies(gpu, source)
-    answer = gpu.answer(source, WITH_COPIES, ranks=RANKS, environment={**placement, "COPIES_RECORDED": str(tmp_path)})
+    texts = [[Random(number).randrange(2, 252) for _ in range(450)] for number in range(4)]
+    recorded = {**placement, "COPIES_RECORDED": str(tmp_path)}
+    answer = gpu.answer(source, WITH_COPIES, prompts=[*PROMPTS, *texts], ranks=RANKS, environment=recorded)
     assert_with_copies(answer)
     first, second = ((tmp_path / f"{rank}.jsonl").read_text().splitlines() for rank in range(RANKS))
     assert first == second, "both ranks map every batch alike, so the owner of a slot computes its pairs, and no other"
@@ -132,10 +134,12 @@ def test_every_pair_is_computed_once_and_ranks_choose_alike(gpu: Gpu, tmp_path: 
         assert [[orders[layer][slot] for slot in row] for row in physical] == logical
         slots = {(layer, slot) for row in physical for slot in row}
         chosen = {expert for row in logical for expert in row}
-        small, large = small + (len(logical) <= 512), large + (len(logical) > 512)
+        # vLLM's dummy batches repeat one token, whose experts no choice makes even
+        is_large = len(logical) > 512 and len({tuple(row) for row in logical}) > 100
+        small, large = small + (len(logical) <= 512), large + is_large
         assert len(slots) == len(chosen), "a batch uses one copy of each expert"
         used.update(slots)
-        if len(logical) > 512:
+        if is_large:
             pairs = Counter(slot // (len(orders[layer]) // RANKS) for row in physical for slot in row)
             evenness.append(max(pairs.values()) * RANKS / pairs.total())
     print(f"{small} small and {large} large batches; {len(used)} of {2 * (EXPERTS + REDUNDANT)} slots used")

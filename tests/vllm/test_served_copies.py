@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import Spec
+from command_line import run_well
 from copies_oracle import random_copies
+from scratch import checkpoint
 
 from reshard.errors import UnsupportedError
 from reshard.placement.placement_file import PlacementFile, encode_placement_file
@@ -239,6 +242,23 @@ def test_a_placement_with_copies_wants_eplb_with_as_many_redundant_experts(tmp_p
         with pytest.raises(UnsupportedError, match=rf"copies\.json: .*{fault}") as refused:
             resolve(path, model)
         assert "\n" not in str(refused.value)
+
+
+def test_what_export_writes_is_served_with_the_options_that_it_prints(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source = checkpoint(tmp_path_factory, Spec("deepseek_v3", experts=8, top_k=2))
+    path = tmp_path / "copies.json"
+    said = run_well("export", source, "--to", "vllm", "--ep", "2", "--spare", "2", "--out", path)
+    options = "--enable-eplb --eplb-config '{\"num_redundant_experts\": 4}'"
+    assert options in " ".join(said.split())
+    served = resolve(str(path), changed(eplb=True, redundant=4))
+    assert served.redundant == 4
+    layers = list(json.loads(path.read_text())["layers"])
+    assert all(len(served.order(f"{layer}.experts", 8) or ()) == 12 for layer in layers)
+    with pytest.raises(UnsupportedError) as refused:
+        resolve(str(path), changed())
+    assert str(refused.value).endswith(f"add {options}")
 
 
 def test_a_placement_whose_slots_do_not_fit_vllms_is_refused(tmp_path: Path) -> None:
