@@ -107,13 +107,16 @@ class Warm:
             )
         self._socket.settimeout(TIMEOUT)
 
-    def answer(self, environment: Mapping[str, str], request: str, errors: IO[str]) -> tuple[int, str]:
-        """The exit status and the output of a vLLM that is given `request`. Raises TimeoutError, and ends it then."""
+    def answer(
+        self, environment: Mapping[str, str], request: str, errors: IO[str], script: str = "generate"
+    ) -> tuple[int, str]:
+        """The exit status and the output of a script that is given `request`. Raises TimeoutError, and ends it then."""
         with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+") as output:
             given.write(request)
             given.seek(0)
             descriptors = [given.fileno(), output.fileno(), errors.fileno()]
-            socket.send_fds(self._socket, [json.dumps(environment).encode()], descriptors)
+            message = json.dumps({"environment": dict(environment), "script": script})
+            socket.send_fds(self._socket, [message.encode()], descriptors)
             process = int(self._line())
             try:
                 status = int(self._line())
@@ -312,6 +315,17 @@ class Serving:
             accepted_drafts=int(answer.get("accepted_drafts", 0)),
             routed=answer.get("routed", []),
         )
+
+    def reloaded(self, request: Mapping[str, Any], more: Mapping[str, str]) -> dict[str, Any]:
+        """What reload.py answers to a request, with more variables in its environment."""
+        with self.slot() as slot:
+            first = {**self.environment(first=slot.number), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            log = slot.directory / "log"
+            with log.open("w") as errors:
+                status, output = self._warm().answer({**first, **more}, json.dumps(request), errors, "reload")
+            assert status == 0, log.read_text()[-6000:]
+        found: dict[str, Any] = json.loads(output)
+        return found
 
     def each(
         self, model: Path, environments: Sequence[Mapping[str, str]], **llm: Any

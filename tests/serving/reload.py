@@ -159,9 +159,14 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     return {**found, "lost": lost, "routed": routed}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Answer the request on standard input."""
     answers = os.dup(1)
     os.dup2(2, 1)
     line = json.dumps(run(json.load(sys.stdin)))
     os.write(answers, f"{line}\n".encode())
     os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

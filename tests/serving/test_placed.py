@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import BIN, COMPILED, HERE, PROMPTS, SHIM_ONLY, SPAWNED, TIMEOUT, Serving
+from harness import COMPILED, PROMPTS, SHIM_ONLY, SPAWNED, Serving
 from oracle import read_safetensors
 from test_served_traffic import recorded, trace
 from test_serving import (
@@ -178,19 +177,7 @@ def reloaded(serving: Serving, environment: dict[str, str], model: Path | None =
         **more,
         "llm": {"enable_expert_parallel": True, **more.get("llm", {})},
     }
-    with serving.slot() as slot:
-        first = {**serving.environment(first=slot.number), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        ran = subprocess.run(
-            [BIN / "python", HERE / "reload.py"],
-            input=json.dumps(request),
-            env={**first, **environment},
-            capture_output=True,
-            text=True,
-            timeout=2 * TIMEOUT,
-        )
-    assert ran.returncode == 0, ran.stderr[-6000:]
-    found: dict[str, Any] = json.loads(ran.stdout)
-    return found
+    return serving.reloaded(request, environment)
 
 
 def test_new_weights_go_to_their_slots_and_operations_that_know_only_slots_are_refused(serving: Serving) -> None:
