@@ -18,6 +18,7 @@ Data flows one way through the packages, and imports follow it:
     cli         parsing and printing
     vllm        the plugin, which needs placement and the trace's file form only
 
+Beside them, `errors` has the exceptions, and `arguments` checks and parses what callers give: paths, sizes, numbers.
 Each package's docstring says what comes in, what goes out, and what it leaves to others.
 """
 
