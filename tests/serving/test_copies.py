@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from copies_oracle import random_copies
-from harness import HERE, Result, Serving
+from harness import HERE, ROOT, Result, Serving
 from test_placed import by, moe_layers, random_file
 from test_serving import assert_answered, assert_close, v3
 
 EXPERTS, RANKS, SPARE = 16, 2, 2
-ON_CPU = {"EPLB_ON_CPU": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE / "shim")}
+ON_CPU = {"EPLB_ON_CPU": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE / 'shim'}:{ROOT}"}
 STEPS = {"window_size": 4, "step_interval": 4, "use_async": False, "communicator": "torch_gloo"}
 EPLB: dict[str, Any] = {"enable_eplb": True, "eplb_config": {**STEPS, "num_redundant_experts": RANKS * SPARE}}
 

@@ -121,8 +121,9 @@ def _allow_eplb() -> None:
     @functools.wraps(load)
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         load(self, *args, **kwargs)
+        self._moe_model = self.get_model()
         self.eplb_state = EplbState(self.parallel_config, torch.device("cpu"))
-        self.eplb_state.add_model(self.get_model(), self.model_config)
+        self.eplb_state.add_model(self._moe_model, self.model_config)
 
     torch.Event = Event  # type: ignore[misc,assignment]
     torch.accelerator.current_stream = lambda: SimpleNamespace(synchronize=lambda: None)  # type: ignore[assignment]
