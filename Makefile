@@ -40,8 +40,8 @@ test: lint types dist .venv-vllm/.ready ## lint, types, packages and all tests, 
 test-fast: lint types dist ## the same without the tests that need vLLM
 	$(BIN)/python -m pytest tests --ignore=$(SERVING)
 
-stress: setup ## long versions of the randomized tests: crashes, power cuts, random input
-	RESHARD_LONG_TESTS=1 $(BIN)/python -m pytest tests/execute/test_crash.py tests/commands/test_fuzz.py
+stress: setup ## long versions of the randomized tests: crashes, power cuts, random input, killed downloads
+	RESHARD_LONG_TESTS=1 $(BIN)/python -m pytest tests/execute/test_crash.py tests/commands/test_fuzz.py tests/remote/test_hub.py
 
 test-gpu: ## tests with real vLLM on one GPU (needs vLLM, pytest, this package's requirements and 70 GB of disk)
 	$(PYTHON) -m pytest -o addopts= -rA -q tests/gpu

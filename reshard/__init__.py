@@ -35,6 +35,7 @@ from .commands.resharding import Resharding
 from .commands.restore import restore
 from .commands.stage import Staging, plan_stage, stage, write_staging
 from .commands.trace_info import RecordingInfo, TraceInfo, trace_info
+from .commands.upload import Upload, Uploaded, plan_upload, send_upload, upload
 from .commands.verify import Verification, verify
 from .commands.writing import write_resharding
 from .errors import CheckpointError, IntegrityError, OutputError, ReshardError, TraceError, UnsupportedError
@@ -82,6 +83,8 @@ __all__ = [
     "TraceError",
     "TraceInfo",
     "UnsupportedError",
+    "Upload",
+    "Uploaded",
     "Verification",
     "Zigzag",
     "__version__",
@@ -91,12 +94,15 @@ __all__ = [
     "place",
     "plan_placement",
     "plan_stage",
+    "plan_upload",
     "read_checkpoint",
     "read_manifest",
     "read_model",
     "restore",
+    "send_upload",
     "stage",
     "trace_info",
+    "upload",
     "verify",
     "write_export",
     "write_page",

@@ -76,7 +76,7 @@ def _refuse_hub_options(src: str, hub: Hub) -> None:
 
 
 def _repository(repo_id: str, hub: Hub) -> Files:
-    from huggingface_hub import HfApi, HfFileSystem, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     where = f"hf://{repo_id}" + (f"@{hub.revision}" if hub.revision else "")
@@ -97,8 +97,20 @@ def _repository(repo_id: str, hub: Hub) -> Files:
             f"{where}: no such directory, not in the Hugging Face cache, and the Hub does not give it: {said:.400}; "
             f"check its name, `hf auth login` or --token, or run `hf download {repo_id}` first"
         ) from error
-    store = HfFileSystem(token=hub.token, skip_instance_cache=True)
+    return published_files(repo_id, str(commit), hub.token)
+
+
+def published_files(repo_id: str, commit: str, token: str | None = None) -> RemoteFiles:
+    """The files of a repository of the Hub at a commit, read from there whatever the cache has."""
+    from huggingface_hub import HfFileSystem
+
+    store = HfFileSystem(token=token, skip_instance_cache=True)
     return RemoteFiles(Url(f"hf://{repo_id}@{commit}"), store, f"{repo_id}@{commit}", repo_id, commit)
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether `text` can name a repository of the Hub, as organization/name."""
+    return _REPO_ID.fullmatch(text) is not None
 
 
 def _cached(repo_id: str, revision: str | None) -> Path | None:

@@ -48,7 +48,7 @@ class Commands(click.Group):
         except OSError as error:
             self._fail(ctx, error, f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
         except KeyboardInterrupt as error:
-            resumes = ctx.invoked_subcommand in ("zigzag", "place", "stage", "restore")
+            resumes = ctx.invoked_subcommand in ("zigzag", "place", "stage", "restore", "upload")
             self._fail(ctx, error, "interrupted" + "; rerun the command to resume" * resumes, EXIT_INTERRUPTED)
 
     def _fail(self, ctx: click.Context, error: BaseException, message: str, status: int) -> NoReturn:

@@ -43,6 +43,7 @@ from .options import (
     writing_options,
 )
 from .progress import bar
+from .publish import upload_command
 from .render import (
     Printing,
     describe_checks,
@@ -306,5 +307,5 @@ def restore_command(
     print_report(report, describe_restoring(outcome, resharded, source), printing, outcome.files)
 
 
-for _command in (inspect_command, analyze_command, export_command, trace_group):
+for _command in (upload_command, inspect_command, analyze_command, export_command, trace_group):
     main.add_command(_command)

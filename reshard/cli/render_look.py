@@ -1,12 +1,13 @@
-"""What `inspect` and `trace info` print as text. Decides nothing."""
+"""What `inspect`, `trace info` and `upload` print as text. Decides nothing."""
 
 from __future__ import annotations
 
 from ..commands.inspect import Inspection
 from ..commands.serving import serve_command
 from ..commands.trace_info import TraceInfo
+from ..commands.upload import Upload, Uploaded
 from ..placement.permutations import describe_ranks
-from .render import bytes_text
+from .render import bytes_text, time_text
 from .terminal import Whole
 
 
@@ -68,3 +69,27 @@ def describe_trace(info: TraceInfo) -> list[str]:
                 f"    busiest expert over mean: {median:.2f} in the median layer, at most {highest:.2f} ({layer})"
             )
     return lines
+
+
+def describe_upload(upload: Upload) -> list[str]:
+    """The lines of `upload --dry-run`, with the card that is made."""
+    where = f"{upload.repo_id}, branch {upload.revision}" if upload.revision else upload.repo_id
+    lines = [
+        *(f"note: {note}" for note in upload.notes),
+        f"would upload {len(upload.files)} files, {bytes_text(upload.size)}, from {upload.out} to {where}, "
+        + ("which is there" if upload.exists else f"a new{' private' * upload.private} repository"),
+    ]
+    if upload.card is not None:
+        lines += ["with this model card:", "", *(Whole(line) for line in upload.card.splitlines())]
+    return lines
+
+
+def describe_uploaded(uploaded: Uploaded) -> list[str]:
+    """The lines of `upload`."""
+    upload = uploaded.upload
+    what = f"{len(upload.files)} files, {bytes_text(upload.size)}"
+    if uploaded.already_complete:
+        done = f"already complete: {uploaded.url} has all {what}; nothing was sent"
+    else:
+        done = f"uploaded {what}, in {time_text(uploaded.seconds)}; commit {uploaded.commit}"
+    return [*(f"note: {note}" for note in upload.notes), done, Whole(f"see it:  {uploaded.url}")]

@@ -19,6 +19,7 @@ from ..commands.inspect import Inspection
 from ..commands.resharding import Resharding
 from ..commands.stage import Staging
 from ..commands.trace_info import TraceInfo
+from ..commands.upload import Upload, Uploaded
 from ..commands.verify import Verification
 from ..execute.ready import Room
 from ..execute.run import Outcome
@@ -107,6 +108,37 @@ def _outcome(outcome: Outcome) -> Report:
         "resumed_files": outcome.resumed,
         "already_complete": outcome.already_complete,
         "file_system_notes": outcome.notes,
+    }
+
+
+def upload_report(upload: Upload) -> Report:
+    """What `upload` would send."""
+    return {**_upload(upload), "dry_run": True}
+
+
+def uploaded_report(uploaded: Uploaded) -> Report:
+    """What `upload` sent."""
+    return {
+        **_upload(uploaded.upload),
+        "dry_run": False,
+        "url": uploaded.url,
+        "commit": uploaded.commit,
+        "seconds": round(uploaded.seconds, 3),
+        "already_complete": uploaded.already_complete,
+    }
+
+
+def _upload(upload: Upload) -> Report:
+    return {
+        "path": str(upload.out),
+        "repo_id": upload.repo_id,
+        "revision": upload.revision,
+        "new": not upload.exists,
+        "private": upload.private,
+        "files": _files(upload.files),
+        "upload_size": upload.size,
+        "card": upload.card,
+        "notes": upload.notes,
     }
 
 

@@ -247,7 +247,7 @@ def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
     if manifest.routing.group_limited != manifest.plugin_required:
         yield f"{root / MANIFEST}: plugin_required is {manifest.plugin_required}, but its routing says otherwise"
     for name in sorted(checkpoint.files.keys() - {record.name for record in manifest.files} - {MANIFEST}):
-        if not any(part.startswith(".") for part in name.split("/")):
+        if not is_beside(name):
             yield f"{root / name}: not in {MANIFEST}; an engine might read it: move it away"
     slots = {layer.name: rank_slots(layer.num_experts, manifest.ep_size) for layer in manifest.moe_layers}
     for record in manifest.files:
@@ -257,6 +257,11 @@ def _check_consistency(root: Path, manifest: Manifest) -> Iterator[str]:
                 continue
             if record.rank is None or expert.expert not in slots[expert.layer][record.rank]:
                 yield f"{root / record.name}: tensor {name}: not an expert of rank {record.rank}"
+
+
+def is_beside(name: str) -> bool:
+    """Whether a file that no manifest lists may lie in an output: a model card, or what no engine looks at."""
+    return name == "README.md" or any(part.startswith(".") for part in name.split("/"))
 
 
 def _check_gates(root: Path, checkpoint: Checkpoint, manifest: Manifest, contract: Contract) -> Iterator[str]:

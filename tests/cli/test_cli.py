@@ -160,6 +160,7 @@ FAILING: dict[str, list[object]] = {
     "verify": ["absent"],
     "stage": ["absent", "--ranks", 0, "--out", "out"],
     "restore": ["absent", "--out", "out"],
+    "upload": ["absent", "org/name"],
     "inspect": ["absent"],
     "analyze": ["absent", "--ep", 2],
     "export": ["absent", "--ep", 2, "--to", "sglang"],

@@ -55,6 +55,7 @@ def test_every_example_of_every_help_runs(tmp_path: Path, monkeypatch: pytest.Mo
     lines = [line for name in ("zigzag", *COMMANDS) for line in examples_of(name)]
     assert len(lines) > 20
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with serving(tmp_path / "cache") as hub:
         hub.add("deepseek-ai/DeepSeek-R1", tmp_path / "DeepSeek-R1")
         for line in dict.fromkeys(lines):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import jsonschema
 import pytest
 from checkpoints import Spec
 from command_line import run, run_well
+from hub_server import Hub, serving
 from scratch import checkpoint
 from traces import write_trace
 
@@ -58,6 +60,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A server that takes uploads in the place of the Hub."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with serving(tmp_path / "cache") as server:
+        yield server
+
+
 def printed(command: str, work: Path, status: int) -> Any:
     """The one document that a command prints, which the schema describes to the last key."""
     result = run(*command.replace("WORK", str(work)).split(), "--json")
@@ -90,6 +100,8 @@ def sizes(directory: Path) -> dict[str, int]:
         ("stage WORK/output --ranks 0 --out NEW", "stage"),
         ("stage WORK/output --ranks 0-1 --out NEW", "stage"),
         ("restore WORK/output --out NEW", "restore"),
+        ("upload WORK/output org/new --dry-run", "upload_plan"),
+        ("upload WORK/output org/new --private --revision ep2", "upload"),
         ("analyze WORK/src --ep 2 --tokens 64", "analyze"),
         ("analyze WORK/src --ep 2 --trace WORK/trace", "analyze"),
         ("analyze WORK/src --ep 2 --trace WORK/trace --spare 1", "analyze"),
@@ -154,6 +166,8 @@ def test_every_kind_of_document_is_tried() -> None:
         ("zigzag --src WORK/src --ep 9 --out NEW", 1, "OutputError"),
         ("place --strategy file --map WORK/nothing --src WORK/src --ep 2 --out NEW", 1, "CheckpointError"),
         ("trace info WORK/nothing", 1, "TraceError"),
+        ("upload WORK/output name", 1, "OutputError"),
+        ("upload WORK/damaged org/new", 1, "IntegrityError"),
         ("zigzag --src WORK/src --ep 0 --out NEW", 2, "BadParameter"),
         ("zigzag --src WORK/src --sideways", 2, "NoSuchOption"),
         ("zigzag --src WORK/src --ep 2 --out NEW --merge", 2, "UsageError"),

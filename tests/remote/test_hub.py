@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,14 @@ def hub(tmp_path: Path, source: Path) -> Iterator[Hub]:
     with serving(tmp_path / "cache") as server:
         server.add(REPO, source, COMMIT)
         yield server
+
+
+def small_files(source: Path, whole: Path) -> Path:
+    """The output of the same checkpoint in many small files, made when first needed."""
+    out = whole.with_name("small")
+    if not out.exists():
+        run_well("zigzag", "--src", source, "--ep", 3, "--max-shard-size", "20KB", "--reflink", "never", "--out", out)
+    return out
 
 
 def streamed(out: Path, *more: object, src: str = REPO) -> str:
@@ -232,22 +240,36 @@ def test_a_run_cut_anywhere_is_resumed_and_ends_the_same(hub: Hub, tmp_path: Pat
     assert found[-1] > found[0]
 
 
-def test_a_killed_run_is_resumed_by_the_same_command(hub: Hub, whole: Path, tmp_path: Path) -> None:
-    """In a process of its own, which finds the server by HF_ENDPOINT, and the cache by HF_HUB_CACHE."""
+def test_a_run_that_is_killed_anywhere_is_resumed_by_the_same_command(
+    hub: Hub, whole: Path, source: Path, tmp_path: Path, rounds: Callable[[int, int], int]
+) -> None:
+    """In a process of its own, which finds the server by HF_ENDPOINT, and the cache by HF_HUB_CACHE.
+
+    It is killed when the server has sent a random part of what it needs.
+    """
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache")}
-    out, chance, killed = tmp_path / "out", random.Random(0), 0
-    command = slowly(0.1, "zigzag", "--src", REPO, "--ep", 3, "--out", out)
-    for _ in range(4):
+    needed = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    chance, points, found = random.Random(0), rounds(4, 20), []
+    for number in range(points):
+        out = tmp_path / f"out{number}"
+        command = slowly(0.05, "zigzag", "--src", REPO, "--ep", 3, "--max-shard-size", "20KB", "--out", out)
+        hub.clear()
+        point = chance.randrange(needed * 9 // 10)  # not so late that it may be done
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
-        while not (out / JOURNAL).exists() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(chance.random() * 0.4)
+        while hub.sent < point and process.poll() is None:
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        killed += (out / JOURNAL).exists()
-    assert killed
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert_same_output(whole, out)
+        assert process.wait() == -signal.SIGKILL, f"done before byte {point} of {needed} was sent"
+        assert not (out / "config.json").exists()
+        complete = (out / JOURNAL).read_text().splitlines()[1:] if (out / JOURNAL).exists() else []
+        found.append(len(complete))
+        hub.clear()
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        assert f"{len(complete)} files were already complete" in done.stdout or not complete
+        kept = sum(json.loads(line)["record"]["size"] for line in complete)
+        assert hub.sent <= 1.1 * needed - kept, "what was complete is not asked for again"
+        assert_same_output(small_files(source, whole), out)
+    assert len(set(found)) > 1, "the control: it was killed at different points"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

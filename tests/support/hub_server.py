@@ -1,5 +1,7 @@
 """A server that speaks the part of the Hugging Face Hub's API that its client asks for when it reads a model.
 
+`hub_uploads` has the part that it asks for when it uploads one.
+
 It serves directories as commits of repositories: `/api/models/…` tells the commit and the tree, `/…/resolve/…` sends a
 small file or redirects to `/cdn/…` on another host, as the Hub does with large ones, and that honours ranges. It counts
 what it sends and notes what it is asked, and a test can have requests fail: with a status, cut short, or with the whole
@@ -23,10 +25,13 @@ from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from hub_uploads import Uploads
 
 SMALL = 1 << 10  # bytes; larger files are redirected
 HASHED = 64 << 20  # bytes; a larger file gets an ETag that is made up
-_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?(/.*)?")
+_API = re.compile(
+    r"/api/models/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree|commits|xet-write-token)/(?P<revision>[^/]+))?(/.*)?"
+)
 _FILE = re.compile(r"/(?P<repo>(?!cdn/)[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
 _CDN = re.compile(r"/cdn/(?P<repo>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<name>.+)")
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
@@ -55,7 +60,10 @@ class Fault:
 class Hub:
     """The server's repositories, `{"org/name": {"main": commit}}` and `{commit: directory}`, and what it has seen."""
 
-    def __init__(self) -> None:
+    SMALL = SMALL
+
+    def __init__(self, store: Path) -> None:
+        self.uploads = Uploads(self, store)
         self.branches: dict[str, dict[str, str]] = {}
         self.commits: dict[str, Path] = {}
         self.token: str | None = None  # only who has it may read
@@ -97,6 +105,10 @@ class Hub:
         branches = self.branches.get(repo, {})
         return branches.get(revision) or (revision if revision in self.commits else None)
 
+    def forget_etags(self) -> None:
+        """Look at the files again: a test has changed one."""
+        self._etags.clear()
+
     def etag(self, path: Path) -> str:
         """The Git blob id of a small file, the SHA-256 of a large one."""
         if path not in self._etags:
@@ -116,6 +128,32 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     do_HEAD = do_GET  # noqa: N815
+
+    def do_POST(self) -> None:
+        path, body = unquote(urlsplit(self.path).path), self._body()
+        fault = self.hub.fault(self.hub.seen(Request(0, self.command, path, None)))
+        if fault is not None and fault.status is not None:
+            self._send(fault.status, b"{}", fault.headers)
+        elif (
+            self.hub.token is not None
+            and not path.startswith("/lfs/")  # an address that has its own signature
+            and self.headers.get("Authorization") != f"Bearer {self.hub.token}"
+        ):
+            self._send(401, b"{}", {} if path.startswith("/api/repos/") else {"X-Error-Code": "RepoNotFound"})
+        else:
+            self._answer_with(*self.hub.uploads.answer(path, body))
+
+    do_PUT = do_POST  # noqa: N815
+
+    def _body(self) -> bytes:
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):  # chunked, as files are sent whose size the client does not ask
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -158,9 +196,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             return
         root = self.hub.commits[commit]
+        if what in ("commits", "xet-write-token"):
+            self._answer_with(*(self.hub.uploads.commits(repo) if what == "commits" else self.hub.uploads.token()))
+            return
         if what != "tree":
             siblings = [{"rfilename": name} for name in _names(root)]
-            self._json({"id": repo, "sha": commit, "private": False, "siblings": siblings})
+            self._json({"id": repo, "sha": commit, "private": repo in self.hub.uploads.private, "siblings": siblings})
             return
         folders = {str(folder) for name in _names(root) for folder in Path(name).parents} - {"."}
         tree: list[dict[str, object]] = [
@@ -218,6 +259,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.cut is not None:
             self.close_connection = True
 
+    def _answer_with(self, status: int, value: object, headers: dict[str, str]) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json", **headers})
+
     def _json(self, value: object) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
@@ -241,8 +285,11 @@ def _names(root: Path) -> list[str]:
 
 @contextmanager
 def serving(cache: Path) -> Iterator[Hub]:
-    """A block in which the Hub's client in this process asks this server, and has `cache` as its cache."""
-    hub = Hub()
+    """A block in which the Hub's client in this process asks this server, and has `cache` as its cache.
+
+    What is uploaded is kept beside that.
+    """
+    hub = Hub(cache.with_name("hub-store"))
     handler = type("Handler", (_Handler,), {"hub": hub})
     with _Server(("127.0.0.1", 0), handler) as server, pytest.MonkeyPatch.context() as patch:
         hub.url = f"http://127.0.0.1:{server.server_address[1]}"
