@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import networkx
 import torch
@@ -73,3 +74,16 @@ def random_copies(draw: random.Random, experts: int, ranks: int, spare: int, mos
             of_rank.append(expert)
             count[expert] += 1
     return [expert for of_rank in held for expert in draw.sample(of_rank, len(of_rank))]
+
+
+def least_busiest(weights: Mapping[int, int], physical_to_logical: Sequence[int], ranks: int) -> int:
+    """The least weight that the busiest rank can have if each expert is served by one rank: all choices are tried."""
+    slots = len(physical_to_logical) // ranks
+    holders = [{slot // slots for slot, held in enumerate(physical_to_logical) if held == expert} for expert in weights]
+    return min(
+        max(
+            sum(weight for weight, rank in zip(weights.values(), chosen, strict=True) if rank == busiest)
+            for busiest in range(ranks)
+        )
+        for chosen in itertools.product(*holders)
+    )

@@ -277,8 +277,13 @@ def test_a_placement_that_nobody_resolved_is_refused_by_the_worker(monkeypatch: 
         one.load_model()
 
 
-def test_options_are_refused_for_a_configuration_that_got_its_placement_from_another() -> None:
+def test_options_are_refused_for_a_configuration_that_got_its_placement_from_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """vLLM's configurations are copied with what they carry; nobody looked at the options of the copy."""
+    platforms = SimpleNamespace(current_platform=SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(platforms=platforms))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
 
     def copy(**changes: Any) -> Any:
         model = model_config("m")
