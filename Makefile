@@ -5,7 +5,7 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 SERVING := tests/serving
 
-.PHONY: help setup demo test test-fast test-gpu check-vllm lint types dist release stress bench clean
+.PHONY: help setup demo test test-fast test-gpu test-ray check-vllm lint types dist release stress bench clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,6 +42,10 @@ test-fast: lint types dist ## the same without the tests that need vLLM
 
 stress: setup ## long versions of the randomized tests: crashes, power cuts, random input, killed downloads
 	RESHARD_LONG_TESTS=1 $(BIN)/python -m pytest tests/execute/test_crash.py tests/commands/test_fuzz.py tests/remote/test_hub.py
+
+test-ray: setup ## tests of --ray on a cluster of four nodes on this machine (needs root; installs Ray, 240 MB)
+	$(BIN)/python -m pip install --quiet --editable '.[ray]'
+	$(BIN)/python -m pytest -n 0 tests/ray
 
 test-gpu: ## tests with real vLLM on one GPU (needs vLLM, pytest, this package's requirements and 70 GB of disk)
 	$(PYTHON) -m pytest -o addopts= -rA -q tests/gpu

@@ -29,6 +29,7 @@ from .commands.analyze import analyze
 from .commands.compare import RouterComparison
 from .commands.export import Export, export, write_export
 from .commands.inspect import Inspection, inspect
+from .commands.on_ray import Ray
 from .commands.page import write_page
 from .commands.place import place, plan_placement, zigzag
 from .commands.resharding import Resharding
@@ -73,6 +74,7 @@ __all__ = [
     "Outcome",
     "OutputError",
     "Placed",
+    "Ray",
     "RecordingInfo",
     "ReshardError",
     "Resharding",

@@ -33,6 +33,11 @@ def as_path(given: str | Path, what: str) -> Path:
     return Path(given)
 
 
+def absolute(given: str | Path) -> str | Path:
+    """`given` as an absolute path if it is a path, for processes that have other working directories."""
+    return Path(given).absolute() if Path(given).exists() else given
+
+
 def parse_size(given: int | str, what: str) -> int:
     """`given` in bytes: a number of bytes, or text such as 5GB (G is 10^9), 0.5G or 4GiB (Gi is 2^30).
 

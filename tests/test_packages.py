@@ -30,11 +30,10 @@ MAY_IMPORT = {
 PUBLIC = """
     Analysis Balanced Checkpoint CheckpointError Contract Copies Coselection Digests Effect Export FileSummary
     FromFile Hub Inspection IntegrityError Linear Manifest MoeLayer MoeModel NodeZigzag Outcome OutputError Placed
-    RecordingInfo ReshardError Resharding RouterComparison Routing Staging Strategy TraceError TraceInfo
+    Ray RecordingInfo ReshardError Resharding RouterComparison Routing Staging Strategy TraceError TraceInfo
     UnsupportedError Upload Uploaded Verification Zigzag __version__ analyze export inspect place plan_placement
     plan_stage plan_upload read_checkpoint read_manifest read_model restore send_upload stage trace_info upload
-    verify write_export write_page
-    write_resharding write_staging zigzag
+    verify write_export write_page write_resharding write_staging zigzag
 """
 
 

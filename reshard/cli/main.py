@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .. import __version__
+from ..arguments import absolute
 from ..checkpoint.directory import CONFIG, INDEX
 from ..checkpoint.source import Hub, find_source
 from ..commands.merge import part_of, write_merged
+from ..commands.on_ray import Ray, write_on_ray
 from ..commands.place import plan_placement
 from ..commands.restore import restore
 from ..commands.serving import serve_command
@@ -149,6 +152,8 @@ class _WritingOptions:
     hub: Hub
     ranks: tuple[int, ...] | None
     merge: bool
+    ray_address: str | None
+    ranks_per_node: int | None
     layout: Layout
     max_shard_size: int
     reflink: Reflink
@@ -164,9 +169,10 @@ class _WritingOptions:
 def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) -> None:
     if options.merge and options.ranks is None:
         raise click.UsageError("--merge puts the parts of several runs together: give each its --ranks")
+    cluster = _cluster(options, strategy.ep_size)
     part = part_of(out, options.ranks) if options.merge else out
     resharding = plan_placement(
-        src,
+        src if cluster is None else absolute(src),
         part,
         strategy,
         hub=options.hub,
@@ -193,9 +199,25 @@ def _rewrite(src: str, strategy: Strategy, out: Path, options: _WritingOptions) 
         echo(checks, err=True)
     with bar(strategy.name, resharding.work, printing.quiet) as progress:
         write = write_merged if options.merge else write_resharding
+        if cluster is not None:
+            write = partial(write_on_ray, cluster=cluster)
         outcome = write(resharding, out, restart=options.restart, workers=options.workers, progress=progress)
     report = writing_report(resharding, outcome, serve_command(out, resharding.ep_size))
     print_report(report, describe_outcome(resharding, outcome), printing, outcome.files)
+
+
+def _cluster(options: _WritingOptions, ep_size: int) -> Ray | None:
+    """The cluster to write on; UsageError if its options do not fit others."""
+    per_node = options.ranks_per_node
+    if options.ray_address is None:
+        if per_node is not None:
+            raise click.UsageError("--ranks-per-node is for --ray: leave it out, or give the other too")
+        return None
+    if options.merge:
+        raise click.UsageError("--merge does not go with --ray, whose tasks write all ranks")
+    if per_node is not None and (options.ranks is not None or ep_size % per_node):
+        raise click.UsageError(f"--ranks-per-node must divide the {ep_size} EP ranks of --ep, and goes without --ranks")
+    return Ray(options.ray_address, per_node)
 
 
 @main.command(

@@ -163,6 +163,21 @@ merge_option = click.option(
     help="Add these ranks to OUT, where other runs may write other ranks at the same time. After the last one, OUT is "
     "what a run without --ranks writes.",
 )
+ray_option = click.option(
+    "--ray",
+    "ray_address",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[ADDRESS]",
+    help="Have the files written by tasks on a Ray cluster, the one of this machine or at ADDRESS. Its nodes must see "
+    "SRC, and share OUT or take --ranks-per-node.",
+)
+ranks_per_node_option = click.option(
+    "--ranks-per-node",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --ray: write to OUT on each node's own disk what its N EP ranks need. Nodes get ranks in vLLM's order.",
+)
 dry_run_option = click.option(
     "-n",
     "--dry-run",
@@ -282,6 +297,8 @@ def writing_options(command: Callable[..., None]) -> Callable[..., None]:
         ep_option,
         ranks_option,
         merge_option,
+        ray_option,
+        ranks_per_node_option,
         out_option,
         layout_option,
         max_shard_size_option,

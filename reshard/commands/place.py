@@ -1,11 +1,11 @@
-"""From an original to its output: `plan_placement` decides everything, `writing` and `merge` carry it out."""
+"""From an original to its output: `plan_placement` decides everything; `writing`, `merge` and `on_ray` carry it out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..arguments import as_path, parse_size
+from ..arguments import absolute, as_path, parse_size
 from ..checkpoint.source import ANY, Hub
 from ..errors import OutputError
 from ..execute.fill import Progress
@@ -17,6 +17,7 @@ from ..plan.sharing import Reflink
 from ..record.manifest import Layout
 from .earlier import earlier_placement
 from .merge import part_of, write_merged
+from .on_ray import Ray, write_on_ray
 from .original import check_strategy, place_experts, read_original, refuse_holes
 from .resharding import DEFAULT_MAX_SHARD_SIZE, Resharding, Writing, plan_resharding
 from .writing import write_resharding
@@ -106,6 +107,7 @@ def place(
     check_source: bool = False,
     ranks: Sequence[int] | None = None,
     merge: bool = False,
+    ray: Ray | None = None,
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
@@ -114,12 +116,13 @@ def place(
 
     Call it again to resume after an interruption; if all is done, that is checked quickly and said. `restart` starts
     over, also if all is done. With `merge`, adds the files of `ranks` to `out`, where other runs may write other ranks
-    at the same time. Calls `progress` with the number of bytes just done. The other parameters and errors are those of
-    `plan_placement`; also raises OutputError if `out` is refused or cannot be written.
+    at the same time. With `ray`, tasks on a Ray cluster write the files. Calls `progress` with the number of bytes just
+    done. The other parameters and errors are those of `plan_placement`; also raises OutputError if `out` is refused or
+    cannot be written.
     """
     whole = as_path(out, "out, the second argument,")
     resharding = plan_placement(
-        src,
+        src if ray is None else absolute(src),
         part_of(whole, ranks) if merge else whole,
         strategy,
         hub=hub,
@@ -132,6 +135,10 @@ def place(
         ranks=ranks,
         restart=restart,
     )
+    if ray is not None:
+        if merge:
+            raise OutputError(f"{whole}: --merge does not go with --ray, whose tasks write all ranks")
+        return write_on_ray(resharding, whole, cluster=ray, restart=restart, workers=workers, progress=progress)
     write = write_merged if merge else write_resharding
     return write(resharding, whole, restart=restart, workers=workers, progress=progress)
 
@@ -150,6 +157,7 @@ def zigzag(
     check_source: bool = False,
     ranks: Sequence[int] | None = None,
     merge: bool = False,
+    ray: Ray | None = None,
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
@@ -168,6 +176,7 @@ def zigzag(
         check_source=check_source,
         ranks=ranks,
         merge=merge,
+        ray=ray,
         restart=restart,
         workers=workers,
         progress=progress,

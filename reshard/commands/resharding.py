@@ -175,7 +175,7 @@ def plan_resharding(
         ep_size=ep_size,
         placement=placement,
         contract=contract,
-        plan=whole if ranks is None else replace(whole, files=tuple(_needed_by(files, ranks))),
+        plan=_part(whole, ranks),
         index=rewritten[INDEX],
         config=rewritten.get(CONFIG) or checkpoint.source.read(CONFIG),
         originals={name: checkpoint.source.read(name) for name in replaced if name in checkpoint.files},
@@ -221,6 +221,17 @@ def _ranks(original: Original, weights: Sequence[OutputFile], ep_size: int, writ
     if not ranks or ranks[-1] >= ep_size:
         raise OutputError(f"{original.root}: --ranks must be some of the {ep_size} EP ranks, 0-{ep_size - 1}")
     return None if len(list(_needed_by(weights, ranks))) == len(weights) else ranks
+
+
+def for_ranks(resharding: Resharding, ranks: tuple[int, ...]) -> Resharding:
+    """The same resharding, of which only what the EP ranks `ranks` need is written."""
+    left_out = any(file.rank not in (None, *ranks) for file in resharding.whole.files)
+    wanted = ranks if left_out else None
+    return replace(resharding, plan=_part(resharding.whole, wanted), ranks=wanted)
+
+
+def _part(whole: Plan, ranks: Collection[int] | None) -> Plan:
+    return whole if ranks is None else replace(whole, files=tuple(_needed_by(whole.files, ranks)))
 
 
 def _needed_by(files: Iterable[OutputFile], ranks: Collection[int]) -> Iterator[OutputFile]:

@@ -12,7 +12,7 @@ from ..execute.destination import free_space
 from ..execute.fill import Progress
 from ..execute.ready import Room, find_room
 from ..execute.remote import sources_of
-from ..execute.run import Outcome, count_workers, run
+from ..execute.run import Copy, Outcome, count_workers, run
 from ..plan.files import OutputFile, literal_file
 from ..record.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, record_bytes
 from .earlier import already_complete, finished_output, names_of, refuse_other
@@ -26,8 +26,12 @@ def write_resharding(
     restart: bool = False,
     workers: int | None = None,
     progress: Progress = lambda written: None,
+    copy: Copy | None = None,
 ) -> Outcome:
-    """Carry out `resharding` in `out`: weights and small files, then the manifest, then the index and config.json."""
+    """Carry out `resharding` in `out`: weights and small files, then the manifest, then the index and config.json.
+
+    `copy` writes the files; None for threads of this process.
+    """
     out = Path(out)
     finished = finished_output(out)
     if finished is not None and not restart:
@@ -45,7 +49,16 @@ def write_resharding(
         return [literal_file(MANIFEST, encode_manifest(manifest_of(resharding, records))), index, config]
 
     replaced = _replaced(resharding, out, finished)
-    return run(resharding.plan, out, finish, restart=restart, replaced=replaced, workers=workers, progress=progress)
+    return run(
+        resharding.plan,
+        out,
+        finish,
+        restart=restart,
+        replaced=replaced,
+        workers=workers,
+        progress=progress,
+        copy=copy,
+    )
 
 
 def _check_source(resharding: Resharding, workers: int | None, progress: Progress) -> None:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..arguments import check_whole
@@ -37,6 +38,23 @@ from .ready import find_room
 from .remote import sources_of
 from .sources import Sources
 from .syscalls import set_mode
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The `files` of a plan that are left to write, to `out`. Whoever writes them calls `record` when one is complete,
+    by one thread at a time, and `progress` with the bytes that are done.
+    """
+
+    plan: Plan
+    sources: Sources
+    out: Path
+    files: tuple[OutputFile, ...]
+    record: Callable[[Written], None]
+    progress: Progress
+
+
+Copy = Callable[[Work], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +102,7 @@ def run(
     replaced: Collection[str] | None = None,
     workers: int | None,
     progress: Progress,
+    copy: Copy | None = None,
 ) -> Outcome:
     """Carry out `plan` in the directory `out`, or resume an interrupted run of it.
 
@@ -93,6 +112,7 @@ def run(
         workers: threads; None for `default_workers`
         progress: called with the bytes that are done, of files that are checked first and then of the plan's, block by
             block, by one thread at a time
+        copy: writes the plan's files; None for threads of this process
 
     Raises:
         CheckpointError: a source file cannot be read, or changed since the plan was made
@@ -112,7 +132,9 @@ def run(
         for directory in plan.directories:
             make_directory(out / directory, sources.mode([directory]))
         check_sources(sources, checksums_of(resumed), threads, lambda count: None)
-        written = _copy_files(plan, sources, out, journal, threads, progress)
+        todo = tuple(file for file in plan.files if file.name not in journal.done)
+        (copy or partial(copy_by_threads, workers=threads))(Work(plan, sources, out, todo, journal.record, progress))
+        written = [journal.done[file.name] for file in plan.files]
         last = list(finish([entry.record for entry in written]))
         written_last = [write_file(file, sources, plan.sharing, out, lambda count: None) for file in last]
         for directory in reversed(plan.directories):
@@ -132,28 +154,27 @@ def run(
     )
 
 
-def _copy_files(
-    plan: Plan, sources: Sources, out: Path, journal: Journal, workers: int, progress: Progress
-) -> list[Written]:
-    """Write the files of `plan` that `journal` does not have yet; returns what it has of all, in the plan's order."""
+def copy_by_threads(work: Work, *, workers: int) -> None:
+    """Do `work` by threads."""
     stop = threading.Event()
     lock = threading.Lock()
 
-    def work(file: OutputFile) -> None:
-        written = write_file(file, sources, plan.sharing, out, lambda count: _report(count, progress, lock, stop))
-        with lock:
-            journal.record(written)
+    def write(file: OutputFile) -> None:
+        def report(count: int) -> None:
+            _report(count, work.progress, lock, stop)
 
-    todo = [file for file in plan.files if file.name not in journal.done]
+        written = write_file(file, work.sources, work.plan.sharing, work.out, report)
+        with lock:
+            work.record(written)
+
     with ThreadPoolExecutor(workers, thread_name_prefix="reshard") as pool:
-        futures = [pool.submit(work, file) for file in todo]
+        futures = [pool.submit(write, file) for file in work.files]
         try:
             for future in as_completed(futures):
                 future.result()
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    return [journal.done[file.name] for file in plan.files]
 
 
 def _report(count: int, progress: Progress, lock: threading.Lock, stop: threading.Event) -> None:

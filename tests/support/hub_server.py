@@ -296,6 +296,7 @@ def serving(cache: Path) -> Iterator[Hub]:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+        patch.setenv("HF_XET_CACHE", str(cache.with_name("xet-cache")))
         template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=hub.waited.append, time=time.time))
