@@ -287,7 +287,8 @@ def _copies_fault(redundant: int, model: Model) -> str | None:
 
 def _command(model: Model, strategy: str = ZIGZAG) -> str:
     """The command that makes a placement file for `model`."""
-    needs = {"balanced": " --trace DIR", NODE_ZIGZAG: " --nodes M", "file": " --map FILE"}.get(strategy, "")
+    options = {"balanced": "--trace DIR", NODE_ZIGZAG: "--nodes M", "file": "--map FILE", "copies": "--spare S"}
+    needs = f" {options[strategy]}" if strategy in options else ""
     return f"reshard export {model.name} --to vllm --ep {model.ep_size} --strategy {strategy}{needs} --out FILE"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -90,6 +91,19 @@ def test_a_file_serves_only_the_model_that_it_was_made_for(tmp_path: Path) -> No
     ):
         with pytest.raises(UnsupportedError, match=fault):
             resolve(str(path), model)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "needs"),
+    [("zigzag", ""), ("node-zigzag", " --nodes M"), ("file", " --map FILE"), ("copies", " --spare S")],
+)
+def test_the_command_that_makes_another_file_has_the_options_that_its_strategy_needs(
+    strategy: str, needs: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "placement.json"
+    path.write_bytes(encode_placement_file(msgspec.structs.replace(FILE, strategy=strategy)))
+    with pytest.raises(UnsupportedError, match=f"--strategy {strategy}{needs} --out FILE"):
+        resolve(str(path), changed(ep_size=4))
 
 
 def test_strategies_fit_any_layer_and_any_number_of_ranks() -> None:
