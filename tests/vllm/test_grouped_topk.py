@@ -5,19 +5,15 @@ The router's tests check which experts are chosen, and in which order. tests/gpu
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import struct
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 from copies_oracle import least_busiest, random_copies
+from triton_process import asking
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 CASES = [  # experts, groups, groups per token, experts per token, order of summing a softmax, biased, dtype
@@ -64,25 +60,9 @@ Ask = Callable[..., list[Any]]
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Ask]:
-    """Triton's interpreter in its own process: Triton decides whether to interpret when it first sees a kernel."""
-    command = [sys.executable, "-W", "ignore", Path(__file__).parents[1] / "support" / "interpreted.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin and process.stdout
-        asked, answers = process.stdin, process.stdout
-
-        def ask(*case: Any) -> list[Any]:
-            print(json.dumps(case), file=asked, flush=True)
-            answer = answers.readline()
-            assert answer, "the interpreter exited; see stderr"
-            found: list[Any] = json.loads(answer)
-            return found
-
-        yield ask
-        asked.close()
-        assert process.wait() == 0
+    """Answers of Triton's interpreter: the name of a function in `support/interpreted.py`, and its arguments."""
+    with asking("interpreted.py") as ask:
+        yield lambda *case: ask(case)
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "minus infinity"])

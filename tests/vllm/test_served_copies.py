@@ -7,10 +7,7 @@ counted: every pair of token and expert once.
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,6 +18,7 @@ from checkpoints import Spec
 from command_line import run_well
 from copies_oracle import random_copies
 from scratch import checkpoint
+from triton_process import asking
 
 from reshard.errors import UnsupportedError
 from reshard.placement.placement_file import PlacementFile, encode_placement_file
@@ -43,26 +41,10 @@ Serve = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def serve() -> Iterator[Serve]:
-    """What ranks make of batches: see `served_copies`. Triton's interpreter needs a process of its own."""
-    command = [sys.executable, "-W", "ignore", Path(__file__).parents[1] / "support" / "served_copies.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin and process.stdout
-        asked, answers = process.stdin, process.stdout
-
-        def ask(batches: list[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
-            case = {"orders": ORDERS, "experts": EXPERTS, "ranks": RANKS, "data_parallel": 1, "rearrange": False}
-            print(json.dumps({**case, **more, "batches": batches}), file=asked, flush=True)
-            answer = answers.readline()
-            assert answer, "the interpreter exited; see stderr"
-            found: list[dict[str, Any]] = json.loads(answer)
-            return found
-
-        yield ask
-        asked.close()
-        assert process.wait() == 0
+    """What ranks make of batches: see `served_copies`."""
+    case = {"orders": ORDERS, "experts": EXPERTS, "ranks": RANKS, "data_parallel": 1, "rearrange": False}
+    with asking("served_copies.py") as ask:
+        yield lambda batches, **more: ask({**case, **more, "batches": batches})
 
 
 def chosen(batch: dict[str, Any]) -> Counter[tuple[int, int]]:
