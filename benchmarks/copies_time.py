@@ -1,7 +1,7 @@
 """Time the kernel that chooses copies on one GPU, as it runs while decoding: after the router, in a CUDA graph.
 
-Each graph captures 58 calls, since R1 has 58 MoE layers, of the plugin's router and what maps its ids. The choice of
-copies is by active experts up to 512 tokens, and by pairs for more, as serving does it. Beside it, three others are
+Each graph captures 58 calls, since R1 has 58 MoE layers, of the plugin's router and what maps its ids. How copies are
+chosen depends on the tokens, as in serving (`reshard.vllm.copies`). Beside it, three others are
 timed: nothing, one gather (`map_ids`), and EPLB's map with `--eplb`, which imports vLLM. What a way costs is its time
 over that of the router alone. The graphs are replayed in turns. Only the first sizes try `--warps`.
 
@@ -20,13 +20,13 @@ from graph_time import LAYERS, microseconds
 from measure import median
 
 from reshard.placement.copies import first, placement_of
-from reshard.placement.copy_choice import SMALL_BATCH, schedule
-from reshard.vllm.choose_by_pairs import choose_by_pairs
-from reshard.vllm.choose_copies import Record, choose_copies, tables
+from reshard.placement.copy_choice import SMALL_BATCH
+from reshard.vllm.choose_copies import Record, Room, choose_copies
+from reshard.vllm.copies import CopyMaps, room_for
 from reshard.vllm.grouped_topk import Choice, grouped_topk
 from reshard.vllm.map_ids import map_ids
 
-TOKENS = (8, 32, 64, 128, 256, 512, 1024, 8192)
+TOKENS = (8, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 R1 = Choice(num_experts=256, n_group=8, topk_group=4, top_k=8, renormalize=True, scale=2.5)
 RANKS, SPARE = 8, 8
 Map = Callable[[torch.Tensor], object]
@@ -36,7 +36,8 @@ def ways(tokens: int, warps: list[int], eplb: bool) -> dict[str, Map]:
     """What to do with the router's logical ids, by name."""
     held_ER = first(torch.rand(R1.num_experts, generator=torch.Generator().manual_seed(0)), RANKS, SPARE)
     placement = placement_of(held_ER)
-    on_gpu = tables(schedule(placement, R1.num_experts, RANKS), "cuda")
+    room: Room = room_for([placement], R1.num_experts, RANKS, rearranges=False)
+    maps = CopyMaps(placement, R1.num_experts, RANKS, "cuda", room, same_tokens=True)
     count = torch.tensor([tokens], dtype=torch.int32, device="cuda")
     place_E = torch.arange(R1.num_experts, device="cuda", dtype=torch.int32)
     load_P = torch.zeros(len(placement), device="cuda", dtype=torch.int32)
@@ -44,14 +45,11 @@ def ways(tokens: int, warps: list[int], eplb: bool) -> dict[str, Map]:
     found: dict[str, Map] = {
         "router alone": lambda ids: ids,
         "map_ids": lambda ids: map_ids(ids, place_E),
+        "copies": lambda ids: maps(ids, count, record),
     }
-    if tokens > SMALL_BATCH:
-        found["copies"] = lambda ids: choose_by_pairs(ids, on_gpu, count, record)
-    else:
-        found["copies"] = lambda ids: choose_copies(ids, on_gpu, count, record)
 
     def with_warps(number: int) -> Map:
-        return lambda ids: choose_copies(ids, on_gpu, count, record, warps=number)
+        return lambda ids: choose_copies(ids, maps.tables, count, record, warps=number)
 
     for number in warps if tokens <= SMALL_BATCH else ():
         found[f"copies, {number} warps"] = with_warps(number)

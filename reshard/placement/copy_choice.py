@@ -1,9 +1,13 @@
 """Which copy of each expert serves a batch, so that the busiest rank has the least to do. Pure functions.
 
-With spare slots, some experts have copies on several ranks, and each batch may choose among them. While decoding, the
-time of a rank follows its *active* experts, so one copy serves all tokens of a batch. In large batches nearly all
-experts are active, and one copy serves there too, but so that ranks have equally many pairs of token and expert. The
-choice is greedy, in rounds:
+With spare slots, some experts have copies on several ranks, and each batch may choose among them. One copy of an expert
+serves all tokens of a batch, since each copy that serves must be read. What counts depends on the batch:
+
+    up to SMALL_BATCH tokens   active experts: ranks get equally many
+    up to LARGE_BATCH          nothing: all experts are active, and most have one tile of rows. Each has a fixed copy.
+    more                       the time of each expert, which follows its tiles of rows (`time_model`)
+
+The choice is greedy, in rounds:
 
     1. schedule        once per placement: give each expert with copies, in order, the first round in which none of its
                        ranks has another expert. So the experts of one round can be placed at the same time.
@@ -31,8 +35,31 @@ if TYPE_CHECKING:
 # A second sweep brings the busiest rank from 1.5 to 2 % above the optimum to 0.5 %. A third would gain 0.04 of an
 # expert in batches of eight tokens, which is less than it takes.
 SWEEPS = 2
-SMALL_BATCH = 512  # tokens; in a larger one nearly all experts are active
+# Tokens. In between, the choice would take longer than it saves: R1's layers on eight H200, by the time model.
+SMALL_BATCH, LARGE_BATCH = 128, 1024
 MAX_ROUNDS = 47  # on a GPU the choices of a rank are the bits of an integer
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What an expert adds to its rank, as an integer: `first` for its first tile of rows, `further` for each other.
+
+    A tile has `tile` rows, and an expert has a row for each of its tokens.
+    """
+
+    tile: int
+    first: int
+    further: int
+
+    def of(self, count_BE: Tensor) -> Tensor:
+        """The weights of experts with so many tokens; 0 without a token."""
+        tiles_BE = -(-count_BE // self.tile)
+        return (self.first + (tiles_BE - 1) * self.further) * (tiles_BE > 0)
+
+
+BY_ACTIVE = Weight(tile=1 << 30, first=1, further=0)
+BY_TIME = Weight(tile=64, first=8, further=5)  # the ratio of times in `time_model`, on an H200
+BY_PAIRS = Weight(tile=1, first=1, further=1)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -134,7 +161,7 @@ def choose_copies(weight_BE: Tensor, prepared: Schedule, sweeps: int = SWEEPS) -
     """Choose a copy of each expert for each batch.
 
     Parameters:
-        weight_BE: what each expert adds to its rank, as integers: 1 if it is active and 0 if not, or its pairs
+        weight_BE: what each expert adds to its rank, as integers
         prepared: the placement
 
     Returns:
@@ -166,18 +193,27 @@ def choose_copies(weight_BE: Tensor, prepared: Schedule, sweeps: int = SWEEPS) -
     return slot_BE
 
 
+def fixed_slots(prepared: Schedule) -> Tensor:
+    """The copy of each expert if all are active and a batch does not choose: slot_E, equally many on each rank."""
+    import torch
+
+    return choose_copies(torch.ones(1, len(prepared.round_E), dtype=torch.int32), prepared)[0]
+
+
 def serving_slots(count_BE: Tensor, prepared: Schedule, tokens: int) -> Tensor:
-    """Choose a copy of each expert so that the busiest rank has few active experts, or in a large batch few pairs.
+    """The copy of each expert that serves batches of `tokens` tokens, if all ranks route the same tokens.
 
     Parameters:
         count_BE: tokens that chose each logical expert, in each batch
         prepared: the placement
-        tokens: in a batch; more than SMALL_BATCH make it large
+        tokens: in a batch
 
     Returns:
         slot_BE: as `choose_copies` does
     """
-    return choose_copies((count_BE > 0).long() if tokens <= SMALL_BATCH else count_BE, prepared)
+    if SMALL_BATCH < tokens <= LARGE_BATCH:
+        return fixed_slots(prepared).expand_as(count_BE)
+    return choose_copies((BY_ACTIVE if tokens <= SMALL_BATCH else BY_TIME).of(count_BE), prepared)
 
 
 def _weights(weight_BE: Tensor, expert_N: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..model.sizes import ModelSizes
-from ..placement.copy_choice import SMALL_BATCH, schedule, serving_slots
+from ..placement.copy_choice import LARGE_BATCH, SMALL_BATCH, schedule, serving_slots
 from ..placement.permutations import Placement, rank_of_each
 from ..placement.steps import Phase, Step, count_experts
 from ..placement.time_model import GpuProfile, flops, rank_times
@@ -28,9 +28,9 @@ LAYER_SECONDS = 60e-6
 ALL_REDUCE_SECONDS = 12e-6
 ALL_REDUCES, PASSES = 2, 10
 CONTEXT = 1024  # tokens that each decoded token attends to
-# The kernel that chooses copies, per layer and by the tokens in a batch: fitted to docs/gpu/copies-time.json, of an
-# H100. For batches that are larger than those measured there, as long as for the largest; that is assumed.
-CHOICE_SECONDS, CHOICE_TOKEN_SECONDS = 4.0e-6, 7.6e-9
+# What maps ids to copies, per layer and by the tokens in a batch (docs/gpu/copies-time.json, an H100). Large batches
+# take the choice for SMALL_BATCH tokens and one more mapping; that is assumed.
+CHOICE_SECONDS, CHOICE_TOKEN_SECONDS, MAP_SECONDS = 4.0e-6, 5.0e-9, 1.2e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +115,11 @@ def _of_slots(count_BE: Tensor, order: Sequence[int], ep_size: int, tokens: int)
 
 
 def choice_time(tokens: int) -> float:
-    """Seconds of a layer in which copies are chosen for a batch."""
-    return CHOICE_SECONDS + CHOICE_TOKEN_SECONDS * min(tokens, SMALL_BATCH)
+    """Seconds of a layer in which ids are mapped to copies, and chosen before unless all batches use the same."""
+    if SMALL_BATCH < tokens <= LARGE_BATCH:
+        return MAP_SECONDS
+    chosen = CHOICE_SECONDS + CHOICE_TOKEN_SECONDS * min(tokens, SMALL_BATCH)
+    return chosen + (tokens > LARGE_BATCH) * MAP_SECONDS
 
 
 def rest_time(step: Step, ep_size: int, sizes: ModelSizes, gpu: GpuProfile) -> float:

@@ -23,7 +23,7 @@ For an original, if RESHARD_PLACEMENT is set:
     placed_weights, proof load each expert into its slot, and check that before the model serves
     agreement             checks that all ranks serve the same placement
     weight_filter, eplb   apply the placement where vLLM filters or moves expert weights
-    copies                if experts have copies: chooses among them, by `choose_copies` and `choose_by_pairs`
+    copies                if experts have copies: chooses among them, by `choose_copies` and `choose_by_weight`
     worker                refuses what a running model cannot do: load, sleep, reload or save in ways that lose it;
                           for outputs, reloads in another numbering
 

@@ -4,11 +4,12 @@ vLLM's EPLB knows which slots hold copies of an expert, and picks one by a token
 routers, `_apply_eplb_mapping`, and leave the rest to vLLM. Each batch gets one copy of each expert:
 
     up to SMALL_BATCH tokens   so that the busiest rank has the fewest active experts (`choose_copies`)
-    more tokens                all experts are active: so that ranks get equally many pairs of token and expert
-                               (`choose_by_pairs`)
+    up to LARGE_BATCH tokens   always the same copy: all experts are active
+    more tokens                so that the busiest rank takes the least time (`choose_by_weight`)
 
-In small batches all ranks must use the same copy, or more experts would be active. With data parallelism, and with
-prefill context parallelism, each rank routes its own tokens: then an expert's copy is the same in all small batches.
+All ranks must use the same copy, or more experts would be active. With data parallelism, and with prefill context
+parallelism, each rank routes its own tokens. Then an expert's copy is the same in all batches of up to LARGE_BATCH
+tokens of a rank, and in larger ones each rank makes its own pairs of token and expert even.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UnsupportedError
-from ..placement import copy_choice
-from ..placement.copy_choice import MAX_ROUNDS, SMALL_BATCH, schedule
+from ..placement.copy_choice import BY_PAIRS, BY_TIME, LARGE_BATCH, MAX_ROUNDS, SMALL_BATCH, fixed_slots, schedule
 from .fused import Fused, fused_in_place_of, understood
 from .placed import router_fault
 from .runners import RoutesItself
@@ -40,8 +40,7 @@ class CopyMaps:
     Attributes:
         physical_to_logical: [P]
         tables: for the choice
-        fixed_E: int32, the slot of each expert in small batches if ranks route different tokens; so chosen that ranks
-            serve equally many experts
+        fixed_E: int32, the slot of each expert in batches that do not choose; ranks serve equally many experts
         same_tokens: whether all ranks route the same tokens
     """
 
@@ -89,8 +88,7 @@ class CopyMaps:
 
         placement, room = (self.physical_to_logical, self._num_experts, self._ep_size), self._room
         prepared = schedule(*placement, max_rounds=room.rounds, max_copies=room.copies)
-        all_active_BE = torch.ones(1, self._num_experts, dtype=torch.int32)
-        return tables(prepared, "cpu", room), copy_choice.choose_copies(all_active_BE, prepared)[0].int()
+        return tables(prepared, "cpu", room), fixed_slots(prepared).int()
 
     def __call__(self, ids_TK: Tensor, tokens: Tensor | None = None, record: Record | None = None) -> Tensor:
         """Map logical ids to physical ones; negative ids stay as they are.
@@ -100,13 +98,14 @@ class CopyMaps:
             tokens: [1], how many of the rows are tokens; the rest is padding
             record: counts tokens, without padding
         """
-        from .choose_by_pairs import choose_by_pairs, map_and_count
+        from .choose_by_weight import choose_by_weight, map_and_count
         from .choose_copies import choose_copies
 
-        if len(ids_TK) > SMALL_BATCH:
+        if len(ids_TK) > LARGE_BATCH:
+            weight = BY_TIME if self.same_tokens else BY_PAIRS
             # where ranks gather rows before they route, `tokens` is this rank's own number, and they must choose alike
-            return choose_by_pairs(ids_TK, self.tables, tokens, record, all_rows=not self.same_tokens)
-        if self.same_tokens:
+            return choose_by_weight(ids_TK, self.tables, weight, tokens, record, all_rows=not self.same_tokens)
+        if self.same_tokens and len(ids_TK) <= SMALL_BATCH:
             return choose_copies(ids_TK, self.tables, tokens, record)
         return map_and_count(ids_TK, self.fixed_E, tokens, record)
 

@@ -115,7 +115,7 @@ def test_with_a_trace_the_busiest_rank_has_less_to_do_on_tokens_not_seen(
 def test_the_batch_sizes_decide_where_copies_go(source: Path, trace: Path, tmp_path: Path) -> None:
     small, large = (
         written(source, tmp_path / f"{mix[7:]}.json", "--trace", trace, "--batch-mix", mix)
-        for mix in ("decode:4", "decode:256")
+        for mix in ("decode:4", "decode:128")
     )
     assert small != large
 
@@ -184,7 +184,7 @@ def test_the_map_of_eplb_has_a_row_of_replicas_for_each_layer(source: Path) -> N
         (["--strategy", "copies"], 2, "--strategy copies needs --spare"),
         (["--spare", 4, "--nodes", 2], 2, "--nodes does not go with --strategy copies"),
         (["--spare", 4, "--batch-mix", "prefill:8192"], 1, "--batch-mix has none; add one, such as decode:8,32,64"),
-        (["--spare", 4, "--batch-mix", "decode:513"], 1, "decoding steps of at most 512 tokens"),
+        (["--spare", 4, "--batch-mix", "decode:129"], 1, "decoding steps of at most 128 tokens"),
     ],
 )
 def test_what_cannot_be_is_refused(options: list[object], status: int, words: str, source: Path) -> None:

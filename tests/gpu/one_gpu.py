@@ -46,7 +46,7 @@ def _home(maps: Any, ids: Any, tokens: Any, record: Any) -> Any:
     import torch
 
     from reshard.placement.copy_choice import copies_by_rank
-    from reshard.vllm.choose_by_pairs import map_and_count
+    from reshard.vllm.choose_by_weight import map_and_count
 
     if not hasattr(maps, "home_E"):  # before a CUDA graph is captured
         ranks, experts = maps._ep_size, maps._num_experts
@@ -57,7 +57,10 @@ def _home(maps: Any, ids: Any, tokens: Any, record: Any) -> Any:
 
 
 def _record(path: Path) -> None:
-    """Write to `path` what each router maps: a line of [layer, logical ids, physical ids] for each batch."""
+    """Write to `path` what each router maps: [layer, tokens, logical ids, physical ids] of each batch.
+
+    Rows after the first `tokens` are padding.
+    """
     from reshard.vllm.copies import ChoosesCopies
 
     choose, layers = ChoosesCopies._apply_eplb_mapping, dict[int, int]()
@@ -66,7 +69,8 @@ def _record(path: Path) -> None:
         found = choose(router, ids)
         layer = layers.setdefault(id(router), len(layers))
         with path.open("a") as file:
-            print(json.dumps([layer, ids.tolist(), found.tolist()]), file=file)
+            tokens = int(router.eplb_state.num_unpadded_tokens_tensors[0])
+            print(json.dumps([layer, tokens, ids.tolist(), found.tolist()]), file=file)
         return found
 
     ChoosesCopies._apply_eplb_mapping = choose_and_record  # type: ignore[method-assign]

@@ -125,53 +125,57 @@ def test_the_control_another_schedule_or_more_padding_would_be_seen() -> None:
     assert differing_padding > 10
 
 
+@pytest.mark.parametrize("name", ["BY_TIME", "BY_PAIRS"])
 @pytest.mark.parametrize(("experts", "ranks", "spare", "most", "top_k"), [R1, (160, 16, 4, 3, 6), (64, 4, 0, 1, 8)])
-def test_large_batches_are_chosen_by_pairs_as_the_pure_function_does(
-    experts: int, ranks: int, spare: int, most: int, top_k: int
+def test_large_batches_are_chosen_by_weight_as_the_pure_function_does(
+    experts: int, ranks: int, spare: int, most: int, top_k: int, name: str
 ) -> None:
+    from reshard.placement import copy_choice
     from reshard.placement.copy_choice import choose_copies, schedule
-    from reshard.vllm.choose_by_pairs import choose_by_pairs
+    from reshard.vllm.choose_by_weight import choose_by_weight
     from reshard.vllm.choose_copies import Record, tables
 
     torch.manual_seed(0)
+    weight = getattr(copy_choice, name)
     placement = random_placement(experts, ranks, spare, most)
     prepared = schedule(placement, experts, ranks)
     on_gpu = tables(prepared, "cuda")
     load, counted = torch.zeros(len(placement), dtype=torch.int32, device="cuda"), torch.zeros(len(placement))
     record = Record(load, torch.tensor(True, device="cuda"))
-    for tokens in (513, 2048, 16384):
+    for tokens in (1025, 2048, 16384):
         for number in range(4):
             ids = random_ids(tokens, experts, top_k).to([torch.int32, torch.int64][number % 2])
             real = tokens - 100 * number
             if number == 3:
                 ids[torch.rand(tokens, device="cuda") < 0.3] = -1
-            found = choose_by_pairs(ids, on_gpu, torch.tensor([real], dtype=torch.int32, device="cuda"), record)
+            real_on_gpu = torch.tensor([real], dtype=torch.int32, device="cuda")
+            found = choose_by_weight(ids, on_gpu, weight, real_on_gpu, record)
             assert found.dtype == ids.dtype
             found, ids = found.cpu().long(), ids.cpu().long()
-            pairs = ids[:real][ids[:real] >= 0].bincount(minlength=experts)
-            slot = choose_copies(pairs.unsqueeze(0), prepared)[0]
+            counts = ids[:real][ids[:real] >= 0].bincount(minlength=experts)
+            slot = choose_copies(weight.of(counts).unsqueeze(0), prepared)[0]
             assert torch.equal(found, torch.where(ids >= 0, slot[ids.clamp(min=0)], ids))
             counted += found[:real][found[:real] >= 0].bincount(minlength=len(placement))
     assert torch.equal(load.cpu().float(), counted)
 
 
-def test_a_graph_chooses_by_pairs_anew_at_each_replay() -> None:
-    from reshard.placement.copy_choice import schedule
-    from reshard.vllm.choose_by_pairs import choose_by_pairs
+def test_a_graph_chooses_by_weight_anew_at_each_replay() -> None:
+    from reshard.placement.copy_choice import BY_TIME, schedule
+    from reshard.vllm.choose_by_weight import choose_by_weight
     from reshard.vllm.choose_copies import tables
 
     torch.manual_seed(0)
     on_gpu = tables(schedule(random_placement(256, 8, 8, 2), 256, 8), "cuda")
     ids = random_ids(1024, 256, 8).int()
-    choose_by_pairs(ids, on_gpu)
+    choose_by_weight(ids, on_gpu, BY_TIME)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = choose_by_pairs(ids, on_gpu)
+        found = choose_by_weight(ids, on_gpu, BY_TIME)
     seen = []
     for _ in range(8):
         ids.copy_(random_ids(1024, 256, 8))
         graph.replay()
-        assert torch.equal(found, choose_by_pairs(ids, on_gpu))
+        assert torch.equal(found, choose_by_weight(ids, on_gpu, BY_TIME))
         seen.append(found.clone())
     assert not all(torch.equal(seen[0], other) for other in seen[1:])

@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from reshard.placement.copies import with_copies
-from reshard.placement.copy_choice import MAX_ROUNDS, SMALL_BATCH, choose_copies, schedule, serving_slots
+from reshard.placement.copy_choice import (
+    BY_ACTIVE,
+    BY_PAIRS,
+    BY_TIME,
+    LARGE_BATCH,
+    MAX_ROUNDS,
+    SMALL_BATCH,
+    choose_copies,
+    fixed_slots,
+    schedule,
+    serving_slots,
+)
 
 LEARNED = load_file(Path(__file__).parents[1] / "data" / "routing.safetensors")
 EXPERTS = 64
@@ -67,12 +78,32 @@ def test_every_expert_is_served_by_one_of_its_own_slots(case: tuple[int, tuple[i
         assert load >= least(active, placement, ranks)
 
 
-def test_small_batches_even_out_active_experts_and_large_ones_pairs() -> None:
+def test_small_batches_even_out_active_experts_and_large_ones_time() -> None:
     """Rank 0 has experts 0, 1 and 4, rank 1 has 2, 3 and 4; expert 4 goes where there is less of what counts."""
     prepared = schedule([0, 1, 4, 2, 3, 4], 5, 2)
-    count_BE = torch.tensor([[1, 1, 900, 0, 5]])  # two active experts against one, two pairs against 900
-    assert serving_slots(count_BE, prepared, SMALL_BATCH)[0, 4] == 5
-    assert serving_slots(count_BE, prepared, SMALL_BATCH + 1)[0, 4] == 2
+    on_0, on_1 = 2, 5
+    tiled = torch.tensor([[1, 1, 900, 0, 5]])  # active: 2 against 1; tiles: 2 against 15
+    filled = torch.tensor([[30, 30, 64, 0, 5]])  # the same; tiles: 2 against 1, tokens: 60 against 64
+    small, large = SMALL_BATCH, LARGE_BATCH + 1
+    assert [serving_slots(tiled, prepared, tokens)[0, 4] for tokens in (small, large)] == [on_1, on_0]
+    assert [serving_slots(filled, prepared, tokens)[0, 4] for tokens in (small, large)] == [on_1, on_1]
+    assert choose_copies(BY_PAIRS.of(filled), prepared)[0, 4] == on_0
+
+
+def test_in_between_each_expert_has_a_fixed_copy_and_ranks_equally_many() -> None:
+    placement = random_placement(0, EXPERTS, 4, 4, most=3)
+    prepared = schedule(placement, EXPERTS, 4)
+    count_BE = torch.randint(0, 50, (8, EXPERTS), generator=torch.Generator().manual_seed(0))
+    for tokens in (SMALL_BATCH + 1, LARGE_BATCH):
+        slot_BE = serving_slots(count_BE, prepared, tokens)
+        assert all(torch.equal(slot_E, fixed_slots(prepared)) for slot_E in slot_BE)
+        assert (slot_BE[0] // (len(placement) // 4)).bincount().tolist() == [EXPERTS // 4] * 4
+
+
+@pytest.mark.parametrize(("count", "time", "pairs"), [(0, 0, 0), (1, 8, 1), (64, 8, 64), (65, 13, 65), (192, 18, 192)])
+def test_what_an_expert_adds_to_its_rank(count: int, time: int, pairs: int) -> None:
+    count_E = torch.tensor([count])
+    assert [weight.of(count_E).item() for weight in (BY_ACTIVE, BY_TIME, BY_PAIRS)] == [count > 0, time, pairs]
 
 
 def test_experts_beyond_the_last_round_keep_their_first_slot() -> None:

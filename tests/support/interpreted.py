@@ -4,7 +4,7 @@ python interpreted.py route CASE      JSON in, a line of JSON out: see `route`
 python interpreted.py sum CASE        the same: see `sum_rows`
 python interpreted.py map CASE        the same: see `map_some_ids`
 python interpreted.py copies CASE     the same: see `choose_some_copies`
-python interpreted.py pairs CASE      the same: see `choose_some_by_pairs`
+python interpreted.py weight CASE     the same: see `choose_some_by_weight`
 python interpreted.py                 for each line of input, such as ["route", ...CASE], a line
 """
 
@@ -121,35 +121,36 @@ def choose_some_copies(case: list[Any]) -> list[Any]:
     return [mapped.tolist(), choose_copies(active, prepared)[0].tolist(), load.tolist()]
 
 
-def choose_some_by_pairs(case: list[Any]) -> list[Any]:
-    """As `choose_some_copies`, by pairs; and what all rows make the kernel choose, not only the first `real` ones."""
-    from reshard.placement.copy_choice import choose_copies, schedule
-    from reshard.vllm import choose_by_pairs as kernel
+def choose_some_by_weight(case: list[Any]) -> list[Any]:
+    """As `choose_some_copies`, by weight; and what all rows make the kernel choose, not only the first `real` ones."""
+    from reshard.placement import copy_choice
+    from reshard.vllm import choose_by_weight as kernel
     from reshard.vllm.choose_copies import Record, tables
 
-    placement, experts, ranks, rows, real, dtype = case
-    prepared = schedule(placement, experts, ranks)
+    placement, experts, ranks, rows, real, dtype, name = case
+    weight = getattr(copy_choice, name)
+    prepared = copy_choice.schedule(placement, experts, ranks)
     ids = torch.tensor(rows, dtype=getattr(torch, dtype))
     tokens = None if real is None else torch.tensor([real], dtype=torch.int32)
     on_cpu, load = tables(prepared, "cpu"), torch.zeros(len(placement), dtype=torch.int32)
     for wanted in (True, False):  # only the first is counted
         record = Record(load, torch.tensor(wanted))
-        mapped = kernel.choose_by_pairs(ids, on_cpu, tokens, record)
-        assert torch.equal(mapped, kernel.choose_by_pairs(ids, on_cpu, tokens))
+        mapped = kernel.choose_by_weight(ids, on_cpu, weight, tokens, record)
+        assert torch.equal(mapped, kernel.choose_by_weight(ids, on_cpu, weight, tokens))
     assert mapped.dtype == ids.dtype
-    every = kernel.choose_by_pairs(ids, on_cpu, tokens, all_rows=True)
-    assert torch.equal(every, kernel.choose_by_pairs(ids, on_cpu))
+    every = kernel.choose_by_weight(ids, on_cpu, weight, tokens, all_rows=True)
+    assert torch.equal(every, kernel.choose_by_weight(ids, on_cpu, weight))
     found = []
     for counted in (ids[:real].long(), ids.long()):
-        pairs = counted[counted >= 0].bincount(minlength=experts)
-        found.append(choose_copies(pairs.unsqueeze(0), prepared)[0].tolist())
+        tokens_of = counted[counted >= 0].bincount(minlength=experts)
+        found.append(copy_choice.choose_copies(weight.of(tokens_of).unsqueeze(0), prepared)[0].tolist())
     return [mapped.tolist(), every.tolist(), *found, load.tolist()]
 
 
 def answer(what: str, case: list[Any]) -> None:
     """Print what was asked for."""
     asked = {"route": route, "sum": sum_rows, "map": map_some_ids, "copies": choose_some_copies}
-    asked |= {"pairs": choose_some_by_pairs}
+    asked |= {"weight": choose_some_by_weight}
     print(json.dumps(asked[what](case)), flush=True)
 
 

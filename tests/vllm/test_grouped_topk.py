@@ -163,9 +163,10 @@ def test_of_each_active_expert_one_copy_serves_the_whole_batch(case: tuple[int, 
             assert max(loads) - min(loads) <= 1
 
 
+@pytest.mark.parametrize("weight", ["BY_TIME", "BY_PAIRS"])
 @pytest.mark.parametrize("case", [*COPIES, (16, 4, 2, 3, 400, 3)], ids=str)
-def test_a_large_batch_has_one_copy_of_each_expert_so_that_ranks_get_as_many_pairs(
-    case: tuple[int, ...], interpreted: Ask
+def test_a_large_batch_has_one_copy_of_each_expert_so_that_ranks_have_as_much_to_do(
+    case: tuple[int, ...], weight: str, interpreted: Ask
 ) -> None:
     experts, ranks, spare, most, tokens, top_k = case
     draw = random.Random(tokens)
@@ -174,13 +175,23 @@ def test_a_large_batch_has_one_copy_of_each_expert_so_that_ranks_get_as_many_pai
     for dtype, real in (("int32", None), ("int64", tokens - 3)):
         rows = [draw.sample(range(experts), top_k) for _ in range(tokens)]
         rows[0][0] = -1
-        mapped, every, chosen, chosen_by_all, load = interpreted("pairs", placement, experts, ranks, rows, real, dtype)
+        mapped, every, chosen, chosen_by_all, load = interpreted(
+            "weight", placement, experts, ranks, rows, real, dtype, weight
+        )
         for kernel, pure in ((mapped, chosen), (every, chosen_by_all)):
             assert kernel == [[pure[expert] if expert >= 0 else expert for expert in row] for row in rows]
         assert [[placement[slot] if slot >= 0 else slot for slot in found] for found in mapped] == rows
         counted = [slot for found in mapped[:real] for slot in found if slot >= 0]
         assert load == [counted.count(slot) for slot in range(len(placement))]
         if tokens == 400:
-            pairs = [sum(slot // slots == rank for slot in counted) for rank in range(ranks)]
-            uses = Counter(placement[slot] for slot in counted)
-            assert max(pairs) <= 1.05 * least_busiest(uses, placement, ranks)
+            tokens_of = Counter(placement[slot] for slot in counted)
+            uses = {expert: work(count, weight) for expert, count in tokens_of.items()}
+            busy = [
+                sum(uses[placement[slot]] for slot in set(counted) if slot // slots == rank) for rank in range(ranks)
+            ]
+            assert max(busy) <= 1.05 * least_busiest(uses, placement, ranks)
+
+
+def work(tokens: int, weight: str) -> int:
+    """What an expert adds to its rank: its tokens, or 8 for its first 64 of them and 5 for each further 64."""
+    return tokens if weight == "BY_PAIRS" else 8 + 5 * ((tokens - 1) // 64)

@@ -29,6 +29,9 @@ ORDERS = [random_copies(random.Random(layer), EXPERTS, RANKS, SPARE, 3) for laye
 OTHERS = [random_copies(random.Random(10 + layer), EXPERTS, RANKS, SPARE, 4) for layer in range(2)]
 
 
+SMALL, LARGE = 128, 1024  # tokens: copies are chosen for batches of up to SMALL, and of more than LARGE
+
+
 def rows(tokens: int, padding: int = 0) -> list[list[int]]:
     """What tokens choose; the last rows are padding, of which some have ids and some have none."""
     draw = random.Random(tokens)
@@ -72,9 +75,12 @@ BATCHES = [
     {"rows": rows(1)},
     {"rows": rows(8)},
     {"rows": rows(5, padding=3), "real": 5},
-    {"rows": rows(512)},
-    {"rows": rows(513)},
-    {"rows": rows(600, padding=40), "real": 600},
+    {"rows": rows(SMALL)},
+    {"rows": rows(LARGE + 1)},
+    {"rows": rows(LARGE + 30, padding=40), "real": LARGE + 30},
+    {"rows": rows(SMALL + 1)},
+    {"rows": rows(200, padding=40), "real": 200},
+    {"rows": rows(LARGE)},
 ]
 
 
@@ -88,6 +94,16 @@ def test_every_pair_is_computed_once_and_all_ranks_choose_alike(serve: Serve) ->
             counted[layer].update(slot for row in real for slot in row)
             loads = found["loads"][layer]
             assert loads == [counted[layer][slot] for slot in range(len(loads))], "EPLB counts tokens, no padding"
+
+
+def test_batches_in_between_have_one_fixed_copy_of_each_expert(serve: Serve) -> None:
+    found = serve([BATCHES[6], BATCHES[8], {"rows": rows(300)}, BATCHES[4]])
+    for layer in range(2):
+        used = [slots_used(answer, layer, 10_000) for answer in found]
+        assert all(len(slots) == 1 for slots in used[0].values())
+        assert used[0] == used[1] == used[2] != used[3]
+        ranks = Counter(slot // 6 for slots in used[0].values() for slot in slots)
+        assert max(ranks.values()) <= EXPERTS // RANKS + 1, "ranks serve nearly as many experts as each other"
 
 
 def test_the_control_maps_of_another_placement_are_seen(serve: Serve) -> None:
@@ -113,7 +129,7 @@ def is_even(found: dict[str, Any], layer: int) -> bool:
 def test_a_batch_uses_one_copy_of_each_expert_and_gives_ranks_as_many_active_experts_or_pairs(serve: Serve) -> None:
     small, large = serve([BATCHES[1], BATCHES[4]])
     for layer in range(2):
-        for found, tokens in ((small, 8), (large, 513)):
+        for found, tokens in ((small, 8), (large, LARGE + 1)):
             used = slots_used(found, layer, tokens)
             assert all(len(slots) == 1 for slots in used.values())
         active = Counter(slot // 6 for slots in slots_used(small, layer, 8).values() for slot in slots)
@@ -123,7 +139,7 @@ def test_a_batch_uses_one_copy_of_each_expert_and_gives_ranks_as_many_active_exp
 
 def test_with_data_parallelism_all_ranks_use_the_same_copy_in_small_batches(serve: Serve) -> None:
     """Each routes tokens of its own, so none knows what the others choose."""
-    batches = [{"rows": rows(8)}, {"rows": rows(64)}, {"rows": rows(4 * 520)}]
+    batches = [{"rows": rows(8)}, {"rows": rows(64)}, {"rows": rows(RANKS * (LARGE + 8))}]
     found = serve(batches, data_parallel=RANKS)
     served = [Counter[int](), Counter[int]()]
     for layer in range(2):
@@ -155,8 +171,8 @@ def test_eplb_moves_experts_only_if_it_is_asked_to_and_the_choice_follows_its_ma
     batches = [
         {"rows": rows(8)},
         {"rows": rows(8), "rearranged": OTHERS, "by_layer": by_layer},
-        {"rows": rows(513)},
-        {"rows": rows(513), "rearranged": ORDERS, "by_layer": by_layer},
+        {"rows": rows(LARGE + 1)},
+        {"rows": rows(LARGE + 1), "rearranged": ORDERS, "by_layer": by_layer},
         {"rows": rows(8)},
     ]
     kept, moved = serve(batches), serve(batches, rearrange=True)

@@ -1,8 +1,8 @@
 """Chooses which copy of each expert serves a large batch, on the GPU, by how many tokens chose each expert.
 
-In large batches all experts are active, and the time of a rank follows its pairs of token and expert. So the choice is
-that of `placement.copy_choice.choose_copies`, with the pairs of each expert as its weight. There are three kernels:
-count the pairs, choose in one program, map the ids.
+In large batches all experts are active, and the time of an expert follows its tokens. So the choice is that of
+`placement.copy_choice.choose_copies`, with a weight for each expert. There are three kernels: count the tokens of each
+expert, choose in one program, map the ids.
 
 Import this file only where Triton and a GPU are present.
 """
@@ -14,15 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..placement.copy_choice import SWEEPS
+from ..placement.copy_choice import SWEEPS, Weight
 from .choose_copies import RANK_BITS, SLOT_BITS, Record, Tables, bits, rounds_per_word
 
 BLOCK = 1024  # ids per program
 
 
-def choose_by_pairs(
+def choose_by_weight(
     ids_TK: Tensor,
     tables: Tables,
+    weight: Weight,
     tokens: Tensor | None = None,
     record: Record | None = None,
     *,
@@ -33,6 +34,7 @@ def choose_by_pairs(
     Parameters:
         ids_TK: logical ids, of any integer type; negative ids stay as they are
         tables: of the placement
+        weight: of each expert, by its tokens
         tokens: [1], how many of the rows are tokens, on the GPU; the rest is padding
         record: counts tokens, without padding
         all_rows: whether padding counts in the choice
@@ -45,18 +47,18 @@ def choose_by_pairs(
         return torch.empty_like(ids_TK)
     copies, experts = tables.copy_CE.shape
     ranks = tables.members_MR.shape[1]
-    pairs_E = torch.zeros(experts, dtype=torch.int32, device=ids_TK.device)
+    count_E = torch.zeros(experts, dtype=torch.int32, device=ids_TK.device)
     padded = tokens is not None and not all_rows
     _count[(triton.cdiv(number, BLOCK),)](
-        *(ids_TK, tokens, pairs_E, number),
+        *(ids_TK, tokens, count_E, number),
         TOP_K=ids_TK.shape[1],
         PADDED=padded,
         EXPERTS=experts,
         BLOCK=BLOCK,
     )
-    slot_E = torch.empty_like(pairs_E)
+    slot_E = torch.empty_like(count_E)
     _choose[(1,)](
-        *(pairs_E, slot_E, tables.members_MR, tables.next_WR, tables.copy_CE),
+        *(count_E, slot_E, tables.members_MR, tables.next_WR, tables.copy_CE),
         FIXED=tables.fixed,
         ROUNDS=tables.rounds,
         COPIES=copies,
@@ -67,6 +69,9 @@ def choose_by_pairs(
         EXPERTS=experts,
         SLOT=SLOT_BITS,
         RANK=RANK_BITS,
+        TILE=weight.tile,
+        FIRST=weight.first,
+        FURTHER=weight.further,
         num_warps=1,
     )
     return map_and_count(ids_TK, slot_E, tokens, record)
@@ -104,7 +109,7 @@ def map_and_count(ids_TK: Tensor, slot_E: Tensor, tokens: Tensor | None = None, 
 def _count(
     ids: tl.tensor,
     tokens: tl.tensor,
-    pairs: tl.tensor,
+    counts: tl.tensor,
     number: tl.tensor,
     TOP_K: tl.constexpr,
     PADDED: tl.constexpr,
@@ -113,16 +118,22 @@ def _count(
 ) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     logical = tl.load(ids + at, mask=at < number, other=-1).to(tl.int32)
-    counts = logical >= 0
+    counted = logical >= 0
     if PADDED:
-        counts &= at < tl.load(tokens) * TOP_K
-    count_E = tl.histogram(tl.maximum(logical, 0), EXPERTS, mask=counts)
-    tl.atomic_add(pairs + tl.arange(0, EXPERTS), count_E, mask=count_E > 0, sem="relaxed")
+        counted &= at < tl.load(tokens) * TOP_K
+    count_E = tl.histogram(tl.maximum(logical, 0), EXPERTS, mask=counted)
+    tl.atomic_add(counts + tl.arange(0, EXPERTS), count_E, mask=count_E > 0, sem="relaxed")
+
+
+@triton.jit
+def _weight(count: tl.tensor, TILE: tl.constexpr, FIRST: tl.constexpr, FURTHER: tl.constexpr) -> tl.tensor:
+    """`Weight.of`."""
+    return tl.where(count > 0, FIRST + ((count + TILE - 1) // TILE - 1) * FURTHER, 0)
 
 
 @triton.jit
 def _choose(
-    pairs: tl.tensor,
+    counts: tl.tensor,
     slots: tl.tensor,
     members: tl.tensor,
     following: tl.tensor,
@@ -137,19 +148,24 @@ def _choose(
     EXPERTS: tl.constexpr,
     SLOT: tl.constexpr,
     RANK: tl.constexpr,
+    TILE: tl.constexpr,
+    FIRST: tl.constexpr,
+    FURTHER: tl.constexpr,
 ) -> None:
-    # 1. the pairs of experts without a choice
+    # 1. the weights of experts without a choice
     rank = tl.arange(0, RANKS)
     fixed_FR = tl.load(members + tl.arange(0, FIXED)[:, None] * RANKS + rank[None, :])
-    load = tl.sum(tl.load(pairs + tl.maximum(fixed_FR, 0), mask=fixed_FR >= 0, other=0), axis=0)
+    count_FR = tl.load(counts + tl.maximum(fixed_FR, 0), mask=fixed_FR >= 0, other=0)
+    load = tl.sum(_weight(count_FR, TILE, FIRST, FURTHER), axis=0)
     load += rank * 0  # as `rank` is laid out
 
-    # 2. the rounds, as in `choose_copies`, with pairs as weights
+    # 2. the rounds, as in `choose_copies`
     mine = tl.zeros([RANKS], tl.int64)
     for sweep in tl.static_range(SWEEPS):
         for turn in tl.static_range(ROUNDS):
             expert = tl.load(members + (FIXED + turn) * RANKS + rank)
-            weight = tl.load(pairs + tl.maximum(expert, 0), mask=expert >= 0, other=0)
+            count = tl.load(counts + tl.maximum(expert, 0), mask=expert >= 0, other=0)
+            weight = _weight(count, TILE, FIRST, FURTHER)
             word = tl.load(following + turn // PER_WORD * RANKS + rank)
             next_R = (word >> (turn % PER_WORD * NEXT_BITS)).to(tl.int32) & (RANKS - 1)
             without = load - ((mine >> turn) & 1).to(tl.int32) * weight
