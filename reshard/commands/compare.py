@@ -19,8 +19,8 @@ from blake3 import blake3
 from ..checkpoint.directory import CONFIG, is_left_out, read_json_object
 from ..checkpoint.files import Files
 from ..checkpoint.header import Tensor
+from ..execute.fetching import sources_of
 from ..execute.fill import Progress
-from ..execute.remote import sources_of
 from ..execute.sources import BLOCK_SIZE, OpenSources
 from ..model.names import renumber
 from ..model.routing import read_routing

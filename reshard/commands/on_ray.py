@@ -20,9 +20,9 @@ from typing import Any
 
 from ..errors import OutputError, ReshardError
 from ..execute.destination import make_directory, sync_directory
+from ..execute.fetching import sources_of
 from ..execute.fill import Progress, write_file
 from ..execute.journal import Written
-from ..execute.remote import sources_of
 from ..execute.run import Outcome, Work, default_workers
 from ..plan.files import OutputFile, Plan
 from .resharding import Resharding, for_ranks

@@ -16,10 +16,10 @@ from ..checkpoint.header import Header, Tensor, parse_header
 from ..checkpoint.source import ANY, Hub, find_source
 from ..errors import IntegrityError, OutputError, ReshardError
 from ..execute.destination import JOURNAL
+from ..execute.fetching import sources_of
 from ..execute.fill import Progress
 from ..execute.ready import refuse_out
 from ..execute.reflink import find_sharing
-from ..execute.remote import sources_of
 from ..execute.run import Outcome, default_workers, run
 from ..model.names import renumber
 from ..placement.permutations import describe_ranks, invert

@@ -9,9 +9,9 @@ from ..checkpoint.directory import CONFIG, INDEX
 from ..errors import OutputError
 from ..execute.checksums import check_sources
 from ..execute.destination import free_space
+from ..execute.fetching import sources_of
 from ..execute.fill import Progress
 from ..execute.ready import Room, find_room
-from ..execute.remote import sources_of
 from ..execute.run import Copy, Outcome, count_workers, run
 from ..plan.files import OutputFile, literal_file
 from ..record.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, record_bytes

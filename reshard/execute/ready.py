@@ -14,8 +14,8 @@ from ..errors import OutputError
 from ..plan.extents import MIN_SHARED, Holes, needed_size, shareable
 from ..plan.files import Plan, fingerprint
 from .destination import JOURNAL, LOCK, PARTIAL, SPARE_SPACE, allocated, check_out, free_space, refuse_inside
+from .fetching import sources_of
 from .journal import check_journal
-from .remote import sources_of
 
 
 @dataclass(frozen=True, slots=True)

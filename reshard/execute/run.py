@@ -32,10 +32,10 @@ from ..plan.files import OutputFile, Plan, checksums_of, fingerprint
 from ..record.manifest import FileRecord, FileSummary
 from .checksums import check_sources
 from .destination import make_directory
+from .fetching import sources_of
 from .fill import Progress, write_file
 from .journal import Journal, Opening, Written
 from .ready import find_room
-from .remote import sources_of
 from .sources import Sources
 from .syscalls import set_mode
 

@@ -164,13 +164,17 @@ def test_a_killed_driver_is_resumed_by_the_same_command(nodes: Nodes, hub: Hub, 
 
 def test_a_run_on_ray_is_resumed_without_it(nodes: Nodes, hub: Hub, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    hub.fault = lambda request: (
-        Fault(404) if request.range and request.range[0] > 20000 and "/cdn/" in request.path else None
-    )
-    line = refused("--src", REPO, "--out", out, "--ray", nodes.address)
+
+    def gone_once_two_files_are_complete(request: Request) -> Fault | None:
+        if request.range and "/cdn/" in request.path and complete(out) >= 2:
+            return Fault(404)
+        return slowly(request)
+
+    hub.fault = gone_once_two_files_are_complete
+    line = refused("--src", REPO, "--out", out, "--ray", nodes.address, "--workers", 1)
     assert f"hf://{REPO}@{COMMIT}/model-0000" in line
     hub.fault = lambda request: None
-    assert complete(out)
+    assert complete(out) >= 2
     run_well("zigzag", "--src", REPO, *EP, "--out", out)
     assert_same_output(whole, out)
 

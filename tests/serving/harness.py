@@ -107,15 +107,16 @@ class Warm:
             )
         self._socket.settimeout(TIMEOUT)
 
-    def answer(
-        self, environment: Mapping[str, str], request: str, errors: IO[str], script: str = "generate"
+    def run(
+        self, script: str, arguments: Sequence[object], environment: Mapping[str, str], request: str, errors: IO[str]
     ) -> tuple[int, str]:
         """The exit status and the output of a script that is given `request`. Raises TimeoutError, and ends it then."""
         with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+") as output:
             given.write(request)
             given.seek(0)
             descriptors = [given.fileno(), output.fileno(), errors.fileno()]
-            message = json.dumps({"environment": dict(environment), "script": script})
+            words = [str(argument) for argument in arguments]
+            message = json.dumps({"environment": dict(environment), "script": script, "arguments": words})
             socket.send_fds(self._socket, [message.encode()], descriptors)
             process = int(self._line())
             try:
@@ -169,9 +170,8 @@ class Serving:
         """A tiny random model of `models.py`; `config` overrides keys of its config.json."""
 
         def make(directory: Path) -> None:
-            options = ["--config", json.dumps(config), "--seed", str(seed), *(["--mtp"] if mtp else [])]
-            command = [str(BIN / "python"), str(HERE / "models.py"), kind, str(directory), *options]
-            subprocess.run(command, env=self.environment(), check=True, capture_output=True, timeout=TIMEOUT)
+            options = ["--config", json.dumps(config), "--seed", seed, *(["--mtp"] if mtp else [])]
+            self._forked("models", kind, directory, *options)
 
         return self._made(f"{kind}-{_digest([mtp, seed, config])}", make)
 
@@ -295,7 +295,7 @@ class Serving:
         with log.open("w") as errors:
             try:
                 if warm:
-                    status, output = self._warm().answer(environment, json.dumps(request), errors)
+                    status, output = self._warm().run("generate", [], environment, json.dumps(request), errors)
                 else:
                     command = [BIN / "python", HERE / "generate.py"]
                     with _process(command, environment, subprocess.PIPE, errors) as process:
@@ -322,7 +322,7 @@ class Serving:
             first = {**self.environment(first=slot.number), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
             log = slot.directory / "log"
             with log.open("w") as errors:
-                status, output = self._warm().answer({**first, **more}, json.dumps(request), errors, "reload")
+                status, output = self._warm().run("reload", [], {**first, **more}, json.dumps(request), errors)
             assert status == 0, log.read_text()[-6000:]
         found: dict[str, Any] = json.loads(output)
         return found
@@ -393,17 +393,17 @@ class Serving:
 
     def reference(self, model: Path, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[list[list[float]]]:
         """Log-probabilities computed by Transformers: [prompt][position, without the first][token id]."""
-        code = (
-            "import json, sys, torch, transformers\n"
-            "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
-            "with torch.no_grad():\n"
-            "    logits = [model(torch.tensor([ids])).logits[0, :-1] for ids in json.loads(sys.argv[2])]\n"
-            "print(json.dumps([torch.log_softmax(prompt, -1).tolist() for prompt in logits]))\n"
-        )
-        answer = self.python(code, model, json.dumps(prompts))
-        assert answer.returncode == 0, answer.stderr
-        result: list[list[list[float]]] = json.loads(answer.stdout.splitlines()[-1])
+        printed = self._forked("reference", model, json.dumps(prompts))
+        result: list[list[list[float]]] = json.loads(printed.splitlines()[-1])
         return result
+
+    def _forked(self, script: str, *arguments: object) -> str:
+        """What a script that needs no vLLM prints."""
+        with tempfile.TemporaryFile("w+") as errors:
+            status, output = self._warm().run(script, arguments, self.environment(), "", errors)
+            errors.seek(0)
+            assert status == 0, errors.read()
+        return output
 
     def python(self, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Run Python code in vLLM's environment."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -219,7 +218,8 @@ def check(directory: Path, fused: bool) -> None:
     assert fused or any(".experts.0." in name for name in names), "experts are fused"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Make what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=[*KINDS, LING_KIND])
     parser.add_argument("directory", type=Path)
@@ -228,4 +228,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     make(arguments.kind, arguments.directory, arguments.config, arguments.mtp, arguments.seed)
-    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,11 @@
-"""Imports vLLM once, then forks a process for each answer, which saves ten seconds of processor time a start.
+"""Imports vLLM once, then forks a process for each script to run, which saves ten seconds of processor time a start.
 
 The fork happens where a script would go on after its own import of vLLM. Plugins, the configuration, the model and all
 workers come after that, as in a start of the script. Runs in vLLM's environment.
 
 Standard input is a socket. Each message on it is one JSON object with three file descriptors: the standard input,
-output and error of the process to fork. `environment` is that process's, `script` the one whose `main` it runs. Two
-lines answer it: the process's id, and its exit status once it has ended.
+output and error of the process to fork. `environment` is that process's, `script` the one whose `main` it runs, and
+`arguments` are its command line. Two lines answer it: the process's id, and its exit status once it has ended.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 
 import generate
+import models
+import reference
 import reload
 from vllm import LLM, SamplingParams  # noqa: F401 - imported for the scripts
 
-SCRIPTS = {"generate": generate.main, "reload": reload.main}
+SCRIPTS = {"generate": generate.main, "models": models.main, "reference": reference.main, "reload": reload.main}
 
 MAX_BYTES = 1 << 20
 
@@ -40,6 +43,7 @@ def main() -> None:
             os.environ.clear()
             request = json.loads(message)
             os.environ.update(request["environment"])
+            sys.argv[1:] = request["arguments"]
             SCRIPTS[request["script"]]()
             return
         for descriptor in descriptors:
