@@ -29,7 +29,6 @@ For an original, if RESHARD_PLACEMENT is set:
 
 `hooks` lists what the plugin replaces. `support` says whether the installed vLLM fits; for one that is newer than those
 that we read, `hook_check` reads its sources. `patching` replaces functions, and `runners` finds MoE layers.
-`choose_copies` is a kernel that chooses among copies of experts; nothing calls it yet.
 
 Every other model loads as it does without the plugin. If the plugin does not support the installed vLLM, it says so
 only when a group-limited output is loaded or a placement is requested.
