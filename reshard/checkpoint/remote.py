@@ -24,6 +24,7 @@ from .location import Url
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+STORES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}  # scheme of a URL, and the library that reads it
 CONNECTIONS = 8  # as many as `hf download` has at a time
 _GUESSED_HEADER = 1 / 1024  # of a file: more than most headers, and too little to matter where it is too much
 _VERSIONS = ("ETag", "etag", "generation", "LastModified", "mtime", "created")  # what stores tell of a file
@@ -177,3 +178,16 @@ def _left_out_top(name: str) -> str | None:
     parts = name.split("/")
     tops = ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
     return next((top for top in tops if is_left_out(top)), None)
+
+
+def in_store(url: str, scheme: str) -> RemoteFiles:
+    """The files below `url` in an object store, whose library the user has installed."""
+    from fsspec.core import url_to_fs
+
+    try:
+        store, path = url_to_fs(url)
+    except ImportError as error:
+        library = STORES[scheme]
+        raise CheckpointError(f"{url}: reading {scheme}:// needs {library}: pip install {library}") from error
+    store.invalidate_cache()  # fsspec keeps file systems, with listings from earlier
+    return RemoteFiles(Url(url.rstrip("/")), store, path)

@@ -13,14 +13,13 @@ from ..errors import CheckpointError
 from .directory import CONFIG, read_json_object
 from .files import Files, LocalFiles
 from .location import Url
-from .remote import RemoteFiles
+from .remote import STORES, RemoteFiles, in_store
 from .weights import indices_among, is_weights
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _HF_URL = re.compile(
     rf"hf://(?P<repo_id>{_REPO_ID.pattern})(@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/@]+))?/?", re.DOTALL
 )
-_STORES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}  # scheme of a URL, and the library that reads it
 _RECORDS = Path(".cache", "huggingface", "download")
 _CHECKSUM = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # a SHA-256 or a Git blob id
 
@@ -51,9 +50,9 @@ def find_source(src: str | Path, hub: Hub = ANY) -> Files:
     if match := _HF_URL.fullmatch(text):
         return _repository(match["repo_id"], _merge(unquote(match["revision"] or ""), hub, text))
     scheme = text.partition("://")[0]
-    if scheme in _STORES:
+    if scheme in STORES:
         _refuse_hub_options(text, hub)
-        return _in_store(text, scheme)
+        return in_store(text, scheme)
     if scheme == "hf":
         raise CheckpointError(f"{text}: expected hf://organization/name, with @revision behind it if it is not main")
     refuse_url(src, CheckpointError)
@@ -136,19 +135,6 @@ def _is_whole(root: Path) -> bool:
         return False
     maps = [read_json_object(root / name).get("weight_map") for name in indices_among(names)]
     return all((root / str(file)).exists() for found in maps if isinstance(found, dict) for file in found.values())
-
-
-def _in_store(url: str, scheme: str) -> Files:
-    """The files below `url` in an object store, whose library the user has installed."""
-    from fsspec.core import url_to_fs
-
-    try:
-        store, path = url_to_fs(url)
-    except ImportError as error:
-        library = _STORES[scheme]
-        raise CheckpointError(f"{url}: reading {scheme}:// needs {library}: pip install {library}") from error
-    store.invalidate_cache()  # fsspec keeps file systems, with listings from earlier
-    return RemoteFiles(Url(url.rstrip("/")), store, path)
 
 
 def find_checksums(root: Path, names: Iterable[str]) -> dict[str, str]:
