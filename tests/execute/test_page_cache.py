@@ -16,6 +16,7 @@ from command_line import run_well
 from scratch import checkpoint
 
 import reshard.execute.sources
+from reshard.execute import page_cache
 from reshard.execute.page_cache import resident
 
 PAGE = mmap.PAGESIZE
@@ -106,6 +107,24 @@ def test_where_the_kernel_does_not_tell_what_was_cached_all_that_was_read_is_dro
         read(path, 0, path.stat().st_size)
     zigzag(disk)
     assert share_cached(disk / "source") < 0.1
+
+
+def test_each_page_is_asked_about_only_where_some_are_cached(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gigabyte that is not cached would take as long as a whole run that shares its blocks."""
+    path = disk / "large.safetensors"
+    with path.open("wb") as file:
+        file.write(os.urandom(1 << 20))
+        file.truncate(1 << 30)
+    drop(disk)
+    read(path, 5 * PAGE, 7 * PAGE)
+    asked, pages = [], page_cache._pages
+    monkeypatch.setattr(page_cache, "_pages", lambda file, start, size: asked.append(start) or pages(file, start, size))
+    with path.open("rb") as file:
+        assert list(resident(file.fileno(), 0, 1 << 30)) == [(5 * PAGE, 7 * PAGE)]
+        assert asked == [0], "Linux 6.5 and later tell that the others have none"
+        monkeypatch.setattr(page_cache, "_is_absent", lambda *arguments: False)
+        assert list(resident(file.fileno(), 0, 1 << 30)) == [(5 * PAGE, 7 * PAGE)]
+        assert len(asked) > 2
 
 
 def test_only_a_file_s_owner_and_who_may_write_to_it_are_told(disk: Path) -> None:
