@@ -8,7 +8,9 @@ options are refused here, before anything is loaded. `updates` and `lora` refuse
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from ..errors import IntegrityError, OutputError, UnsupportedError
 from ..placement.contract import (
     CONTRACT_KEY,
     GROUP_KEYS,
+    NUMBERING,
     Contract,
     contract_from_json,
+    mark_of,
     mixture,
     numbering_in,
     placement_from_json,
@@ -55,15 +59,26 @@ def holds_output(model_config: Any) -> bool:
     return told_contract(model_config) is not None or noted_numbering(model_config) is not None
 
 
+def lies_in(folder: Path) -> bool:
+    """Whether an output lies in a directory, by its manifest, its config or its files."""
+    return (folder / MANIFEST).is_file() or contract_in(folder) is not None or _is_marked(folder)
+
+
 def _is_marked(folder: Path) -> bool:
-    """Whether the first safetensors file at the top of a directory says that its experts are renumbered."""
+    """Whether a safetensors file at the top of a directory says that its experts are renumbered.
+
+    We look at one file of each name, without its numbers: there may be others beside the model, such as an adapter.
+    """
     from safetensors import SafetensorError
 
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    try:
-        return any(numbering is not None for numbering in read_numberings([str(file) for file in files[:1]]).values())
-    except (SafetensorError, OSError):  # if vLLM reads this file, it says so itself
-        return False
+    files = sorted(folder.glob("[!.]*.safetensors")) if folder.is_dir() else []
+    for file in {re.sub(r"\d+", "", file.name): file for file in files}.values():
+        try:
+            if read_numberings([str(file)])[file.name] is not None:
+                return True
+        except (SafetensorError, OSError):  # if vLLM reads this file, it says so itself
+            continue
+    return False
 
 
 def note_output(model_config: Any, numbering: str = "") -> None:
@@ -75,6 +90,22 @@ def noted_numbering(model_config: Any) -> str | None:
     """What `note_output` was told of this model; None if no file of it was read that is an output's."""
     found: str | None = getattr(model_config, "reshard_numbering", None)
     return found
+
+
+def numbering_of(model_config: Any) -> str | None:
+    """How an output numbers its experts: the digest in its files, or of the placement that it has by its contract or
+    its manifest; None if neither says it.
+    """
+    if noted := noted_numbering(model_config):
+        return noted
+    placement = read_placement(str(model_config.model), model_config.hf_config)
+    return None if placement is None else mark_of(placement)[NUMBERING]
+
+
+def contract_digest(contract: Contract) -> str:
+    """A digest of all that ranks must have alike to serve an output with expert groups together."""
+    routing = contract.n_group, contract.topk_group, mark_of(contract.physical_to_logical)
+    return hashlib.sha256(json.dumps(routing).encode()).hexdigest()
 
 
 def read_numberings(files: Sequence[str]) -> dict[str, str | None]:
