@@ -34,6 +34,8 @@ MANIFEST, INDEX = "reshard_manifest.json", "model.safetensors.index.json"
 # that reshard does not write, or copy memory by slot. "dummy" reads nothing.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "dummy")
 
+MARKED_NONE = ("0.1.0",)  # versions of reshard whose outputs' files do not say that experts are renumbered
+
 # Workers that load models with the functions that reshard replaces; vLLM puts one of them in the place of "auto".
 WORKERS = (
     "auto",
@@ -121,8 +123,14 @@ def read_numberings(files: Sequence[str]) -> dict[str, str | None]:
 
 def refuse_mixture(folder: str, numberings: Mapping[str, str | None], contract: Contract | None) -> None:
     """IntegrityError if the files that a rank reads in `folder` are not all of the output there, with this contract."""
-    placement = _placement_in(Path(folder, MANIFEST)) if contract is None else contract.physical_to_logical
-    if fault := mixture(numberings, placement, marked=contract is not None and bool(contract.flattened)):
+    manifest = Path(folder, MANIFEST)
+    placement = _placement_in(manifest) if contract is None else contract.physical_to_logical
+    fault = None
+    if contract is None and numberings and set(numberings.values()) == {None}:
+        writer = _writer_in(manifest)
+        if writer not in (None, *MARKED_NONE):
+            fault = f"reshard {writer} wrote {MANIFEST}, and would have marked files, but no file has its mark"
+    if fault := fault or mixture(numberings, placement, marked=contract is not None and bool(contract.flattened)):
         raise IntegrityError(
             f"{folder}: {fault}; files of two checkpoints lie here, and experts would be taken for others: run "
             "`reshard verify`, and write the output anew"
@@ -140,6 +148,17 @@ def read_placement(model: str, hf_config: Any = None) -> Placement | None:
 
 def _placement_in(manifest: Path) -> Placement | None:
     """The placement in a manifest; None if there is no such file."""
+    found = _read(manifest)
+    return None if found is None else found[0]
+
+
+def _writer_in(manifest: Path) -> str | None:
+    """The version of reshard that wrote a manifest; None if there is no such file, or it does not say."""
+    found = _read(manifest)
+    return None if found is None else found[1]
+
+
+def _read(manifest: Path) -> tuple[Placement, str | None] | None:
     if not manifest.is_file():
         return None
     status = manifest.stat()
@@ -147,10 +166,11 @@ def _placement_in(manifest: Path) -> Placement | None:
 
 
 @functools.lru_cache(maxsize=1)  # a model's layers ask one by one
-def _in_manifest(path: Path, version: tuple[int, ...]) -> Placement:
+def _in_manifest(path: Path, version: tuple[int, ...]) -> tuple[Placement, str | None]:
     manifest = json.loads(path.read_bytes())
     names = [layer["name"] for layer in manifest["moe_layers"]]
-    return placement_from_json(manifest["physical_to_logical"], names, str(path))
+    placement = placement_from_json(manifest["physical_to_logical"], names, str(path))
+    return placement, manifest.get("reshard_version")
 
 
 def contract_in(folder: Path) -> Contract | None:
