@@ -19,7 +19,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from ..checkpoint.directory import CONFIG, is_left_out, read_json_object, refuse_nesting
+from ..checkpoint.directory import CONFIG, INDEX, is_left_out, read_json_object, refuse_nesting
 from ..checkpoint.files import Files
 from ..checkpoint.header import Tensor
 from ..execute.fetching import sources_of
@@ -79,13 +79,15 @@ def compare_files(source: Original, manifest: Manifest) -> list[str]:
 
 
 def compare_rewritten(out: Path, manifest: Manifest) -> list[str]:
-    """Compare the files in `out` that were rewritten with the source's, as `manifest` has them.
+    """Compare the files in `out` that were rewritten with the source's, as `manifest` has them; find files of nobody.
 
     Configs may differ in the lock of a contract, and in texts that name experts: which ids they have is not checked.
     Indices are left out. Returns the problems found, a sentence each.
     """
     listed = {record.name for record in manifest.files}
-    problems = []
+    of_source = {file.name for file in manifest.source.files} | {INDEX}
+    strangers = (record.name for record in manifest.files if not record.tensors and record.name not in of_source)
+    problems = [f"{out / name}: the source has no such file" for name in strangers]
     for file in manifest.source.files:
         if file.content is None or file.name not in listed or file.name.endswith(".index.json"):
             continue

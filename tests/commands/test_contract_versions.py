@@ -183,6 +183,22 @@ def test_verify_with_the_source_finds_a_file_that_the_manifest_calls_rewritten(m
     assert "differs from the source's in more than" in " ".join(result.output.split())
 
 
+def test_verify_with_the_source_finds_a_file_that_the_source_does_not_have(made: Path) -> None:
+    """An engine reads it, and the manifest vouched for it."""
+    output = shutil.copytree(made / "output", made / "one more file")
+    (output / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+
+    def vouch(manifest: dict[str, Any]) -> None:
+        like = next(entry for entry in manifest["files"] if entry["name"] == "config.json")
+        manifest["files"].append({**like, "name": "hf_quant_config.json"})
+
+    forge(output, vouch)
+    record(output, "hf_quant_config.json")
+    result = run("verify", output, "--src", made / "source")
+    assert result.exit_code == 1
+    assert "hf_quant_config.json: the source has no such file" in " ".join(result.output.split())
+
+
 def test_a_gate_lies_in_one_dimension_and_verify_finds_one_that_does_not(made: Path) -> None:
     """Whatever is given the original's config would route with it."""
     tensors = {
