@@ -39,7 +39,7 @@ from ..placement.contract import (
 )
 from ..placement.permutations import Placement, rank_slots
 from ..record.manifest import MANIFEST, FileRecord, FileSummary, Manifest, read_manifest
-from .compare import RouterComparison, compare_files, compare_routers, compare_tensors
+from .compare import RouterComparison, compare_files, compare_rewritten, compare_routers, compare_tensors
 from .original import read_original, refuse_holes
 
 MAX_SMALL_FILE = 64 << 20  # bytes; `quick` reads no larger file
@@ -117,6 +117,7 @@ def verify(
         if source is not None and not problems:
             written = LocalFiles(root)
             problems = compare_tensors(source, written, manifest, pool, report) or compare_files(source, manifest)
+            problems = problems or compare_rewritten(root, manifest)
             if not problems:
                 routers = compare_routers(source, root, manifest)
                 problems += routers.problems

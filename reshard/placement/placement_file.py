@@ -110,10 +110,20 @@ def read_placement_file(path: Path) -> PlacementFile:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read as a placement file: {error.strerror}") from error
     try:
-        value = msgspec.json.decode(data)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        msgspec.json.decode(data)  # stricter: NaN, for one, is no JSON
+        value = json.loads(data, object_pairs_hook=_unique)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{path}: expected a placement file in JSON: {error}") from error
     return placement_file_from_json(value, str(path))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; ValueError for a key that comes twice: nobody can tell which one counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in found if keys.count(key) > 1)!r:.80} comes twice")
+    return found
 
 
 def placement_file_from_json(value: Any, where: str) -> PlacementFile:

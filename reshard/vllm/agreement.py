@@ -1,9 +1,9 @@
-"""Checks that every rank serves the same placement, and that all ranks loaded files of outputs that are numbered alike.
+"""Checks that every rank serves the same placement, and that all ranks loaded files that number experts alike.
 
-A collective would hang: a rank without the plugin never joins it. So each rank writes its placement's digest to the
-process group's store before it loads weights, and reads the other ranks' digests with a timeout. After loading, the
-first rank with files of an output writes how they number experts, and the others compare that with theirs: nobody
-waits, as an output without expert groups needs the plugin on no rank.
+A collective would hang: a rank without the plugin never joins it. So each rank writes what it serves to the process
+group's store before it loads weights: the digest of its placement, or of its output's contract. A rank that has either
+reads what the others wrote, with a timeout. After loading, the first rank writes how its files number experts, and the
+others compare that with theirs: nobody waits, as an output without expert groups needs the plugin on no rank.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from ..placement.permutations import describe_ranks
 VARIABLE = "RESHARD_AGREEMENT_SECONDS"
 DEFAULT_SECONDS = 300  # ranks usually get here within seconds of each other; one may still be starting
 LINEAR = "linear"
+ORIGINAL = "an original"  # how its files number experts
 _loads: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)  # of models and of drafts
+_checks: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)  # the same, after loading
 
 
 class Store(Protocol):
@@ -36,10 +38,10 @@ class Store(Protocol):
 
 
 def agree(digest: str | None, *, draft: bool = False) -> None:
-    """Raise UnsupportedError unless all ranks that load this model serve the placement with this digest.
+    """Raise UnsupportedError unless all ranks that load this model serve the placement or the output with this digest.
 
-    None means linear: such a rank publishes that, and does not wait for the others. All ranks load a model; a draft is
-    loaded by one pipeline stage, whose ranks are an EP group.
+    None means that this rank needs neither: it publishes that, and does not wait for the others. All ranks load a
+    model; a draft is loaded by one pipeline stage, whose ranks are an EP group.
     """
     import torch
 
@@ -58,23 +60,24 @@ def agree(digest: str | None, *, draft: bool = False) -> None:
 
 
 def agree_numbering(numbering: str | None, *, draft: bool = False) -> None:
-    """Raise UnsupportedError unless each rank that has read files of this output, a draft or not, found this numbering.
+    """Raise UnsupportedError unless each rank that has read files of this model, a draft or not, found this numbering.
 
-    None or "": this rank cannot tell.
+    ORIGINAL, or the digest that an output's files have; None or "": this rank cannot tell.
     """
     import torch
 
+    kind = "draft" if draft else "model"
+    load = f"{kind}/{next(_checks[kind])}"
     if not numbering or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
     from torch.distributed.distributed_c10d import _get_default_store
 
-    key = f"reshard/numbering/{'draft' if draft else 'model'}"
-    first = _get_default_store().compare_set(key, "", numbering).decode()
+    first = _get_default_store().compare_set(f"reshard/numbering/{load}", "", numbering).decode()
     if first != numbering:
         raise UnsupportedError(
-            f"rank {torch.distributed.get_rank()} read files of an output of reshard whose experts are numbered in "
-            f"another way than those that another rank read ({numbering[:12]} and {first[:12]}); give all nodes files "
-            "of the same output"
+            f"rank {torch.distributed.get_rank()} read files whose experts are numbered in another way than those that "
+            f"another rank read ({numbering[:12]} and {first[:12]}), and one of them at least is an output of reshard; "
+            "give all nodes files of the same output, or of the original"
         )
 
 
@@ -112,7 +115,7 @@ def compare(store: Store, load: str, ranks: Sequence[int], digest: str, seconds:
         rank, other = min(others.items())
         raise UnsupportedError(
             f"ranks {describe_ranks(others)} serve a different placement ({other[:12]} on rank {rank}, "
-            f"{digest[:12]} on this rank); give all ranks the same RESHARD_PLACEMENT"
+            f"{digest[:12]} on this rank); give all ranks the same RESHARD_PLACEMENT and the same model"
         )
 
 

@@ -16,17 +16,18 @@ from typing import Any
 
 from ..errors import UnsupportedError
 from ..placement.contract import Contract
-from .agreement import agree, agree_numbering
+from .agreement import ORIGINAL, agree, agree_numbering
 from .gates import shape_gates
 from .outputs import (
     MANIFEST,
     contract_beside,
+    contract_digest,
     contract_in,
     format_of,
     holds_output,
     is_output,
     note_output,
-    noted_numbering,
+    numbering_of,
     read_numberings,
     refuse_mixture,
     refuse_options,
@@ -146,8 +147,10 @@ def _with_check(process: Callable[..., Any]) -> Callable[..., Any]:
             check_model(model, contract, is_draft, _stage(model) if pipelined else None)
             if not is_draft:
                 mark_checked(str(model_config.model))
-        if is_output(model_config):
-            agree_numbering(noted_numbering(model_config), draft=is_draft)
+        from_output = is_output(model_config)
+        if from_output or getattr(model_config, "is_moe", True):  # other models have nothing to compare
+            agree_numbering(numbering_of(model_config) if from_output else ORIGINAL, draft=is_draft)
+        if from_output:
             if returns_experts(config) and not is_draft:
                 check_returning(model)
             close(model, OUTPUT_UPDATE.format(model_config.model))
@@ -201,7 +204,8 @@ def _with_agreement(initialize: Callable[..., Any]) -> Callable[..., Any]:
                 f"{model_config.model}: its experts are placed, and vLLM builds this model outside of its usual "
                 "loaders, as `vllm preload` does, so nothing would check it; serve it with a usual load format"
             )
-        agree(None if served is None else served.digest, draft=builds_draft())
+        digest = None if contract is None else contract_digest(contract)
+        agree(digest if served is None else served.agreed, draft=builds_draft())
         model = initialize(vllm_config, *args, **kwargs)
         if contract is not None:
             shape_gates(model, contract)

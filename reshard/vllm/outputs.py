@@ -8,7 +8,9 @@ options are refused here, before anything is loaded. `updates` and `lora` refuse
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from ..errors import IntegrityError, OutputError, UnsupportedError
 from ..placement.contract import (
     CONTRACT_KEY,
     GROUP_KEYS,
+    NUMBERING,
     Contract,
     contract_from_json,
+    mark_of,
     mixture,
     numbering_in,
     placement_from_json,
@@ -29,6 +33,8 @@ MANIFEST, INDEX = "reshard_manifest.json", "model.safetensors.index.json"
 # Load formats whose files `loading` chooses, by the index. The others list a directory themselves, read files of a form
 # that reshard does not write, or copy memory by slot. "dummy" reads nothing.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "dummy")
+
+MARKED_NONE = ("0.1.0",)  # versions of reshard whose outputs' files do not say that experts are renumbered
 
 # Workers that load models with the functions that reshard replaces; vLLM puts one of them in the place of "auto".
 WORKERS = (
@@ -55,15 +61,26 @@ def holds_output(model_config: Any) -> bool:
     return told_contract(model_config) is not None or noted_numbering(model_config) is not None
 
 
+def lies_in(folder: Path) -> bool:
+    """Whether an output lies in a directory, by its manifest, its config or its files."""
+    return (folder / MANIFEST).is_file() or contract_in(folder) is not None or _is_marked(folder)
+
+
 def _is_marked(folder: Path) -> bool:
-    """Whether the first safetensors file at the top of a directory says that its experts are renumbered."""
+    """Whether a safetensors file at the top of a directory says that its experts are renumbered.
+
+    We look at one file of each name, without its numbers: there may be others beside the model, such as an adapter.
+    """
     from safetensors import SafetensorError
 
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    try:
-        return any(numbering is not None for numbering in read_numberings([str(file) for file in files[:1]]).values())
-    except (SafetensorError, OSError):  # if vLLM reads this file, it says so itself
-        return False
+    files = sorted(folder.glob("[!.]*.safetensors")) if folder.is_dir() else []
+    for file in {re.sub(r"\d+", "", file.name): file for file in files}.values():
+        try:
+            if read_numberings([str(file)])[file.name] is not None:
+                return True
+        except (SafetensorError, OSError):  # if vLLM reads this file, it says so itself
+            continue
+    return False
 
 
 def note_output(model_config: Any, numbering: str = "") -> None:
@@ -75,6 +92,22 @@ def noted_numbering(model_config: Any) -> str | None:
     """What `note_output` was told of this model; None if no file of it was read that is an output's."""
     found: str | None = getattr(model_config, "reshard_numbering", None)
     return found
+
+
+def numbering_of(model_config: Any) -> str | None:
+    """How an output numbers its experts: the digest in its files, or of the placement that it has by its contract or
+    its manifest; None if neither says it.
+    """
+    if noted := noted_numbering(model_config):
+        return noted
+    placement = read_placement(str(model_config.model), model_config.hf_config)
+    return None if placement is None else mark_of(placement)[NUMBERING]
+
+
+def contract_digest(contract: Contract) -> str:
+    """A digest of all that ranks must have alike to serve an output with expert groups together."""
+    routing = contract.n_group, contract.topk_group, mark_of(contract.physical_to_logical)
+    return hashlib.sha256(json.dumps(routing).encode()).hexdigest()
 
 
 def read_numberings(files: Sequence[str]) -> dict[str, str | None]:
@@ -90,8 +123,14 @@ def read_numberings(files: Sequence[str]) -> dict[str, str | None]:
 
 def refuse_mixture(folder: str, numberings: Mapping[str, str | None], contract: Contract | None) -> None:
     """IntegrityError if the files that a rank reads in `folder` are not all of the output there, with this contract."""
-    placement = _placement_in(Path(folder, MANIFEST)) if contract is None else contract.physical_to_logical
-    if fault := mixture(numberings, placement, marked=contract is not None and bool(contract.flattened)):
+    manifest = Path(folder, MANIFEST)
+    placement = _placement_in(manifest) if contract is None else contract.physical_to_logical
+    fault = None
+    if contract is None and numberings and set(numberings.values()) == {None}:
+        writer = _writer_in(manifest)
+        if writer not in (None, *MARKED_NONE):
+            fault = f"reshard {writer} wrote {MANIFEST}, and would have marked files, but no file has its mark"
+    if fault := fault or mixture(numberings, placement, marked=contract is not None and bool(contract.flattened)):
         raise IntegrityError(
             f"{folder}: {fault}; files of two checkpoints lie here, and experts would be taken for others: run "
             "`reshard verify`, and write the output anew"
@@ -109,6 +148,17 @@ def read_placement(model: str, hf_config: Any = None) -> Placement | None:
 
 def _placement_in(manifest: Path) -> Placement | None:
     """The placement in a manifest; None if there is no such file."""
+    found = _read(manifest)
+    return None if found is None else found[0]
+
+
+def _writer_in(manifest: Path) -> str | None:
+    """The version of reshard that wrote a manifest; None if there is no such file, or it does not say."""
+    found = _read(manifest)
+    return None if found is None else found[1]
+
+
+def _read(manifest: Path) -> tuple[Placement, str | None] | None:
     if not manifest.is_file():
         return None
     status = manifest.stat()
@@ -116,10 +166,11 @@ def _placement_in(manifest: Path) -> Placement | None:
 
 
 @functools.lru_cache(maxsize=1)  # a model's layers ask one by one
-def _in_manifest(path: Path, version: tuple[int, ...]) -> Placement:
+def _in_manifest(path: Path, version: tuple[int, ...]) -> tuple[Placement, str | None]:
     manifest = json.loads(path.read_bytes())
     names = [layer["name"] for layer in manifest["moe_layers"]]
-    return placement_from_json(manifest["physical_to_logical"], names, str(path))
+    placement = placement_from_json(manifest["physical_to_logical"], names, str(path))
+    return placement, manifest.get("reshard_version")
 
 
 def contract_in(folder: Path) -> Contract | None:

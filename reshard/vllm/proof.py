@@ -48,8 +48,8 @@ def check_filled(model: Any, served: ServedPlacement, *, is_draft: bool, pipelin
         holds = any(parameter.startswith(EXPERT_WEIGHTS) for parameter, _ in module.named_parameters(recurse=False))
         if holds and id(module) not in known:
             raise _refusal(served, f"{name}: its {type(module).__name__} places experts by itself")
-    if not is_draft and not pipelined:
-        _check_all_layers_present(served, list(placed))
+    if not is_draft:
+        _check_layers(served, without_experts_suffix(list(placed)), pipelined=pipelined)
     for runner in placed.values():
         runner.routed_experts.reshard_filling.forget()
     return len(placed)
@@ -123,12 +123,17 @@ def _misfit(runner: Any, served: ServedPlacement) -> str | None:
     return None
 
 
-def _check_all_layers_present(served: ServedPlacement, placed: list[str]) -> None:
-    if not placed:
+def _check_layers(served: ServedPlacement, placed: list[str], *, pipelined: bool) -> None:
+    """Raise UnsupportedError if the placement has a layer that is none of the model's, or has one twice."""
+    if not placed and not pipelined:
         raise _refusal(served, "vLLM made no MoE layer that can be placed")
+    used = {find_layer(name, served["layers"], served.num_layers) for name in placed}
     for layer in served["layers"]:
-        is_own = layer_key(layer, served.num_layers).kind == "layer"
-        if is_own and find_layer(layer, without_experts_suffix(placed), served.num_layers) is None:
+        if layer in used or layer_key(layer, served.num_layers).kind == "draft":
+            continue
+        if (other := find_layer(layer, placed, served.num_layers)) is not None:
+            raise UnsupportedError(f"{served.asked}: layer {layer} is {other}, which has another name there as well")
+        if not pipelined:
             raise UnsupportedError(f"{served.asked}: layer {layer} is no MoE layer of this model; {served['make']}")
 
 

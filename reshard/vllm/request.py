@@ -22,13 +22,13 @@ from typing import Any
 
 from ..errors import UnsupportedError
 from ..placement.placement_file import PlacementFile, read_placement_file
+from .asked import VARIABLE, asked_for, asked_to_rearrange, refuse_another
 from .hooks import PLACEMENT
 from .outputs import is_output, load_formats, refuse_options, refuse_worker, worker_fault, worker_of
 from .patching import replace_if_there
 from .served import KEY, NODE_ZIGZAG, ZIGZAG, ServedPlacement, served_file, served_placement, served_strategy
 from .support import VERSIONS, version_fault
 
-VARIABLE = "RESHARD_PLACEMENT"
 # Load formats that pass tensors to the model by name, with the original's expert ids.
 LOAD_FORMATS = (
     *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"),
@@ -82,6 +82,7 @@ def resolve_in(config: Any, environment: Mapping[str, str]) -> None:
     """Put the requested placement, if any, into a VllmConfig; raise UnsupportedError if it cannot be served."""
     more = config.additional_config
     if (resolved := served_placement(config)) is not None:
+        refuse_another(resolved, environment)
         _refuse_more(config, resolved)
         return
     if not (asked := asked_for(environment, more)):
@@ -111,49 +112,16 @@ def _refuse_more(config: Any, resolved: ServedPlacement) -> None:
     has_nothing_to_place = model.num_experts == 0 and is_draft
     if not has_nothing_to_place and (fault := _fault(model)):
         raise UnsupportedError(f"{resolved.asked}: {model.name}: {fault}")
-    if not is_draft:  # vLLM 0.26 turns expert parallelism off for drafts, and has none of those kernels
-        _refuse_without_ep(resolved, model)
-
-
-def asked_for(environment: Mapping[str, str], more: Any) -> str | None:
-    """The placement that the user requests, None if there is none; UnsupportedError for a malformed request.
-
-    `more` is vLLM's additional_config.
-    """
-    variable = environment.get(VARIABLE) or None
-    request = more.get(KEY) if isinstance(more, Mapping) else None
-    if request is None:
-        if variable and more is not None and not isinstance(more, Mapping):
-            raise UnsupportedError(
-                f"{VARIABLE}={variable}: additional_config is a {type(more).__name__}; expected a dictionary, which "
-                "carries the placement to every process"
-            )
-        return variable
-    if not isinstance(request, Mapping) or not isinstance(request.get("placement", variable), str):
+    if is_draft:  # vLLM 0.26 turns expert parallelism off for drafts, and has none of those kernels
+        return
+    _refuse_without_ep(resolved, model)
+    if model.ep_size != resolved.ep_size:
         raise UnsupportedError(
-            f'additional_config.{KEY} is {request!r:.80}; expected {{"placement": "zigzag"}}, or node-zigzag:M, or a '
-            "placement file"
+            f"{resolved.asked}: resolved for {resolved.ep_size} EP ranks, and {model.name} is served on "
+            f"{model.ep_size}; make additional_config anew"
         )
-    if unknown := sorted(set(map(str, request)) - {"placement", "rearrange"}):
-        raise UnsupportedError(
-            f"additional_config.{KEY}: unknown key {unknown[0]!r:.80}; expected placement, and rearrange if you like"
-        )
-    asked = str(request.get("placement", variable))
-    if variable and variable != asked:
-        raise UnsupportedError(
-            f"{VARIABLE} is {variable}, but additional_config.{KEY}.placement is {asked}: give only one, or the same "
-            "for both"
-        )
-    return asked
-
-
-def asked_to_rearrange(more: Any) -> bool | None:
-    """Whether the user wants vLLM's EPLB to move experts; None if they did not say. `more`: as for `asked_for`."""
-    request = more.get(KEY) if isinstance(more, Mapping) else None
-    found = request.get("rearrange") if isinstance(request, Mapping) else None
-    if found is not None and not isinstance(found, bool):
-        raise UnsupportedError(f"additional_config.{KEY}.rearrange is {found!r:.80}; expected true or false")
-    return found
+    if resolved.redundant and (fault := _copies_fault(resolved.redundant, model)):
+        raise UnsupportedError(f"{resolved.asked}: {fault}")
 
 
 def resolve(asked: str, model: Model, *, rearrange: bool | None = None) -> ServedPlacement:

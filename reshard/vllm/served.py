@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -65,8 +67,17 @@ class ServedPlacement(Travelling):
 
     @property
     def digest(self) -> str:
-        """The digest that ranks compare and the log shows; see `placement_file.placement_digest`."""
+        """The digest that the log shows; see `placement_file.placement_digest`."""
         return str(self["digest"])
+
+    @property
+    def agreed(self) -> str:
+        """The digest that ranks compare: of all that decides where experts are, those of drafts included.
+
+        Paths may differ among nodes.
+        """
+        decides = {key: value for key, value in self.items() if key not in ("placement", "make")}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     @property
     def is_linear(self) -> bool:

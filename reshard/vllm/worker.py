@@ -10,8 +10,9 @@ that are numbered as its own, and no others (see `updates`).
 from __future__ import annotations
 
 import functools
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,15 +21,17 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..placement.contract import CONTRACT_KEY
 from ..placement.permutations import Placement
+from .asked import VARIABLE, asked_for, refuse_another
 from .lora import require_check
-from .outputs import LOAD_FORMATS, MANIFEST, format_of, is_output, read_placement, refuse_options
+from .outputs import LOAD_FORMATS, format_of, is_output, lies_in, read_placement, refuse_options
 from .patching import replace_if_there
-from .request import VARIABLE, asked_for
 from .served import Build, ServedPlacement, building, served_placement
 from .support import VERSIONS, placing_fault
 from .updates import own_files
 
 SAVING = ("save_sharded_state", "save_tensorized_model")
+UPDATING = ("start_weight_update", "update_weights")  # of weight transfer; some versions let its caller name a format
+KERNEL_FORMAT = "weights in kernel format are ordered by slot; send them in the checkpoint's format"
 WITH_EPLB = "with EPLB the expert maps lie in the memory of the weights and would be lost; serve without EPLB"
 _proved: list[str] = []  # digests of the placements that were proved for models of this process
 _checked: list[str] = []  # models of this process whose routers were checked against their contract
@@ -38,6 +41,8 @@ def install(module: ModuleType) -> None:
     """Wrap the methods that load, reload, save or wake a model; `module` defines Worker."""
     replace_if_there(module.Worker, "load_model", _proved_load)
     replace_if_there(module.Worker, "reload_weights", _checked_reload)
+    for name in UPDATING:
+        replace_if_there(module.Worker, name, _in_checkpoint_format)
     replace_if_there(module.Worker, "sleep", _checked_sleep)
     replace_if_there(module.Worker, "wake_up", _restoring)
     for name in SAVING:
@@ -113,8 +118,10 @@ def _proved_load(load_model: Callable[..., None]) -> Callable[..., None]:
                 refuse_options(config, str(model_config.model))
                 if config.lora_config is not None:
                     require_check(str(model_config.model))
-        elif fault := placing_fault():
-            raise UnsupportedError(f"{served.asked}: {fault}; placements need vLLM {VERSIONS}")
+        else:
+            refuse_another(served, os.environ)
+            if fault := placing_fault():
+                raise UnsupportedError(f"{served.asked}: {fault}; placements need vLLM {VERSIONS}")
         before = len(_proved), len(_checked)
         load_model(worker, *args, **kwargs)
         worker.reshard_loaded = Loaded.of(model_config)
@@ -166,10 +173,26 @@ def reload_fault(weights_path: str | None, is_checkpoint_format: bool, eplb: boo
     if eplb:
         return WITH_EPLB
     if not is_checkpoint_format:
-        return "weights in kernel format are ordered by slot; send them in the checkpoint's format"
-    if weights_path is not None and Path(weights_path, MANIFEST).is_file():
+        return KERNEL_FORMAT
+    if weights_path is not None and lies_in(Path(weights_path)):
         return f"{weights_path} is an output of reshard, with other expert ids; reload an original"
     return None
+
+
+def _in_checkpoint_format(update: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(update)
+
+    @functools.wraps(update)
+    def update_or_refuse(worker: Any, *args: Any, **kwargs: Any) -> Any:
+        if (served := served_placement(worker.vllm_config)) is not None:
+            given = signature.bind(worker, *args, **kwargs).arguments
+            infos = given.get("update_info")
+            for info in (given, *(infos if isinstance(infos, list) else [infos])):
+                if isinstance(info, Mapping) and info.get("is_checkpoint_format", True) is not True:
+                    raise _refusal(served, update.__name__, KERNEL_FORMAT)
+        return update(worker, *args, **kwargs)
+
+    return update_or_refuse
 
 
 def _checked_sleep(sleep: Callable[..., None]) -> Callable[..., None]:

@@ -21,6 +21,8 @@ from forgery import forge, record
 from oracle import assert_identical_trees
 from torch import Tensor
 
+from reshard.record.manifest import pack
+
 GROUP_LIMITED = [name for name, family in FAMILIES.items() if family.group_limited]
 
 
@@ -132,6 +134,69 @@ def test_verify_finds_a_contract_that_would_put_back_other_groups(made: Path) ->
     result = run("verify", output)
     assert result.exit_code == 1
     assert "expert_placement.original makes n_group 2, but the contract has 4" in result.output
+
+
+@pytest.mark.parametrize(
+    ("edit", "in_contract"),
+    [
+        (lambda config: config.update(rms_norm_eps=0.5), False),
+        (lambda config: config.update(hidden_act="relu"), False),
+        (lambda config: config["expert_placement"]["original"].update(model_type="other"), True),
+        (lambda config: config["expert_placement"]["original"].update(auto_map={"AutoConfig": "x.Y"}), True),
+    ],
+)
+def test_verify_with_the_source_finds_a_config_that_was_changed_together_with_its_digests(
+    edit: Callable[[dict[str, Any]], object], in_contract: bool, made: Path
+) -> None:
+    """The routers' part of it was compared, and no other."""
+    output = made / "forged config"
+    shutil.rmtree(output, ignore_errors=True)
+    shutil.copytree(made / "output", output)
+    config = json.loads((output / "config.json").read_bytes())
+    edit(config)
+    (output / "config.json").write_text(json.dumps(config))
+    if in_contract:
+        forge(output, lambda manifest: manifest.update(contract=config["expert_placement"]))
+    record(output, "config.json")
+    run_well("verify", made / "output", "--src", made / "source")
+    result = run("verify", output, "--src", made / "source")
+    assert result.exit_code == 1
+    assert "differs from the source's in more than" in " ".join(result.output.split())
+
+
+def test_verify_with_the_source_finds_a_file_that_the_manifest_calls_rewritten(made: Path) -> None:
+    output = shutil.copytree(made / "output", made / "forged file")
+    name = next(path.name for path in output.glob("*.json") if path.name.startswith("generation"))
+    original = pack((output / name).read_bytes())
+
+    def call_rewritten(manifest: dict[str, Any]) -> None:
+        (entry,) = (entry for entry in manifest["source"]["files"] if entry["name"] == name)
+        entry["content"] = original
+
+    (output / name).write_text('{"temperature": 9}')
+    record(output, name)
+    result = run("verify", output, "--src", made / "source")
+    assert name in result.output, "the control: a file that was copied"
+    forge(output, call_rewritten)
+    result = run("verify", output, "--src", made / "source")
+    assert result.exit_code == 1
+    assert "differs from the source's in more than" in " ".join(result.output.split())
+
+
+def test_verify_with_the_source_finds_a_file_that_the_source_does_not_have(made: Path) -> None:
+    """An engine reads it, and the manifest vouched for it."""
+    output = shutil.copytree(made / "output", made / "one more file")
+    (output / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+
+    def vouch(manifest: dict[str, Any]) -> None:
+        like = next(entry for entry in manifest["files"] if entry["name"] == "config.json")
+        manifest["files"].append({**like, "name": "hf_quant_config.json"})
+
+    forge(output, vouch)
+    record(output, "hf_quant_config.json")
+    result = run("verify", output, "--src", made / "source")
+    assert result.exit_code == 1
+    assert "hf_quant_config.json: the source has no such file" in " ".join(result.output.split())
 
 
 def test_a_gate_lies_in_one_dimension_and_verify_finds_one_that_does_not(made: Path) -> None:

@@ -97,6 +97,19 @@ def test_a_file_that_cannot_be_is_refused_with_its_name_and_the_fault(
         read_placement_file(written(tmp_path / "bad.json", **changes))
 
 
+def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    """The last one counted, with no word."""
+    layer = "model.layers.1.mlp"
+    path = tmp_path / "bad.json"
+    for text, key in (
+        (f'{{"physical_to_logical": {{"{layer}": [0, 1], "{layer}": [1, 0]}}}}', layer),
+        ('{"physical_to_logical": [0, 1], "ep_size": 2, "physical_to_logical": [1, 0]}', "physical_to_logical"),
+    ):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=rf"bad\.json: .*'{key}' comes twice"):
+            read_placement_file(path)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", '{"physical_to_logical": null}', "[" * 100_000])
 def test_what_is_no_placement_at_all_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.json"

@@ -328,16 +328,19 @@ class Serving:
         return found
 
     def each(
-        self, model: Path, environments: Sequence[Mapping[str, str]], **llm: Any
+        self, model: Path | Sequence[Path], environments: Sequence[Mapping[str, str]], **llm: Any
     ) -> list[subprocess.CompletedProcess[str]]:
-        """Start one EP rank per environment by hand, so that vLLM does not carry a placement from one to the others."""
+        """Start one EP rank per environment by hand, so that vLLM does not carry a placement from one to the others.
+
+        `model` is that of all ranks, or one for each.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         size = len(environments)
         llm |= {"tensor_parallel_size": size, "enable_expert_parallel": True}
         llm |= {"distributed_executor_backend": "external_launcher"}
-        request = json.dumps({"model": str(model), "prompts": [[5]], "max_tokens": 1, "llm": llm})
+        models = [model] * size if isinstance(model, Path) else model
         with self.slot() as slot, contextlib.ExitStack() as stack:
             processes = []
             for rank, more in enumerate(environments):
@@ -351,7 +354,8 @@ class Serving:
                 command = [BIN / "python", HERE / "generate.py"]
                 process = stack.enter_context(_process(command, environment, subprocess.PIPE, log))
                 assert process.stdin is not None
-                process.stdin.write(request)
+                request = {"model": str(models[rank]), "prompts": [[5]], "max_tokens": 1, "llm": llm}
+                process.stdin.write(json.dumps(request))
                 process.stdin.close()
                 processes.append((process, log))
             ended = []

@@ -212,6 +212,17 @@ def manager_of(serving: Serving, model: Path, adapters: list[Path]) -> list[Any]
     return [json.loads(line) for line in ran.stdout.splitlines()[-len(adapters) :]]
 
 
+@pytest.mark.parametrize(("model", "fault"), [(v3, "serve a different placement"), (kimi, "numbered in another way")])
+def test_an_output_and_its_original_on_two_ranks_are_refused(model: Model, fault: str, serving: Serving) -> None:
+    """As two nodes may have them under the same path. Each answered with the other's experts in its slots."""
+    source = model(serving)
+    output = serving.resharded(source, 2)
+    for models in ((output, source), (source, output)):
+        ranks = serving.each(models, [{}, {}])
+        assert any(fault in rank.stderr for rank in ranks), [rank.stderr[-2000:] for rank in ranks]
+        assert all(rank.returncode != 0 for rank in ranks)
+
+
 def test_drafts_on_one_of_two_stages_are_placed(serving: Serving) -> None:
     """Stages without the draft never report its placement, and the start ended after five minutes.
 

@@ -19,6 +19,7 @@ from command_line import run_well
 from earlier_contracts import MARKS, with_shaped_gates
 
 from reshard import IntegrityError, OutputError, UnsupportedError
+from reshard._version import __version__
 from reshard.placement.contract import CONTRACT_KEY
 from reshard.vllm import loading, recording, worker
 from reshard.vllm.loading import Build, building
@@ -314,9 +315,22 @@ def test_outputs_of_earlier_versions_whose_files_say_less_are_loaded(
     marks: tuple[str, ...], layout: str, loader: Any, tmp_path: Path
 ) -> None:
     output = checkpoint(tmp_path, PLAIN, layout)
-    shutil.copy(tmp_path / MANIFEST, output)
+    manifest = json.loads((tmp_path / MANIFEST).read_bytes())
+    assert manifest["reshard_version"] == __version__
+    (output / MANIFEST).write_text(json.dumps({**manifest, "reshard_version": __version__ if marks else "0.1.0"}))
     with_shaped_gates(tmp_path / "source", output, marks)
     assert chosen(loader, output) == weights(output)
+
+
+def test_files_of_the_source_beside_the_manifest_of_an_output_are_refused(loader: Any, tmp_path: Path) -> None:
+    """They were served as the output's, and the ids of experts that vLLM returns were mapped once too often."""
+    output = checkpoint(tmp_path, PLAIN, "source")
+    for name in (*weights(output), INDEX):
+        shutil.copy(tmp_path / "source" / name, output)
+    assert chosen(loader, output) == weights(output), "the control: without the manifest, all of it is the source's"
+    shutil.copy(tmp_path / MANIFEST, output)
+    with pytest.raises(IntegrityError, match=r"would have marked files, but no file has its mark"):
+        chosen(loader, output)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

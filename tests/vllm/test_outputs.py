@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save, save_file
 from stand_ins import another_packages, vllms_own
 
 from reshard.errors import UnsupportedError
-from reshard.placement.contract import Contract, contract_to_json
+from reshard.placement.contract import MARK, Contract, contract_to_json
 from reshard.placement.permutations import zigzag
-from reshard.vllm import lora, placed, worker
+from reshard.placement.placement_file import PlacementFile
+from reshard.vllm import agreement, lora, placed, worker
 from reshard.vllm.fused import set_names, understood
 from reshard.vllm.loading import install_check
 from reshard.vllm.lora import touches_experts
 from reshard.vllm.outputs import (
+    contract_digest,
     is_output,
     note_output,
     read_placement,
@@ -28,11 +32,12 @@ from reshard.vllm.outputs import (
     refuse_worker,
 )
 from reshard.vllm.placed import Placed
+from reshard.vllm.placed_weights import Filling
 from reshard.vllm.proof import check_filled, check_kernels
 from reshard.vllm.request import resolve_in
 from reshard.vllm.returned import check_returning, returning
 from reshard.vllm.routing import in_logical_order
-from reshard.vllm.served import current_build, served_strategy
+from reshard.vllm.served import current_build, served_file, served_strategy
 from reshard.vllm.updates import close, own_files
 from reshard.vllm.worker import Loaded
 
@@ -88,6 +93,19 @@ def test_an_output_is_known_by_its_contract_its_manifest_or_the_files_that_were_
     assert not is_output(from_hub)
     note_output(from_hub)
     assert is_output(from_hub)
+
+
+@pytest.mark.parametrize("other", ["adapter_model.safetensors", "._model.safetensors", "consolidated.safetensors"])
+def test_an_output_is_known_by_its_files_whatever_lies_beside_them(other: str, tmp_path: Path) -> None:
+    """Only the first file was looked at, and an adapter comes before the model."""
+    folder = directory(tmp_path / "output", None)
+    save_file({}, folder / "model-ep00-of-02-00001-of-00001.safetensors", metadata=MARK)
+    (folder / other).write_bytes(b"no safetensors" if other.startswith(".") else save({}))
+    assert is_output(model_config(folder))
+    original = directory(tmp_path / "original", None)
+    for name in (other, "model-00001-of-00001.safetensors"):
+        save_file({}, original / name)
+    assert not is_output(model_config(original)), "the control"
 
 
 @pytest.mark.parametrize("load_format", LOAD_FORMATS.split())
@@ -277,6 +295,50 @@ def test_a_placement_that_nobody_resolved_is_refused_by_the_worker(monkeypatch: 
         one.load_model()
 
 
+@pytest.mark.parametrize("ways", ["start", "update", "update of a rank"])
+def test_an_update_in_kernel_format_is_refused_with_a_placement(ways: str) -> None:
+    """Some versions of vLLM copy such weights to slots as they are: no lookup would see that."""
+
+    class Worker:
+        def __init__(self, config: Any) -> None:
+            self.vllm_config = config
+
+        def start_weight_update(self, is_checkpoint_format: bool = True) -> str:
+            return "taken"
+
+        def update_weights(self, update_info: Any) -> str:
+            return "taken"
+
+    worker.install(SimpleNamespace(Worker=Worker))  # type: ignore[arg-type]
+    placed = {"reshard": served_strategy("zigzag", 1, 8, 2, 3)}
+
+    def update(additional: Any, checkpoint_format: bool) -> str:
+        one, info = Worker(vllm_config(model_config("m"), additional_config=additional)), {"names": []}
+        if ways == "start":
+            return one.start_weight_update(checkpoint_format)
+        told = {**info, "is_checkpoint_format": checkpoint_format}
+        return one.update_weights(told if ways == "update" else [info, told])
+
+    assert update(placed, True) == update({}, False) == "taken", "the controls"
+    with pytest.raises(UnsupportedError, match="kernel format are ordered by slot"):
+        update(placed, False)
+
+
+def test_a_workers_environment_asks_for_what_its_configuration_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Worker:
+        def load_model(self) -> None:
+            raise AssertionError("loaded")
+
+    worker.install(SimpleNamespace(Worker=Worker))  # type: ignore[arg-type]
+    one: Any = Worker()
+    one.vllm_config = vllm_config(
+        model_config("m"), additional_config={"reshard": served_strategy("zigzag", 1, 8, 2, 3)}
+    )
+    monkeypatch.setenv("RESHARD_PLACEMENT", "other.json")
+    with pytest.raises(UnsupportedError, match=r"is other\.json, but the configuration carries zigzag"):
+        one.load_model()
+
+
 def test_options_are_refused_for_a_configuration_that_got_its_placement_from_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -284,6 +346,8 @@ def test_options_are_refused_for_a_configuration_that_got_its_placement_from_ano
     platforms = SimpleNamespace(current_platform=SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(platforms=platforms))
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+
+    served = served_strategy("zigzag", 1, 8, 2, 3)
 
     def copy(**changes: Any) -> Any:
         model = model_config("m")
@@ -297,7 +361,7 @@ def test_options_are_refused_for_a_configuration_that_got_its_placement_from_ano
             lora_config=changes.get("lora"),
             load_config=SimpleNamespace(load_format=changes.get("load", "auto")),
             speculative_config=SimpleNamespace(draft_load_config=changes.get("draft_load")),
-            additional_config={"reshard": served_strategy("zigzag", 1, 8, 2, 3)},
+            additional_config={"reshard": type(served)({**served, "redundant": changes.get("redundant", 0)})},
         )
 
     resolve_in(copy(), {})
@@ -312,9 +376,14 @@ def test_options_are_refused_for_a_configuration_that_got_its_placement_from_ano
         ({"experts": 0}, "no experts to place"),
         ({"parallel": {"enable_expert_parallel": False}}, "moves experts, but expert parallelism is off"),
         ({"parallel": {"worker_cls": "other.worker.Worker"}}, "what worker class other.worker.Worker serves"),
+        ({"parallel": {"tensor_parallel_size": 4}}, "resolved for 2 EP ranks, and m is served on 4"),
+        ({"redundant": 2}, "it has copies of some experts, and vLLM holds copies with EPLB only"),
     ):
         with pytest.raises(UnsupportedError, match=fault):
             resolve_in(copy(**changes), {})
+    resolve_in(copy(), {"RESHARD_PLACEMENT": "zigzag"})
+    with pytest.raises(UnsupportedError, match=r"is other\.json, but the configuration carries zigzag"):
+        resolve_in(copy(), {"RESHARD_PLACEMENT": "other.json"})
 
 
 def test_a_layer_that_its_model_builds_from_parts_of_its_own_is_refused_with_a_line() -> None:
@@ -327,6 +396,51 @@ def test_a_layer_that_its_model_builds_from_parts_of_its_own_is_refused_with_a_l
     for is_draft in (False, True):
         with pytest.raises(UnsupportedError, match=r"layer experts: reshard does not know how it is built.*moe_config"):
             check_filled(model, served, is_draft=is_draft, pipelined=False, dummy=False)
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_a_placement_that_has_a_layer_under_two_names_is_refused(pipelined: bool) -> None:
+    """One of the two orders counted, and the log said that all was placed."""
+
+    class Router(Placed):
+        def __init__(self) -> None:
+            pass
+
+    def model_of(*layers: int) -> Any:
+        model: Any = torch.nn.Module()
+        for layer in layers:
+            runner = torch.nn.Module()
+            experts = SimpleNamespace(reshard_filling=Filling((0, 1), (0, 1)), global_num_experts=2)
+            runner.router, runner.routed_experts = Router(), experts
+            runner.moe_config = SimpleNamespace(moe_parallel_config=SimpleNamespace(ep_size=1))
+            names = {"model": {"layers": {str(layer): {"mlp": {"experts": runner}}}}}
+            add(model, names)
+        return model
+
+    def add(module: Any, names: Any) -> None:
+        for name, inner in names.items():
+            if isinstance(inner, torch.nn.Module):
+                module.add_module(name, inner)
+                continue
+            if not hasattr(module, name):
+                module.add_module(name, torch.nn.Module())
+            add(getattr(module, name), inner)
+
+    def check(layers: list[str], model: Any) -> int:
+        orders = {layer: [1, 0] if number else [0, 1] for number, layer in enumerate(layers)}
+        file = PlacementFile(
+            strategy="file", ep_size=1, model_type=None, num_experts=2, layers=layers, physical_to_logical=orders
+        )
+        served = served_file("a.json", file, 1, 9, "make it again")
+        return check_filled(model, served, is_draft=False, pipelined=pipelined, dummy=True)
+
+    layer, other, draft = "model.layers.1.mlp", "language_model.layers.1.mlp", "model.layers.9.mlp"
+    assert check([layer, "model.layers.2.mlp", draft], model_of(1, 2)) == 2, "the control"
+    with pytest.raises(UnsupportedError, match=rf"layer {other} is {layer}, which has another name there as well"):
+        check([layer, other], model_of(1))
+    if not pipelined:
+        with pytest.raises(UnsupportedError, match=r"layer model\.layers\.3\.mlp is no MoE layer of this model"):
+            check([layer, "model.layers.3.mlp"], model_of(1))
 
 
 def test_a_layer_with_a_part_of_another_packages_is_refused_with_a_placement() -> None:
@@ -372,6 +486,48 @@ def test_a_model_that_is_built_outside_of_vllms_usual_loaders_is_refused() -> No
     assert loader.create_model(vllm_config(original), original) == "built", "the control"
     with pytest.raises(UnsupportedError, match="outside of its usual loaders"):
         loader.create_model(vllm_config(original), limited)
+
+
+def test_ranks_with_an_output_with_expert_groups_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank with the original beside them was not noticed, whether it had the plugin or not: answers were wrong."""
+
+    class BaseModelLoader:
+        load_config = SimpleNamespace(load_format="auto")
+
+        def load_model(self, vllm_config: Any, model_config: Any) -> None:
+            module.initialize_model(vllm_config=vllm_config, model_config=model_config)
+
+    module: Any = SimpleNamespace(
+        BaseModelLoader=BaseModelLoader, initialize_model=lambda vllm_config, model_config: None
+    )
+    install_check(module)
+    monkeypatch.setenv("RESHARD_AGREEMENT_SECONDS", "1")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+    def load(store: Any, rank: int, contract: Contract | None) -> None:
+        monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: store)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        monkeypatch.setattr(agreement, "_loads", {"model": iter([0])})
+        config = model_config("m", **({} if contract is None else {"expert_placement": contract_to_json(contract)}))
+        BaseModelLoader().load_model(vllm_config(config), config)
+
+    otherwise = replace(CONTRACT, physical_to_logical={LAYER: zigzag(8, 4)})
+    for first, fault in (
+        (None, r"ranks 0 serve a different placement \(linear"),
+        (otherwise, "ranks 0 serve a different"),
+    ):
+        store = torch.distributed.HashStore()
+        if first is not None:
+            with pytest.raises(UnsupportedError, match="ranks 1 did not report"):
+                load(store, 0, first)
+        else:
+            load(store, 0, None)
+        with pytest.raises(UnsupportedError, match=rf"{fault}.*and the same model"):
+            load(store, 1, CONTRACT)
+    store = torch.distributed.HashStore()
+    agreement.publish(store, "model/0", 0, contract_digest(CONTRACT))
+    load(store, 1, CONTRACT)  # the control
 
 
 # Adapters

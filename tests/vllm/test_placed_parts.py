@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -15,15 +16,17 @@ from safetensors.torch import save_file
 from stand_ins import another_packages, vllms_own
 
 from reshard.errors import UnsupportedError
+from reshard.placement.contract import MARK, Contract, contract_to_json
 from reshard.placement.permutations import invert, node_zigzag, rank_slots, zigzag
 from reshard.placement.placement_file import PlacementFile, encode_placement_file
 from reshard.vllm import agreement, loading, worker
-from reshard.vllm.agreement import compare, publish
+from reshard.vllm.agreement import ORIGINAL, compare, publish
+from reshard.vllm.asked import asked_for
 from reshard.vllm.eplb import place, with_copies
 from reshard.vllm.outputs import INDEX
 from reshard.vllm.placed import ExpertPlace
 from reshard.vllm.placed_weights import Filling, install
-from reshard.vllm.request import Model, asked_for, resolve
+from reshard.vllm.request import Model, resolve
 from reshard.vllm.served import ServedPlacement, served_file, served_strategy
 from reshard.vllm.weight_filter import PlacedExperts, install_skip
 from reshard.vllm.worker import reload_fault
@@ -68,6 +71,41 @@ def changed(**values: Any) -> Model:
 )
 def test_a_placement_is_requested_in_two_ways(environment: dict[str, str], more: Any, expected: str | None) -> None:
     assert asked_for(environment, more) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "more", "fault"),
+    [
+        (
+            {"RESHARD_PLACMENT": "zigzag"},
+            {},
+            "RESHARD_PLACMENT is set, .* was RESHARD_PLACEMENT meant",
+        ),
+        ({"reshard_placement": "zigzag"}, None, "was RESHARD_PLACEMENT meant"),
+        (
+            {},
+            {"Reshard": {"placement": "zigzag"}},
+            "additional_config has 'Reshard', which nothing reads; was 'reshard'",
+        ),
+        ({}, {"reshad": {"placement": "zigzag"}}, "additional_config has 'reshad'"),
+        ({"RESHARD_PLACEMENT": "zigzag"}, {"re-shard": {"rearrange": True}}, "additional_config has 're-shard'"),
+        ({}, {"RESHARD_PLACEMENT": "zigzag"}, "additional_config has 'RESHARD_PLACEMENT'"),
+        ({}, {"reshard": {"placment": "zigzag"}}, "additional_config.reshard is"),
+        ({}, {"reshard": {"placement": ""}}, "additional_config.reshard is"),
+        ({}, {"reshard": None}, "additional_config.reshard is None"),
+    ],
+    ids=str,
+)
+def test_a_request_that_is_misspelt_or_empty_is_refused(environment: dict[str, str], more: Any, fault: str) -> None:
+    """The model was served linear, with no word."""
+    with pytest.raises(UnsupportedError, match=fault):
+        asked_for(environment, more)
+
+
+def test_names_of_others_are_no_misspelt_requests() -> None:
+    variables = {"RESHARD_TRACE": "t", "RESHARD_TRACE_LIMIT": "1", "RESHARD_AGREEMENT_SECONDS": "1", "VLLM_PLUGINS": ""}
+    assert asked_for(variables, {"reshard_trace": True, "sharded": 1, "reshape": 1, "gdn_prefill_backend": "x"}) is None
+    assert asked_for({"RESHARD_PLACEMENT": "zigzag", "RESHARD_PLACEMENTS": "all"}, {}) == "zigzag"
 
 
 def test_a_file_serves_only_the_model_that_it_was_made_for(tmp_path: Path) -> None:
@@ -261,6 +299,22 @@ def test_ranks_that_agree_continue_and_ranks_that_differ_or_are_silent_are_named
         compare(store, "model/1", range(5), "a" * 64, seconds=1)
 
 
+def test_ranks_compare_all_that_decides_where_experts_are_but_paths() -> None:
+    """With equal orders, a file that lacks the draft's layer placed it on no rank, and another file on its own."""
+    order = list(zigzag(8, 2))
+    of_all = served_file("a.json", PlacementFile(**FORM, layers=[], physical_to_logical=order), 2, 3, "make")
+    again = served_file("b.json", PlacementFile(**FORM, layers=[], physical_to_logical=order), 2, 3, "make again")
+    orders = dict.fromkeys(LAYERS[:2], order)
+    of_two = served_file("a.json", PlacementFile(**FORM, layers=LAYERS[:2], physical_to_logical=orders), 2, 3, "make")
+    assert of_all.digest == of_two.digest
+    assert of_all.order(f"{LAYERS[2]}.experts", 8, draft=True) != of_two.order(f"{LAYERS[2]}.experts", 8, draft=True)
+    assert of_all.agreed == again.agreed != of_two.agreed
+    assert served_strategy("zigzag", 1, 8, 2, 3).agreed != served_strategy("zigzag", 1, 8, 2, 3, rearrange=False).agreed
+
+
+FORM: dict[str, Any] = {"strategy": "file", "ep_size": 2, "model_type": None, "num_experts": 8}
+
+
 def test_a_draft_is_compared_within_its_pipeline_stage_whatever_other_stages_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -293,7 +347,7 @@ def test_a_draft_is_compared_within_its_pipeline_stage_whatever_other_stages_loa
         load(3, "draft", 1, "a" * 64)
 
 
-def test_ranks_that_read_files_of_outputs_with_other_numbers_are_refused_and_nobody_waits(
+def test_ranks_that_read_files_with_other_numbers_are_refused_and_nobody_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nodes with outputs of their own, without expert groups, answered wrongly: each had other experts in its slots."""
@@ -302,15 +356,23 @@ def test_ranks_that_read_files_of_outputs_with_other_numbers_are_refused_and_nob
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
     monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: store)
+
+    def load(numbering: str | None, number: int = 0, *, draft: bool = False) -> None:
+        monkeypatch.setattr(agreement, "_checks", {"model": iter([number]), "draft": iter([number])})
+        agreement.agree_numbering(numbering, draft=draft)
+
     for numbering in ("a" * 64, "", None, "a" * 64):
-        agreement.agree_numbering(numbering)
-    agreement.agree_numbering("b" * 64, draft=True)
-    with pytest.raises(
-        UnsupportedError, match=r"rank 3 read files .* \(b{12} and a{12}\); give all nodes files of the same"
-    ):
-        agreement.agree_numbering("b" * 64)
+        load(numbering)
+    load("b" * 64, draft=True)
+    for other, fault in (("b" * 64, "b{12} and a{12}"), (ORIGINAL, "an original and a{12}")):
+        with pytest.raises(UnsupportedError, match=rf"rank 3 read files .* \({fault}\), .* give all nodes files"):
+            load(other)
+    load(ORIGINAL, 1)
+    with pytest.raises(UnsupportedError, match=r"\(b{12} and an original\)"):
+        load("b" * 64, 1)
+    load("b" * 64, 2)  # another model of the same ranks
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    agreement.agree_numbering("b" * 64)
+    load(ORIGINAL, 1)
 
 
 # EPLB
@@ -410,14 +472,19 @@ def test_copies_that_do_not_fit_on_different_ranks_are_refused() -> None:
         (None, True, True, "with EPLB"),
         ("original", True, False, None),
         ("output", True, False, "is an output of reshard"),
+        ("contract", True, False, "is an output of reshard"),
+        ("marked", True, False, "is an output of reshard"),
     ],
 )
 def test_a_reload_that_would_misplace_experts_is_refused(
     path: str | None, checkpoint_format: bool, eplb: bool, fault: str | None, tmp_path: Path
 ) -> None:
-    for name in ("original", "output"):
+    for name in ("original", "output", "contract", "marked"):
         (tmp_path / name).mkdir()
+        save_file({}, tmp_path / name / "model.safetensors", metadata=MARK if name == "marked" else None)
     (tmp_path / "output" / "reshard_manifest.json").write_text("{}")
+    contract = contract_to_json(Contract("zigzag", 2, 4, 2, {"m": (1, 0)}, {}))
+    (tmp_path / "contract" / "config.json").write_text(json.dumps({"expert_placement": contract}))
     found = reload_fault(str(tmp_path / path) if path else None, checkpoint_format, eplb)
     assert (fault in found) if fault and found else found == fault
 

@@ -22,7 +22,8 @@ from triton_process import asking
 
 from reshard.errors import UnsupportedError
 from reshard.placement.placement_file import PlacementFile, encode_placement_file
-from reshard.vllm.request import Model, asked_for, asked_to_rearrange, resolve
+from reshard.vllm.asked import asked_for, asked_to_rearrange
+from reshard.vllm.request import Model, resolve
 
 EXPERTS, RANKS, SPARE, TOP_K = 16, 4, 2, 3
 ORDERS = [random_copies(random.Random(layer), EXPERTS, RANKS, SPARE, 3) for layer in range(2)]
