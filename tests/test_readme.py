@@ -103,6 +103,21 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def absent_tests(text: str) -> set[str]:
+    """The tests and the files of tests that a text names in code, and that are not there."""
+    named = re.findall(r"`(tests/[\w/.]+|test_\w+)`", text)
+    assert named
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    there = {name for source in sources for name in re.findall(r"^def (test_\w+)", source, re.MULTILINE)}
+    return {name for name in named if not (ROOT / name).exists() and name not in there}
+
+
+def test_every_test_that_the_docs_name_is_there() -> None:
+    """The tables of docs/vllm.md say which test shows that a place is safe, refused or handled."""
+    assert absent_tests((ROOT / "docs" / "vllm.md").read_text()) == set()
+    assert absent_tests("`test_nothing_of_the_kind`") == {"test_nothing_of_the_kind"}, "the control"
+
+
 def test_the_picture_is_what_its_script_draws() -> None:
     assert (ROOT / "docs" / "placement.svg").read_text() == picture()
 

@@ -68,3 +68,11 @@ def test_copies_without_room_for_them_are_refused_with_the_option_to_give(redund
     assert refused.status != 0
     option = r"--eplb-config '\{\"num_redundant_experts\": 4\}'"
     assert re.search(rf"it has 4 copies, and vLLM has room for {redundant}; give {option}", refused.log)
+
+
+def test_the_log_says_that_redundant_experts_move_an_outputs_experts_and_answers_stay_close(serving: Serving) -> None:
+    """A rank then has more slots than its files have experts, and nothing said so."""
+    output = serving.resharded(v3(serving), RANKS)
+    answer = serving.generate(output, ranks=RANKS, environment=ON_CPU, max_tokens=8, **EPLB)
+    assert_close(answer, original(serving))
+    assert "4 redundant experts: answers are right, but each rank has more slots" in answer.log

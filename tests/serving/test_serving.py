@@ -254,6 +254,16 @@ def test_nodes_with_only_their_ranks_files_answer_as_a_node_with_all_files(servi
         assert answer.opened[rank] == {path.name for path in nodes[int(rank)].glob("*.safetensors")}
 
 
+@pytest.mark.parametrize("model", [v3, kimi], ids=["V3", "Kimi-K2"])
+def test_nodes_with_different_outputs_of_one_model_are_refused(model: Model, serving: Serving) -> None:
+    """Each rank had other experts in its slots than its router thought, and the answers were another model's."""
+    source = model(serving)
+    nodes = [str(serving.resharded(source, 2)), str(serving.placed(source, 2))]
+    refusal = serving.generate(Path(nodes[0]), ranks=2, environment={"NODES": json.dumps(nodes)})
+    assert refusal.status != 0
+    assert re.search(r"UnsupportedError: .*(another output of reshard|give all nodes files of the same)", refusal.log)
+
+
 def test_the_error_on_a_node_without_a_ranks_files_says_how_to_get_them(serving: Serving) -> None:
     refusal = serving.generate(serving.staged(serving.resharded(v3(serving), 2), "0"), ranks=2)
     assert refusal.status != 0

@@ -31,7 +31,7 @@ from reshard.vllm.outputs import (
     refuse_other_contract,
     refuse_worker,
 )
-from reshard.vllm.placed import Placed
+from reshard.vllm.placed import Placed, placed_router
 from reshard.vllm.placed_weights import Filling
 from reshard.vllm.proof import check_filled, check_kernels
 from reshard.vllm.request import resolve_in
@@ -42,6 +42,7 @@ from reshard.vllm.updates import close, own_files
 from reshard.vllm.worker import Loaded
 
 LAYER = "model.layers.1.mlp"
+GROUPED = {"use_grouped_topk": True, "num_expert_group": 4, "topk_group": 2}
 ORDER = zigzag(8, 2)
 CONTRACT = Contract("zigzag", 2, 4, 2, {LAYER: ORDER}, {"model_type": "deepseek_v3"})
 # All load formats of vLLM 0.26 to 0.33, and one that nobody knows yet.
@@ -669,12 +670,55 @@ def test_a_model_that_would_return_slots_is_refused(current: None) -> None:
 def test_an_output_is_refused_where_routers_get_an_argument_that_nobody_knows(
     argument: str, value: Any, refused: bool, current: None
 ) -> None:
-    arguments = {"use_grouped_topk": True, "num_expert_group": 4, "topk_group": 2, argument: value}
+    arguments = {**GROUPED, argument: value}
     if not refused:
         in_logical_order(Router(), CONTRACT, arguments, LAYER)
         return
     with pytest.raises(UnsupportedError, match=rf"^{LAYER}: .*given {argument}, which reshard does not know"):
         in_logical_order(Router(), CONTRACT, arguments, LAYER)
+
+
+@pytest.mark.parametrize("placed_original", [False, True], ids=["output", "placed original"])
+def test_vllms_router_routes_where_it_is_given_something_that_the_kernel_does_not_know(
+    placed_original: bool, current: None
+) -> None:
+    """The kernel routed as if it had not been given."""
+
+    class VllmsRouter(Router):
+        def _compute_routing(self, hidden: Any, logits: torch.Tensor, dtype: Any = None, **more: Any) -> Any:
+            asked.append(more)
+            return super()._compute_routing(hidden, logits, dtype)
+
+        def _select_experts(self, hidden: Any, logits: torch.Tensor, dtype: Any = None, **more: Any) -> Any:
+            weights, ids = self._compute_routing(hidden, logits, dtype, **more)
+            return weights, self._apply_eplb_mapping(ids)
+
+        def _apply_eplb_mapping(self, ids: torch.Tensor) -> torch.Tensor:
+            return ids
+
+        def _convert_indices_dtype(self, ids: torch.Tensor, dtype: Any) -> torch.Tensor:
+            return ids
+
+    class Kernel:
+        def route(self, logits: torch.Tensor, bias: None, router: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            ran.append(len(logits))
+            return torch.ones(len(logits), 2), torch.zeros(len(logits), 2)
+
+    asked: list[dict[str, Any]] = []
+    ran: list[int] = []
+    own: Any = VllmsRouter()
+    vars(own).update(e_score_correction_bias=None)
+    if placed_original:
+        router = placed_router(own, served_strategy("zigzag", 1, 8, 2, 3), {"global_num_experts": 8}, LAYER)
+        router.reshard_kernel, route = Kernel(), router._select_experts
+    else:
+        router = in_logical_order(own, CONTRACT, GROUPED, LAYER)
+        router._fused, route = Kernel(), router._compute_routing
+    hidden, logits, mask = torch.ones(2, 3), torch.rand(2, 8), torch.ones(2)
+    route(hidden, logits, None)
+    assert (ran, asked) == ([2], []), "the control"
+    route(hidden, logits, None, novel=mask)
+    assert (ran, asked) == ([2], [{"novel": mask}])
 
 
 def test_the_kernel_steps_aside_where_it_is_given_something_that_it_does_not_know() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -271,6 +273,44 @@ def test_the_log_says_where_ray_keeps_workers_from_recording(
     VllmConfig()
     assert [line for line in vllm.log if "Ray does not pass this variable on" in line] == vllm.log
     assert bool(vllm.log) == warned
+
+
+@pytest.mark.parametrize("backend", ["ray", "mp"])
+def test_the_notice_is_there_once_the_plugin_is_registered(backend: str, tmp_path: Path) -> None:
+    """In a process of its own, with packages of vLLM's names."""
+    for name, text in {
+        "vllm": "envs = None",
+        "vllm.logger": LOGGER,
+        "vllm.config": "",
+        "vllm.config.vllm": CONFIG.format(backend=backend),
+    }.items():
+        (folder := tmp_path.joinpath(*name.split("."))).mkdir()
+        (folder / "__init__.py").write_text(text)
+    code = "import reshard.vllm; reshard.vllm.register(); import vllm.config.vllm as module; module.VllmConfig()"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    path = f"{tmp_path}:{environment.get('PYTHONPATH', '')}"
+    environment |= {"PYTHONPATH": path, "RESHARD_TRACE": str(tmp_path / "trace")}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("RESHARD_TRACE: Ray does not pass this variable on") == (backend == "ray"), ran.stdout
+
+
+LOGGER = """
+from types import SimpleNamespace
+say = lambda text, *values: print(text % values)
+init_logger = lambda name: SimpleNamespace(info=say, warning=say, info_once=say, warning_once=say)
+"""
+CONFIG = """
+from types import SimpleNamespace
+
+class VllmConfig:
+    def __init__(self):
+        self.__post_init__()
+
+    def __post_init__(self):
+        self.model_config, self.additional_config = None, {{}}
+        self.parallel_config = SimpleNamespace(data_parallel_backend="{backend}", distributed_executor_backend="mp")
+"""
 
 
 def test_the_busiest_rank_is_counted_by_layer() -> None:

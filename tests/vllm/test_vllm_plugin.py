@@ -98,15 +98,18 @@ def test_the_error_for_an_absent_file_names_it_and_says_how_to_get_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "expected"),
+    ("parallel", "redundant", "expected"),
     [
-        (Parallel(0, 4, True), []),
-        (Parallel(0, 1, True), ["expert parallelism is off"]),
-        (Parallel(0, 2, True), ["with --ep 2"]),
+        (Parallel(0, 4, True), 0, []),
+        (Parallel(0, 1, True), 0, ["expert parallelism is off"]),
+        (Parallel(0, 2, True), 0, ["with --ep 2"]),
+        (Parallel(0, 4, False), 8, ["8 redundant experts"]),
     ],
 )
-def test_options_that_make_the_placement_useless_give_a_warning(parallel: Parallel, expected: list[str]) -> None:
-    warnings = placement_warnings(4, parallel)
+def test_options_that_make_the_placement_useless_give_a_warning(
+    parallel: Parallel, redundant: int, expected: list[str]
+) -> None:
+    warnings = placement_warnings(4, parallel, redundant)
     assert len(warnings) == len(expected)
     assert all(part in warning for part, warning in zip(expected, warnings, strict=True))
 
