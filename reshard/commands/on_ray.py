@@ -9,6 +9,7 @@ that Ray gave up may still be writing: so each has a folder of its own, and move
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -55,8 +56,8 @@ def write_on_ray(
 
     count, left = divmod(resharding.ep_size, per_node := cluster.ranks_per_node)
     if left or count > len(nodes) or resharding.ranks is not None:
-        has = f"{resharding.ep_size} EP ranks on {len(nodes)} nodes of Ray"
-        raise OutputError(f"{out}: --ranks-per-node {per_node} does not fit {has}, or goes with --ranks")
+        has = f"does not fit {resharding.ep_size} EP ranks on {len(nodes)} nodes of Ray, or goes with --ranks"
+        raise OutputError(f"{out}: --ranks-per-node {per_node} {has}")
     common, runs, found = ray.put(resharding), {}, []
     for number, node in enumerate(nodes[:count]):
         ranks = tuple(range(number * per_node, (number + 1) * per_node))
@@ -110,8 +111,7 @@ def _write(plan: Plan, file: OutputFile, out: Path) -> Written:
     own, sources = out / ATTEMPTS / uuid.uuid4().hex, sources_of(plan.source, plan.source_files, plan.headers)
     make_directory((own / file.name).parent)
     written = write_file(file, sources, plan.sharing, own, lambda count: None)
-    (own / file.name).rename(out / file.name)
-    sync_directory((out / file.name).parent)
+    sync_directory((own / file.name).rename(out / file.name).parent)
     return written
 
 
@@ -122,8 +122,7 @@ def _result(task: Any, what: str) -> Any:
     try:
         return ray.get(task)
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, ReshardError):
+        if isinstance(cause := getattr(error, "cause", None), ReshardError):
             raise cause from error
         said = " ".join(str(error).split())
         raise OutputError(f"{what}: Ray gave its task up: {said:.400}; rerun the command to resume") from error
@@ -137,12 +136,13 @@ def _connect(address: str) -> list[Any]:
 
         if at := re.fullmatch(r"([^/]+):(\d+)", address):  # Ray would try for minutes
             socket.create_connection((at[1], int(at[2])), 10).close()
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # one task's error is the run's; others fail alike
         ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
     except ImportError as error:
         raise OutputError("--ray needs Ray: pip install 'reshard[ray]'") from error
     except (OSError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise OutputError(f"--ray {address}: no cluster there: {said:.200}; start one by `ray start --head`") from error
+        said = f"no cluster there: {' '.join(str(error).split()):.200}"
+        raise OutputError(f"--ray {address}: {said}; start one by `ray start --head`") from error
     alive = [node for node in ray.nodes() if node["Alive"]]
     serving = [node for node in alive if node["Resources"].get("GPU")] or alive  # the head may have none
     here = ray.get_runtime_context().get_node_id()
