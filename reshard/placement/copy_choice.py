@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # A second sweep brings the busiest rank from 1.5 to 2 % above the optimum to 0.5 %. A third would gain 0.04 of an
 # expert in batches of eight tokens, which is less than it takes.
 SWEEPS = 2
+FIXED_SWEEPS = 8  # of a choice that is made once; with two, a rank often has one expert more than the others
 # Tokens. In between, the choice would take longer than it saves: R1's layers on eight H200, by the time model.
 SMALL_BATCH, LARGE_BATCH = 128, 1024
 MAX_ROUNDS = 47  # on a GPU the choices of a rank are the bits of an integer
@@ -197,7 +198,7 @@ def fixed_slots(prepared: Schedule) -> Tensor:
     """The copy of each expert if all are active and a batch does not choose: slot_E, equally many on each rank."""
     import torch
 
-    return choose_copies(torch.ones(1, len(prepared.round_E), dtype=torch.int32), prepared)[0]
+    return choose_copies(torch.ones(1, len(prepared.round_E), dtype=torch.int32), prepared, FIXED_SWEEPS)[0]
 
 
 def serving_slots(count_BE: Tensor, prepared: Schedule, tokens: int) -> Tensor:

@@ -90,14 +90,16 @@ def test_small_batches_even_out_active_experts_and_large_ones_time() -> None:
     assert choose_copies(BY_PAIRS.of(filled), prepared)[0, 4] == on_0
 
 
-def test_in_between_each_expert_has_a_fixed_copy_and_ranks_equally_many() -> None:
-    placement = random_placement(0, EXPERTS, 4, 4, most=3)
-    prepared = schedule(placement, EXPERTS, 4)
-    count_BE = torch.randint(0, 50, (8, EXPERTS), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("seed", range(8))
+def test_in_between_each_expert_has_a_fixed_copy_and_ranks_equally_many(seed: int) -> None:
+    experts, ranks, spare = 256, 8, 8
+    placement = random_placement(seed, experts, ranks, spare, most=2)
+    prepared = schedule(placement, experts, ranks)
+    count_BE = torch.randint(0, 50, (8, experts), generator=torch.Generator().manual_seed(seed))
     for tokens in (SMALL_BATCH + 1, LARGE_BATCH):
         slot_BE = serving_slots(count_BE, prepared, tokens)
         assert all(torch.equal(slot_E, fixed_slots(prepared)) for slot_E in slot_BE)
-        assert (slot_BE[0] // (len(placement) // 4)).bincount().tolist() == [EXPERTS // 4] * 4
+        assert (slot_BE[0] // (len(placement) // ranks)).bincount().tolist() == [experts // ranks] * ranks
 
 
 @pytest.mark.parametrize(("count", "time", "pairs"), [(0, 0, 0), (1, 8, 1), (64, 8, 64), (65, 13, 65), (192, 18, 192)])
