@@ -117,10 +117,9 @@ def verify(
         if source is not None and not problems:
             written = LocalFiles(root)
             problems = compare_tensors(source, written, manifest, pool, report) or compare_files(source, manifest)
-            problems = problems or compare_rewritten(root, manifest)
             if not problems:
                 routers = compare_routers(source, root, manifest)
-                problems += routers.problems
+                problems = [*compare_rewritten(root, manifest), *routers.problems]
     digests = [digest for record in records for digest in record.tensors.values()]
     return Verification(
         path=root,
