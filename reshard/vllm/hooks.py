@@ -69,6 +69,8 @@ VLLM_HOOKS = (
     Hook(f"{_LOADER}.weight_utils", "should_skip_weight", ("weight_name", "local_expert_ids"), (PLACEMENT,)),
     Hook(_WORKER, "Worker.load_model", (), _ALL),
     Hook(_WORKER, "Worker.reload_weights", (), _ANY_MODEL),
+    Hook(_WORKER, "Worker.start_weight_update", (), _ANY_MODEL),
+    Hook(_WORKER, "Worker.update_weights", (), _ANY_MODEL),
     Hook(_WORKER, "Worker.sleep", ("level",), (PLACEMENT,)),
     Hook(_WORKER, "Worker.wake_up", ("tags",), _ANY_MODEL),
     Hook(_WORKER, "Worker.save_sharded_state", (), _ANY_MODEL),
