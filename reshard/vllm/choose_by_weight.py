@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..placement.copy_choice import SWEEPS, Weight
-from .choose_copies import RANK_BITS, SLOT_BITS, Record, Tables, bits, rounds_per_word
+from ..placement.copy_choice import Weight
+from .choose_copies import Record, Tables
 
 BLOCK = 1024  # ids per program
 
@@ -45,8 +45,7 @@ def choose_by_weight(
     ids_TK = ids_TK.contiguous()
     if not (number := ids_TK.numel()):
         return torch.empty_like(ids_TK)
-    copies, experts = tables.copy_CE.shape
-    ranks = tables.members_MR.shape[1]
+    experts = tables.copy_CE.shape[1]
     count_E = torch.zeros(experts, dtype=torch.int32, device=ids_TK.device)
     padded = tokens is not None and not all_rows
     _count[(triton.cdiv(number, BLOCK),)](
@@ -59,16 +58,7 @@ def choose_by_weight(
     slot_E = torch.empty_like(count_E)
     _choose[(1,)](
         *(count_E, slot_E, tables.members_MR, tables.next_WR, tables.copy_CE),
-        FIXED=tables.fixed,
-        ROUNDS=tables.rounds,
-        COPIES=copies,
-        SWEEPS=SWEEPS,
-        RANKS=ranks,
-        NEXT_BITS=bits(ranks),
-        PER_WORD=rounds_per_word(ranks),
-        EXPERTS=experts,
-        SLOT=SLOT_BITS,
-        RANK=RANK_BITS,
+        **tables.constants,
         TILE=weight.tile,
         FIRST=weight.first,
         FURTHER=weight.further,

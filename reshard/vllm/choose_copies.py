@@ -49,6 +49,17 @@ class Tables:
         """All of them."""
         return self.members_MR, self.next_WR, self.copy_CE
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """What a kernel that reads them is compiled for."""
+        copies, experts = self.copy_CE.shape
+        ranks = self.members_MR.shape[1]
+        return {
+            **{"FIXED": self.fixed, "ROUNDS": self.rounds, "COPIES": copies, "EXPERTS": experts, "RANKS": ranks},
+            **{"NEXT_BITS": bits(ranks), "PER_WORD": rounds_per_word(ranks), "SLOT": SLOT_BITS, "RANK": RANK_BITS},
+            "SWEEPS": SWEEPS,
+        }
+
     def to(self, device: torch.device | str) -> Tables:
         """The same tables on a device."""
         members_MR, next_WR, copy_CE = (tensor.to(device) for tensor in self.tensors)
@@ -129,7 +140,6 @@ def choose_copies(
     if not rows:
         return mapped_TK
     block = max(MIN_BLOCK, _power(rows * top_k))
-    members, ranks = tables.members_MR.shape
     early = torch.cuda.get_device_capability(ids_TK.device) >= (9, 0)
     _choose_copies[(1,)](
         ids_TK,
@@ -142,21 +152,12 @@ def choose_copies(
         record.wanted if record else None,
         ids_TK.numel(),
         TOP_K=top_k,
-        FIXED=tables.fixed,
-        ROUNDS=tables.rounds,
-        COPIES=len(tables.copy_CE),
-        SWEEPS=SWEEPS,
+        **tables.constants,
         PADDED=tokens is not None,
         RECORD=record is not None,
         EARLY=early,
         BLOCK=block,
-        RANKS=ranks,
-        NEXT_BITS=bits(ranks),
-        PER_WORD=rounds_per_word(ranks),
-        MEMBERS=members,
-        EXPERTS=tables.copy_CE.shape[1],
-        SLOT=SLOT_BITS,
-        RANK=RANK_BITS,
+        MEMBERS=len(tables.members_MR),
         LOAD=LOAD_BITS,
         num_warps=warps,
         launch_pdl=early,
