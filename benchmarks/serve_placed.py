@@ -28,7 +28,7 @@ from lifted_model import FILE, PLUGIN, VARIABLE
 from reporting import say, write_json
 from serve_ep import PLUGINS, RATIOS, Start, Workload, bench, machine, served, shown
 
-VARIANTS: dict[str, dict[str, str]] = {"stock": {}, "placed": {"RESHARD_PLACEMENT": "zigzag"}}
+VARIANTS = ("stock", "placed")
 PLACED = re.compile(r"\d+ MoE layers are placed: [^\n]*")
 BY_KERNEL = re.compile(r"routers: [^\n]*")
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
@@ -40,7 +40,7 @@ def plan(repeats: int, concurrency: Sequence[int]) -> list[tuple[int, int, str]]
         (repeat, at_once, variant)
         for repeat in range(repeats)
         for at_once in concurrency
-        for variant in (list(VARIANTS) if repeat % 2 == 0 else reversed(VARIANTS))
+        for variant in (VARIANTS if repeat % 2 == 0 else reversed(VARIANTS))
     ]
 
 
@@ -61,7 +61,7 @@ def serve(options: argparse.Namespace) -> None:
     began, workload, models = time.monotonic(), workload_of(options), options.directory
     record: dict[str, Any] = {"workload": asdict(workload), "machine": machine(), "said": {}, "runs": []}
     with contextlib.ExitStack() as stack:
-        addresses = start_all(stack, models, workload)
+        addresses = start_all(stack, models, workload, options.placement)
         say(f"{time.monotonic() - began:.0f} s: both servers are up")
         record["said"] = {variant: said(log_of(models, variant).read_text(), variant) for variant in VARIANTS}
         longest = 0.0
@@ -80,15 +80,14 @@ def serve(options: argparse.Namespace) -> None:
             )
 
 
-def start_all(stack: contextlib.ExitStack, models: Path, workload: Workload) -> dict[str, str]:
+def start_all(stack: contextlib.ExitStack, models: Path, workload: Workload, placement: str) -> dict[str, str]:
     """Start the servers at the same time; return their addresses. `stack` ends them."""
     lifted = {VARIABLE: str((models / "original" / FILE).resolve()), "VLLM_USE_DEEP_GEMM": "0"}
     lifted["VLLM_ALLREDUCE_USE_SYMM_MEM"] = "0"
 
     def enter(variant: str) -> tuple[str, Any]:
-        server = served(
-            models, Start(0, "tp", "linear"), workload, log_of(models, variant), {**lifted, **VARIANTS[variant]}, ALL
-        )
+        placed = {"RESHARD_PLACEMENT": placement} if variant == "placed" else {}
+        server = served(models, Start(0, "tp", "linear"), workload, log_of(models, variant), {**lifted, **placed}, ALL)
         address = server.__enter__()
         stack.push(server)
         return variant, address
@@ -107,8 +106,9 @@ def log_of(models: Path, variant: str) -> Path:
 
 def said(log: str, variant: str) -> list[str]:
     """What a server's log says of its placement; RuntimeError if that is not what it should serve."""
-    if bool(PLACED.search(log)) != bool(VARIANTS[variant]):
-        raise RuntimeError(f"{variant}: its log {'does not say' if VARIANTS[variant] else 'says'} that it is placed")
+    wanted = variant == "placed"
+    if bool(PLACED.search(log)) != wanted:
+        raise RuntimeError(f"{variant}: its log {'does not say' if wanted else 'says'} that it is placed")
     return sorted({found[0] for pattern in (PLACED, BY_KERNEL) for found in pattern.finditer(log)})
 
 
@@ -150,6 +150,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     serving = stages.add_parser("serve", help="serve and measure")
     serving.add_argument("directory", type=Path, help="directory with the model `original`")
     serving.add_argument("--json", type=Path, required=True, metavar="FILE", help="file of results")
+    serving.add_argument("--placement", default="zigzag", help="name, or absolute path of a file (default zigzag)")
     serving.add_argument("--gpus", type=int, default=8, help="GPUs, each with one EP rank of both servers (default 8)")
     serving.add_argument("--input", type=int, default=1024, help="tokens of a prompt (default 1024)")
     serving.add_argument("--output", type=int, default=128, help="tokens of an answer (default 128)")
