@@ -6,7 +6,8 @@
 
 The model is `lifted_model`'s: R1's layers at their size, random experts that are never on disk, and routers that choose
 by the prompt's text as those of a small trained model. Both servers stay up, and `vllm bench serve` asks them in turns,
-so that repeats cost no start. The one that is not asked does nothing. With an odd repeat number the other one begins.
+so that repeats cost no start. The one that is not asked does nothing. Before that, each answers each number of requests
+at once, unmeasured. With an odd repeat number the other one begins.
 A server counts only if its log shows that it serves what it should: with the placement, or without.
 """
 
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,9 @@ def serve(options: argparse.Namespace) -> None:
         addresses = start_all(stack, models, workload, options.placement)
         say(f"{time.monotonic() - began:.0f} s: both servers are up")
         record["said"] = {variant: said(log_of(models, variant).read_text(), variant) for variant in VARIANTS}
+        for at_once in workload.concurrency:  # once, a server's first run had a pause of some seconds
+            for variant in VARIANTS:
+                bench(addresses[variant], models / "original", replace(workload, least=at_once, rounds=1), at_once, 0)
         longest = 0.0
         for repeat, at_once, variant in plan(options.repeats, workload.concurrency):
             if time.monotonic() - began + longest > options.seconds:

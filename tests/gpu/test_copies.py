@@ -13,6 +13,7 @@ import json
 import re
 import statistics
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -193,15 +194,19 @@ def test_in_cuda_graphs_too_pinned_copies_are_identical_and_chosen_ones_right(gp
     with_copies = {**IN_GRAPHS, **EPLB}
     rearranging = {**with_copies, "additional_config": {"reshard": {"rearrange": True}}}
 
-    def answer(llm: dict[str, Any], **environment: str) -> Answer:
-        return gpu.answer(source, llm, ranks=RANKS, environment={**NO_SYMMETRIC_MEMORY, **environment})
+    def answer(llm: dict[str, Any], **environment: str) -> Callable[[], Answer]:
+        return lambda: gpu.answer(source, llm, ranks=RANKS, environment={**NO_SYMMETRIC_MEMORY, **environment})
 
-    pinned = answer(with_copies, **copies(gpu, source), COPIES_PINNED="1")
+    pinned, zigzag, chosen, moved, expected = together(
+        answer(with_copies, **copies(gpu, source), COPIES_PINNED="1"),
+        answer(IN_GRAPHS, **ZIGZAG),
+        answer(with_copies, **copies(gpu, source)),
+        answer(rearranging, **copies(gpu, source)),
+        answer(IN_GRAPHS),
+    )
     assert_with_copies(pinned)
-    assert_identical(pinned, answer(IN_GRAPHS, **ZIGZAG))
-    expected = answer(IN_GRAPHS)
-    assert_right(answer(with_copies, **copies(gpu, source)), expected)
-    moved = answer(rearranging, **copies(gpu, source))
+    assert_identical(pinned, zigzag)
+    assert_right(chosen, expected)
     assert_right(moved, expected)
     assert re.search(r"Rearranged experts\s+in", moved.log), "graphs read the maps that were rewritten"
 
