@@ -102,6 +102,19 @@ def complete(out: Path) -> int:
         return 0
 
 
+def on_nodes(nodes: Nodes, out: Path) -> tuple[object, ...]:
+    """The options of a run of one worker on each node."""
+    return "--src", REPO, "--out", out, "--ray", nodes.address, "--workers", 1
+
+
+def interruptible(nodes: Nodes, out: Path, files: int) -> subprocess.Popen[str]:
+    """A run that has completed so many files, and goes on."""
+    words = command(*on_nodes(nodes, out))
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: complete(out) >= files, process)
+    return process
+
+
 def until(condition: object, process: subprocess.Popen[str] | None = None) -> None:
     """Wait for a condition, which a process that ends cannot fulfil any more."""
     deadline = time.monotonic() + 120
@@ -134,9 +147,7 @@ def test_tasks_write_what_one_process_writes(nodes: Nodes, source: Path, whole: 
 def test_a_node_that_is_killed_in_the_middle_is_not_missed(nodes: Nodes, hub: Hub, whole: Path, tmp_path: Path) -> None:
     hub.fault = slowly
     out = tmp_path / "out"
-    words = command("--src", REPO, "--out", out, "--ray", nodes.address, "--workers", 1)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until(lambda: complete(out) >= 2, process)
+    process = interruptible(nodes, out, files=2)
     nodes.kill(nodes.alive[-1])
     _, complaints = process.communicate(timeout=120)
     assert process.returncode == 0, complaints
@@ -150,15 +161,13 @@ def test_a_node_that_is_killed_in_the_middle_is_not_missed(nodes: Nodes, hub: Hu
 def test_a_killed_driver_is_resumed_by_the_same_command(nodes: Nodes, hub: Hub, whole: Path, tmp_path: Path) -> None:
     hub.fault = slowly
     out = tmp_path / "out"
-    words = command("--src", REPO, "--out", out, "--ray", nodes.address, "--workers", 1)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until(lambda: complete(out) >= 3, process)
+    process = interruptible(nodes, out, files=3)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = complete(out)
     assert not (out / "config.json").exists()
     hub.fault = lambda request: None
-    assert f"{before} files were already complete" in done_well(*words[words.index("--src") :])
+    assert f"{before} files were already complete" in done_well(*on_nodes(nodes, out))
     assert_same_output(whole, out)
 
 

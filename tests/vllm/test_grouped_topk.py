@@ -141,15 +141,25 @@ COPIES = [  # experts, ranks, spare slots on each rank, copies of an expert at m
 ]
 
 
-@pytest.mark.parametrize("case", COPIES, ids=str)
-def test_of_each_active_expert_one_copy_serves_the_whole_batch(case: tuple[int, ...], interpreted: Ask) -> None:
+def drawn(case: tuple[int, ...]) -> tuple[list[int], list[tuple[list[list[int]], int | None, str]]]:
+    """A placement with copies, and two batches: chosen ids with one of no expert, how many rows are tokens, a dtype."""
     experts, ranks, spare, most, tokens, top_k = case
     draw = random.Random(tokens)
     placement = random_copies(draw, experts, ranks, spare, most)
-    slots = len(placement) // ranks
+    batches = []
     for dtype, real in (("int32", None), ("int64", tokens - 3)):
         rows = [draw.sample(range(experts), top_k) for _ in range(tokens)]
         rows[0][0] = -1
+        batches.append((rows, real, dtype))
+    return placement, batches
+
+
+@pytest.mark.parametrize("case", COPIES, ids=str)
+def test_of_each_active_expert_one_copy_serves_the_whole_batch(case: tuple[int, ...], interpreted: Ask) -> None:
+    experts, ranks, spare, _, tokens, top_k = case
+    placement, batches = drawn(case)
+    slots = len(placement) // ranks
+    for rows, real, dtype in batches:
         mapped, chosen, load = interpreted("copies", placement, experts, ranks, rows, real, dtype)
         for row, found in zip(rows, mapped, strict=True):
             assert [placement[slot] if slot >= 0 else slot for slot in found] == row
@@ -168,13 +178,10 @@ def test_of_each_active_expert_one_copy_serves_the_whole_batch(case: tuple[int, 
 def test_a_large_batch_has_one_copy_of_each_expert_so_that_ranks_have_as_much_to_do(
     case: tuple[int, ...], weight: str, interpreted: Ask
 ) -> None:
-    experts, ranks, spare, most, tokens, top_k = case
-    draw = random.Random(tokens)
-    placement = random_copies(draw, experts, ranks, spare, most)
+    experts, ranks, _, _, tokens, _ = case
+    placement, batches = drawn(case)
     slots = len(placement) // ranks
-    for dtype, real in (("int32", None), ("int64", tokens - 3)):
-        rows = [draw.sample(range(experts), top_k) for _ in range(tokens)]
-        rows[0][0] = -1
+    for rows, real, dtype in batches:
         mapped, every, chosen, chosen_by_all, load = interpreted(
             "weight", placement, experts, ranks, rows, real, dtype, weight
         )
