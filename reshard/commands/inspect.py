@@ -19,7 +19,7 @@ from ..placement.permutations import Placement, invert, rank_slots
 from ..placement.strategies import Placed, Zigzag
 from ..record.manifest import FileSummary, Manifest, manifest_in, unpack
 from .original import Original, check_ep_size, is_output, original_of, refuse_unfinished
-from .resharding import plan_resharding
+from .outline import outline_resharding
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def _notes(original: Original, ep_size: int | None, placed: Placed | None) -> It
         yield f"{hole.tensor.name} in {hole.tensor.file} was not all written: a hole; download the file again"
     if ep_size is not None and placed is not None:
         try:
-            yield from plan_resharding(original, Zigzag.name, ep_size, placed).notes
+            yield from outline_resharding(original, Zigzag.name, ep_size, placed).notes
         except (CheckpointError, UnsupportedError) as error:
             yield f"zigzag would refuse it: {error}"
     elif original.checkpoint.left_out:
@@ -178,10 +178,10 @@ def _mixed(source: Files, manifest: Manifest) -> Iterator[str]:
 
 def _describe(facts: _Facts) -> Inspection:
     routing = facts.routing
-    sizes = {
-        kind: sum(tensor.size for tensor in facts.tensors if kind_of(tensor.name, facts.layers) is kind)
-        for kind in Kind
-    }
+    layers = frozenset(facts.layers)
+    sizes = dict.fromkeys(Kind, 0)
+    for tensor in facts.tensors:
+        sizes[kind_of(tensor.name, layers)] += tensor.size
     return Inspection(
         path=str(facts.root),
         resharded=facts.resharded,

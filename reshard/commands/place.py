@@ -19,7 +19,8 @@ from .earlier import earlier_placement
 from .merge import part_of, write_merged
 from .on_ray import Ray, write_on_ray
 from .original import check_strategy, place_experts, read_original, refuse_holes
-from .resharding import DEFAULT_MAX_SHARD_SIZE, Resharding, Writing, plan_resharding
+from .outline import DEFAULT_MAX_SHARD_SIZE, Writing
+from .resharding import Resharding, plan_resharding
 from .writing import write_resharding
 
 

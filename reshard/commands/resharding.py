@@ -1,30 +1,22 @@
-"""How an original becomes an output: everything is decided here, before the first byte is written."""
+"""How an original becomes an output: from an outline to every byte of it, before the first one is written."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
 
 from .._version import __version__
-from ..arguments import check_one_of, check_whole
 from ..checkpoint.directory import CONFIG, INDEX, Checkpoint
 from ..checkpoint.files import Files
-from ..errors import CheckpointError, OutputError
-from ..model.config_ids import map_config_files
 from ..model.layers import MoeModel
-from ..placement.contract import Contract, contract_to_json, lock_config, locked_values, placement_to_json
+from ..placement.contract import Contract, contract_to_json, placement_to_json
 from ..placement.permutations import Placement
-from ..placement.strategies import Placed, check_placement
-from ..plan.extents import shareable
+from ..placement.strategies import Placed
 from ..plan.files import (
-    Digests,
     Literal,
     OutputFile,
     Plan,
@@ -34,10 +26,8 @@ from ..plan.files import (
     plan_index,
     whole_file,
 )
-from ..plan.layouts import as_source, by_rank, why_not_shared
-from ..plan.sharing import NOTHING_SHARED, Sharing
+from ..plan.layouts import output_files
 from ..record.manifest import (
-    LAYOUTS,
     MANIFEST,
     MANIFEST_VERSION,
     FileRecord,
@@ -48,33 +38,8 @@ from ..record.manifest import (
     SourceFile,
     pack,
 )
-from .notes import PARAMS, known_checksums, notes, refuse_adapters
-from .original import Original, check_ep_size
-
-DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
-_RANK_FILE_NAME = re.compile(r"model-ep\d+-of-\d+-")
-
-
-@dataclass(frozen=True, slots=True)
-class Writing:
-    """How an output is written: which files, how large, what is shared with the source, what gets a digest.
-
-    OutputError for a value that is none of these.
-    """
-
-    layout: Layout = "ranks"
-    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE  # bytes of tensors in a file; unused with layout "source"
-    sharing: Sharing = NOTHING_SHARED
-    digests: Digests = Digests.ALL
-    check_source: bool = False  # compare the source with the checksums that it was downloaded by
-    ranks: tuple[int, ...] | None = None  # write only what these EP ranks need
-
-    def __post_init__(self) -> None:
-        check_one_of(self.layout, LAYOUTS, "--layout")
-        check_whole(self.max_shard_size, "--max-shard-size, in bytes,")
-        check_one_of(self.digests, Digests, "--digests")
-        for rank in self.ranks or ():
-            check_whole(rank, "each of --ranks", 0)
+from .original import Original
+from .outline import Writing, outline_resharding
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,32 +99,22 @@ def plan_resharding(
     """
     checkpoint, model, placement = original.checkpoint, original.model, placed.placement
     writing = writing or Writing()
-    check_ep_size(ep_size, original)
-    check_placement(placement, original.shape)
-    contract = None
-    if model.routing.group_limited:
-        groups = model.routing.n_group, model.routing.topk_group
-        contract = Contract(strategy, ep_size, *groups, placement, locked_values(checkpoint.config), model.gates)
-    weights, sharing = _weights(original, placement, ep_size, writing)
-    ranks = _ranks(original, weights, ep_size, writing)
-    _refuse_collisions(checkpoint, weights)
-    refuse_adapters(checkpoint)
-    rewritten = _rewritten_configs(checkpoint, model, placement, contract)
-    rewritten[INDEX] = plan_index(weights, checkpoint.index_metadata)
-    withheld = () if contract is None else (PARAMS,)
-    replaced = {*rewritten, *checkpoint.indices, *withheld}
+    outline = outline_resharding(original, strategy, ep_size, placed, writing)
+    weights = output_files(outline.shards, checkpoint, model, placement, writing.digests)
+    # an original that is not rewritten has no place in the output: another index, or what would open the lock
     copied = [
-        literal_file(file.name, rewritten[file.name]) if file.name in rewritten else whole_file(file.name, file.size)
+        literal_file(file.name, outline.rewritten[file.name])
+        if file.name in outline.rewritten
+        else whole_file(file.name, file.size)
         for file in checkpoint.other_files
-        if file.name not in (*checkpoint.indices, CONFIG, *withheld)
+        if file.name != CONFIG and (file.name in outline.rewritten or file.name not in outline.originals)
     ]
-    checksums = known_checksums(checkpoint) if writing.check_source else {}
-    files, read_first = assign_checksums((*weights, *copied), checksums)
+    files, read_first = assign_checksums((*weights, *copied), outline.checksums)
     whole = Plan(
         source=checkpoint.source,
         source_files=checkpoint.files,
         headers={name: header.raw for name, header in checkpoint.shards.items()},
-        sharing=sharing,
+        sharing=outline.sharing,
         directories=checkpoint.directories,
         files=files,
         last=(MANIFEST, INDEX, CONFIG),
@@ -174,53 +129,16 @@ def plan_resharding(
         layout=writing.layout,
         ep_size=ep_size,
         placement=placement,
-        contract=contract,
-        plan=_part(whole, ranks),
-        index=rewritten[INDEX],
-        config=rewritten.get(CONFIG) or checkpoint.source.read(CONFIG),
-        originals={name: checkpoint.source.read(name) for name in replaced if name in checkpoint.files},
-        notes=(*placed.notes, *notes(checkpoint, model, ep_size), *_why_all_ranks(writing, ranks)),
-        checksums=checksums,
+        contract=outline.contract,
+        plan=_part(whole, outline.ranks),
+        index=plan_index(weights, checkpoint.index_metadata),
+        config=outline.config,
+        originals=outline.originals,
+        notes=outline.notes,
+        checksums=outline.checksums,
         whole=whole,
-        ranks=ranks,
+        ranks=outline.ranks,
     )
-
-
-def _weights(
-    original: Original, placement: Placement, ep_size: int, writing: Writing
-) -> tuple[list[OutputFile], Sharing]:
-    """The weight files of the output, and which blocks they really share."""
-    checkpoint, model, sharing = original.checkpoint, original.model, writing.sharing
-    if writing.layout == "source":
-        files = as_source(checkpoint, model, placement, block_size=sharing.block_size, digests=writing.digests)
-        if sharing.required and not any(shareable(file.parts, sharing.block_size) for file in files):
-            raise OutputError(f"{checkpoint.root}: --reflink always, but its tensors are too small to share blocks")
-        return files, sharing
-    cut = partial(
-        by_rank,
-        checkpoint,
-        model,
-        placement,
-        ep_size,
-        max_shard_size=writing.max_shard_size,
-        digests=writing.digests,
-    )
-    files = cut(block_size=sharing.block_size)
-    if sharing.block_size and (why := why_not_shared(files, checkpoint, ep_size, sharing.block_size)):
-        if sharing.required:
-            raise OutputError(f"{checkpoint.root}: files by rank cannot share its blocks: {why}; try --layout source")
-        return cut(block_size=None), Sharing(None, why)
-    return files, sharing
-
-
-def _ranks(original: Original, weights: Sequence[OutputFile], ep_size: int, writing: Writing) -> tuple[int, ...] | None:
-    """The EP ranks whose files are written; None if these are all files."""
-    if writing.ranks is None:
-        return None
-    ranks = tuple(sorted(set(writing.ranks)))
-    if not ranks or ranks[-1] >= ep_size:
-        raise OutputError(f"{original.root}: --ranks must be some of the {ep_size} EP ranks, 0-{ep_size - 1}")
-    return None if len(list(_needed_by(weights, ranks))) == len(weights) else ranks
 
 
 def for_ranks(resharding: Resharding, ranks: tuple[int, ...]) -> Resharding:
@@ -236,33 +154,6 @@ def _part(whole: Plan, ranks: Collection[int] | None) -> Plan:
 
 def _needed_by(files: Iterable[OutputFile], ranks: Collection[int]) -> Iterator[OutputFile]:
     return (file for file in files if file.rank is None or file.rank in ranks)
-
-
-def _why_all_ranks(writing: Writing, ranks: Collection[int] | None) -> Iterator[str]:
-    if writing.ranks is not None and ranks is None:
-        yield "--ranks leaves nothing out: it names all ranks, or no file is of one rank only; the output is whole"
-
-
-def _rewritten_configs(
-    checkpoint: Checkpoint, model: MoeModel, placement: Placement, contract: Contract | None
-) -> dict[str, bytes]:
-    changed = map_config_files(checkpoint, model, placement)
-    if contract is not None:
-        changed[CONFIG] = lock_config(changed.get(CONFIG, checkpoint.config), contract)
-    return {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in changed.items()}
-
-
-def _refuse_collisions(checkpoint: Checkpoint, weights: Sequence[OutputFile]) -> None:
-    for file in weights:
-        if file.rank is None and _RANK_FILE_NAME.match(file.name):
-            raise CheckpointError(
-                f"{checkpoint.root / file.name}: named like a file of one EP rank, so only that rank would read it; "
-                "rename it in the source, or leave out --layout source"
-            )
-    kept = {file.name for file in checkpoint.other_files}
-    for file in weights:
-        if file.name in kept:
-            raise CheckpointError(f"{checkpoint.root / file.name}: the output needs this name; move the file away")
 
 
 def records_of(resharding: Resharding, written: Iterable[FileRecord]) -> list[FileRecord]:

@@ -26,10 +26,9 @@ class Extent:
         return self.at + self.size
 
 
-def extents(parts: Iterable[Part]) -> Iterator[Extent]:
-    """The extents of an output file that consists of `parts`, front to back, each as long as possible."""
+def extents(parts: Iterable[Part], at: int = 0) -> Iterator[Extent]:
+    """The extents of an output file that has `parts` from byte `at` on, front to back, each as long as possible."""
     last: Extent | None = None
-    at = 0
     for part in parts:
         for file, offset, size in _ranges(part.content):
             if last and (last.file, last.offset + last.size, last.end) == (file, offset, at):
@@ -55,9 +54,14 @@ def _ranges(content: Content) -> Iterator[tuple[str, int, int]]:
                 yield file, offset + row * row_size, row_size
 
 
-def shareable(parts: Iterable[Part], block_size: int | None) -> list[Extent]:
-    """The extents of whole blocks that an output file can share: at the same offset within a block in both files."""
-    return [blocks for extent in extents(parts) if (blocks := _whole_blocks(extent, block_size))] if block_size else []
+def shareable(parts: Iterable[Part], block_size: int | None, at: int = 0) -> list[Extent]:
+    """The extents of whole blocks that an output file can share: at the same offset within a block in both files.
+
+    The file has `parts` from byte `at` on.
+    """
+    if not block_size:
+        return []
+    return [blocks for extent in extents(parts, at) if (blocks := _whole_blocks(extent, block_size))]
 
 
 def _whole_blocks(extent: Extent, block_size: int) -> Extent | None:

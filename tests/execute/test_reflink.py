@@ -19,11 +19,13 @@ from oracle import assert_identical_trees, assert_resharded, read_safetensors, t
 
 from reshard import OutputError, read_checkpoint, read_model, verify, write_resharding
 from reshard.commands.original import read_original
-from reshard.commands.resharding import Resharding, Writing, plan_resharding
+from reshard.commands.outline import Writing
+from reshard.commands.resharding import Resharding, plan_resharding
 from reshard.placement.permutations import zigzag
 from reshard.placement.strategies import Placed
+from reshard.plan.extents import shareable
 from reshard.plan.files import Digests, Range
-from reshard.plan.layouts import by_rank, why_not_shared
+from reshard.plan.layouts import by_rank, output_files, shared_size, why_not_shared
 from reshard.plan.sharing import Sharing
 from reshard.record.manifest import Layout, Manifest, encode_manifest
 
@@ -253,9 +255,8 @@ def test_by_rank_large_tensors_lie_on_blocks_as_in_the_source(shuffled: bool, tm
     order = dict.fromkeys((layer.name for layer in model.layers), zigzag(16, RANKS))
     for block_size in (512, 4096, 1 << 16):
         for most in (300_000, 5_000_000):
-            files = by_rank(
-                checkpoint, model, order, RANKS, max_shard_size=most, block_size=block_size, digests=Digests.ALL
-            )
+            shards = by_rank(checkpoint, model, order, RANKS, max_shard_size=most, block_size=block_size)
+            files = output_files(shards, checkpoint, model, order, Digests.ALL)
             seen: list[str] = []
             for file in files:
                 at = 0
@@ -267,7 +268,10 @@ def test_by_rank_large_tensors_lie_on_blocks_as_in_the_source(shuffled: bool, tm
                 tensors = [part.content.size for part in file.parts[1:]]
                 assert sum(tensors) <= most or len(tensors) == 1
             assert len(seen) == len(set(seen)) == len(checkpoint.tensors)
-            too_many = why_not_shared(files, checkpoint, RANKS, block_size) is not None
+            shared = sum(extent.size for file in files for extent in shareable(file.parts, block_size))
+            assert shared_size(shards, model, order, block_size) == shared
+            assert shared > 0
+            too_many = why_not_shared(shards, checkpoint, model, order, RANKS, block_size) is not None
             assert too_many == (len(files) > 8 * (RANKS + 1) * len(checkpoint.shards))
             assert not too_many or most < 1_000_000 or block_size > 4096
 
