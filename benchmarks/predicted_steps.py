@@ -7,7 +7,11 @@ under each placement. The rest of a step is the same under all. So a step under 
 that was measured under BASE, less what the layers gain by the model. If experts have copies, these are chosen as they
 were in the step, and mapping ids takes longer than under BASE, by as much as was measured of its kernels. Printed are
 the ratios of BASE's time to each placement's, predicted and measured, and how busy the busiest rank is. `--choices` is
-what real routers chose (`step_times.py measure --save-choices`). Tensors carry their shape in their name: B batches, L
+what real routers chose (`step_times.py measure --save-choices`).
+
+The model's times are means. If ranks scatter around them, and have equally much to do, the slowest is later than the
+model says. `--scatter` predicts that: each rank's time is normally distributed, with this share of it as its standard
+deviation. Tensors carry their shape in their name: B batches, L
 layers, E experts, P slots, T tokens, K choices, V vocabulary, N parts of batches, each routed by itself.
 """
 
@@ -37,6 +41,7 @@ from reshard.traffic.step_time import choice_time
 FEW = 16  # up to so many tokens of a rank, DeepSeek's gate gives float32 logits
 # Of a layer, beyond the router: one gather, and EPLB's map (docs/gpu/copies-time-h200.json)
 GATHER_SECONDS, EPLB_SECONDS = 1.3e-6, 2.0e-6
+DRAWS = 64  # of the scatter of ranks
 DIGITS = 5  # of the predictions that are written
 Way = Literal["without copies", "with copies", "by position"]
 WAYS: tuple[Way, ...] = ("without copies", "with copies", "by position")
@@ -131,14 +136,30 @@ def _by_position(ids_NTK: Tensor, order_P: Sequence[int], experts: int, ranks: i
 
 
 def layer_times(
-    chosen_LBTK: Tensor, order_LP: Tensor, ranks: int, way: Way, parts: int, expert: ExpertShape, gpu: GpuProfile
+    chosen_LBTK: Tensor,
+    order_LP: Tensor,
+    ranks: int,
+    way: Way,
+    parts: int,
+    expert: ExpertShape,
+    gpu: GpuProfile,
+    scatter: float = 0.0,
 ) -> Layers:
-    """Each layer under a placement; every rank is given all tokens of a batch. The arguments are those above."""
+    """Each layer under a placement; every rank is given all tokens of a batch.
+
+    The arguments are those above, and `scatter` is the standard deviation of a rank's time, over its mean.
+    """
+    draws = torch.Generator().manual_seed(0)  # the same for all placements
     every, rank_P = torch.full((chosen_LBTK.shape[1],), chosen_LBTK.shape[2]), _rank_of_slots(order_LP, ranks)
     times, active, pairs = [], [], []
     for ids_BTK, order_P in zip(chosen_LBTK, order_LP.tolist(), strict=True):
         count_BP = slot_counts(ids_BTK, order_P, ranks, way, parts)
-        times.append(1000 * rank_times(count_BP, rank_P, ranks, every, expert, gpu).amax(dim=1))
+        time_BR = 1000 * rank_times(count_BP, rank_P, ranks, every, expert, gpu)
+        if scatter:
+            drawn_DBR = torch.randn(DRAWS, *time_BR.shape, dtype=torch.float64, generator=draws)
+            times.append((time_BR * (1 + scatter * drawn_DBR)).amax(dim=2).mean(dim=0))
+        else:
+            times.append(time_BR.amax(dim=1))
         empty_BR = count_BP.new_zeros(len(count_BP), ranks)
         active.append(empty_BR.index_add(1, rank_P, (count_BP > 0).long()).amax(dim=1))
         pairs.append(empty_BR.index_add(1, rank_P, count_BP).amax(dim=1))
@@ -165,12 +186,14 @@ def predict(
     orders: Mapping[str, Tensor],
     expert: ExpertShape,
     gpu: GpuProfile,
+    scatter: float = 0.0,
 ) -> list[Predicted]:
     """The predictions for all cases and placements of a record of `step_times`.
 
     Parameters:
         chosen: [L, V, K] by how many tokens the gate has at once, "many" or "few"
         orders: physical_to_logical [L, P] of each placement
+        scatter: see `layer_times`
     """
     found = []
     ranks, parts = record["ranks"], record["ranks"] if record["mode"] == "dp" else 1
@@ -185,7 +208,7 @@ def predict(
         distinct = [_count(ids.flatten(0, 1).flatten(1).long(), num_experts_of(orders[BASE])) > 0 for ids in made]
         ways = {name: way_of(name, order_LP) for name, order_LP in orders.items()}
         of = {
-            name: [layer_times(ids, order_LP, ranks, ways[name], parts, expert, gpu) for ids in made]
+            name: [layer_times(ids, order_LP, ranks, ways[name], parts, expert, gpu, scatter) for ids in made]
             for name, order_LP in orders.items()
         }
         for name, measured in ratios(rows).items():
@@ -289,18 +312,21 @@ def main() -> None:
     parser.add_argument("--choices", type=Path, required=True, help="what real routers chose")
     parser.add_argument("--placements", type=Path, required=True, help="directory of placement files")
     parser.add_argument("--gpu", default="H200", help="a GPU's name, or a JSON (default H200)")
+    parser.add_argument("--scatter", type=float, default=0.0, help="of a rank's time, over it (default 0)")
+    parser.add_argument("--only", default="", metavar="STEP", help="only steps whose names begin so, as decode")
     parser.add_argument("--json", type=Path, help="write the predictions to this file too")
     options = parser.parse_args()
     record = json.loads(options.steps.read_text())
+    record["cases"] = [case for case in record["cases"] if Case(**case).name.startswith(options.only)]
     layers = range(1, 1 + record["layers"])
     orders = {
         name: orders_of(options.placements / f"{name.removesuffix(BY_POSITION)}.json", layers)
         for name in record["placements"]
     }
-    found = predict(record, load_file(options.choices), orders, R1_EXPERT, read_gpu(options.gpu))
+    found = predict(record, load_file(options.choices), orders, R1_EXPERT, read_gpu(options.gpu), options.scatter)
     print(table(found))
     if options.json:
-        about = {"mode": record["mode"], "ranks": record["ranks"], "gpu": options.gpu}
+        about = {"mode": record["mode"], "ranks": record["ranks"], "gpu": options.gpu, "scatter": options.scatter}
         write_json(options.json, about | {"predicted": [rounded(vars(one)) for one in found]})
 
 

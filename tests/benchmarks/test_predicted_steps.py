@@ -163,6 +163,18 @@ def test_steps_with_copies_that_follow_the_model_are_predicted() -> None:
     assert found[0].cost == pytest.approx(LAYERS * 4.04e-3 * 3 / sum(rows[0]["ms"]))
 
 
+def test_ranks_that_scatter_make_layers_longer_where_they_have_equally_much_to_do() -> None:
+    """The expected maximum of four normal values is 1.029 standard deviations above their mean."""
+    even = torch.arange(EXPERTS).repeat(200, 1).view(200, 4, 4)[None]  # all experts, once
+    uneven = torch.arange(4).repeat(200, 4).view(200, 4, 4)[None]  # only those of one rank
+    order_LE = torch.arange(EXPERTS)[None]
+    for chosen_LBTK, deviations in ((even, 1.029), (uneven, 0.0)):
+        arguments = (chosen_LBTK, order_LE, RANKS, "without copies", 1, R1_EXPERT, GPU)
+        none, some = (layer_times(*arguments, scatter).times.mean().item() for scatter in (0.0, 0.05))  # type: ignore[arg-type]
+        assert some / none == pytest.approx(1 + deviations * 0.05, abs=0.002)
+        assert none == pytest.approx(layer_times(*arguments).times.mean().item())  # type: ignore[arg-type]
+
+
 def record(gain: float) -> dict[str, Any]:
     """Steps that take 5 ms and their layers' time by the model; under zigzag `gain` times what the layers gain less."""
     chosen_LVK, rows = chosen(), []
