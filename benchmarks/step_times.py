@@ -63,6 +63,8 @@ DECODE = {1: 32, 8: 32, 16: 16, 32: 16, 64: 8, 128: 4, 256: 4}  # tokens: batche
 PREFILL = {1024: 2, 4096: 2, 8192: 1, 16384: 1}
 HELD_OUT = 4096  # recorded tokens from this one on are none of those that are measured
 ROUNDS, WIDTH = 8, 0.01
+UNSTEADY = 0.05  # if the quartiles of a case's ratios are further apart, the case says little
+WAITING = ("prefill 1024",)  # the CPU takes as long to start the kernels as the GPUs take to run them
 PLUGINS = {"reshard": "reshard.vllm:register", **PLUGIN}
 ENVIRONMENT = {
     **MULTICAST_OFF,
@@ -150,6 +152,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def width(values: Sequence[float]) -> float:
     """How far the quartiles are apart."""
     return quartiles(values)[2] - quartiles(values)[0] if values else 0.0
+
+
+def is_unsteady(case: str, measured: Sequence[Sequence[float]]) -> bool:
+    """Whether a case's ratios, those of each placement, spread too much to compare them, or it waits for the CPU."""
+    return case.startswith(WAITING) or statistics.median(map(width, measured)) > UNSTEADY
 
 
 # Placements

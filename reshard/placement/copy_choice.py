@@ -201,20 +201,24 @@ def fixed_slots(prepared: Schedule) -> Tensor:
     return choose_copies(torch.ones(1, len(prepared.round_E), dtype=torch.int32), prepared, FIXED_SWEEPS)[0]
 
 
-def serving_slots(count_BE: Tensor, prepared: Schedule, tokens: int) -> Tensor:
-    """The copy of each expert that serves batches of `tokens` tokens, if all ranks route the same tokens.
+def serving_slots(count_BE: Tensor, prepared: Schedule, tokens: int, *, same_tokens: bool = True) -> Tensor:
+    """The copy of each expert that serves batches of `tokens` tokens.
 
     Parameters:
         count_BE: tokens that chose each logical expert, in each batch
         prepared: the placement
         tokens: in a batch
+        same_tokens: whether all ranks route the same tokens. If not, a batch is what one rank routes: it must use the
+            same copies as the others' unless it is large, and then it makes its own pairs even
 
     Returns:
         slot_BE: as `choose_copies` does
     """
-    if SMALL_BATCH < tokens <= LARGE_BATCH:
-        return fixed_slots(prepared).expand_as(count_BE)
-    return choose_copies((BY_ACTIVE if tokens <= SMALL_BATCH else BY_TIME).of(count_BE), prepared)
+    if tokens > LARGE_BATCH:
+        return choose_copies((BY_TIME if same_tokens else BY_PAIRS).of(count_BE), prepared)
+    if same_tokens and tokens <= SMALL_BATCH:
+        return choose_copies(BY_ACTIVE.of(count_BE), prepared)
+    return fixed_slots(prepared).expand_as(count_BE)
 
 
 def _weights(weight_BE: Tensor, expert_N: Tensor) -> Tensor:

@@ -28,9 +28,11 @@ LAYER_SECONDS = 60e-6
 ALL_REDUCE_SECONDS = 12e-6
 ALL_REDUCES, PASSES = 2, 10
 CONTEXT = 1024  # tokens that each decoded token attends to
-# What maps ids to copies, per layer and by the tokens in a batch (docs/gpu/copies-time.json, an H100). Large batches
-# take the choice for SMALL_BATCH tokens and one more mapping; that is assumed.
-CHOICE_SECONDS, CHOICE_TOKEN_SECONDS, MAP_SECONDS = 4.0e-6, 5.0e-9, 1.2e-6
+# What maps ids to copies takes per layer beyond the router, and how much of it each token adds: by active experts, by a
+# table, and by weight. Measured on an H200 (docs/gpu/copies-time-h200.json).
+CHOICE_SECONDS, CHOICE_TOKEN_SECONDS = 4.0e-6, 5.0e-9
+MAP_SECONDS = 1.7e-6
+WEIGHT_SECONDS, WEIGHT_TOKEN_SECONDS = 28.9e-6, 0.22e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +116,16 @@ def _of_slots(count_BE: Tensor, order: Sequence[int], ep_size: int, tokens: int)
     return count_BP, torch.arange(len(order)) // (len(order) // ep_size)
 
 
-def choice_time(tokens: int) -> float:
-    """Seconds of a layer in which ids are mapped to copies, and chosen before unless all batches use the same."""
-    if SMALL_BATCH < tokens <= LARGE_BATCH:
-        return MAP_SECONDS
-    chosen = CHOICE_SECONDS + CHOICE_TOKEN_SECONDS * min(tokens, SMALL_BATCH)
-    return chosen + (tokens > LARGE_BATCH) * MAP_SECONDS
+def choice_time(tokens: int, *, same_tokens: bool = True) -> float:
+    """Seconds of a layer in which a batch's ids are mapped to copies, and these chosen before if batches choose.
+
+    `tokens` are those that a rank routes, and `same_tokens` says whether all ranks route the same.
+    """
+    if tokens > LARGE_BATCH:
+        return WEIGHT_SECONDS + WEIGHT_TOKEN_SECONDS * tokens
+    if same_tokens and tokens <= SMALL_BATCH:
+        return CHOICE_SECONDS + CHOICE_TOKEN_SECONDS * tokens
+    return MAP_SECONDS
 
 
 def rest_time(step: Step, ep_size: int, sizes: ModelSizes, gpu: GpuProfile) -> float:

@@ -90,6 +90,21 @@ def test_small_batches_even_out_active_experts_and_large_ones_time() -> None:
     assert choose_copies(BY_PAIRS.of(filled), prepared)[0, 4] == on_0
 
 
+def test_ranks_that_route_their_own_tokens_choose_in_large_batches_only_and_by_pairs() -> None:
+    """In small ones their copies must be the same. Rank 0 has experts 0, 1 and 4, rank 1 has 2, 3 and 4."""
+    prepared = schedule([0, 1, 4, 2, 3, 4], 5, 2)
+    on_0, on_1 = 2, 5
+    fixed = int(fixed_slots(prepared)[4])
+    counts = [[9, 9, 0, 0, 5], [0, 0, 9, 9, 5]]
+    for tokens in (1, SMALL_BATCH, SMALL_BATCH + 1, LARGE_BATCH):
+        slot_BE = serving_slots(torch.tensor(counts), prepared, tokens, same_tokens=False)
+        assert slot_BE[:, 4].tolist() == [fixed, fixed]
+    assert serving_slots(torch.tensor(counts), prepared, SMALL_BATCH)[:, 4].tolist() == [on_1, on_0], "a control"
+    filled = torch.tensor([[30, 30, 64, 0, 5]])  # tiles: 2 against 1, pairs: 60 against 64
+    assert serving_slots(filled, prepared, LARGE_BATCH + 1, same_tokens=False)[0, 4] == on_0
+    assert serving_slots(filled, prepared, LARGE_BATCH + 1)[0, 4] == on_1
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_in_between_each_expert_has_a_fixed_copy_and_ranks_equally_many(seed: int) -> None:
     experts, ranks, spare = 256, 8, 8
