@@ -39,7 +39,7 @@ from reshard.placement.time_model import ExpertShape, GpuProfile, rank_times, re
 from reshard.traffic.step_time import choice_time
 
 FEW = 16  # up to so many tokens of a rank, DeepSeek's gate gives float32 logits
-# Of a layer, beyond the router: one gather, and EPLB's map (docs/gpu/copies-time-h200.json)
+# Of a layer, beyond the router: one gather, and EPLB's map (docs/gpu/copies-time.json)
 GATHER_SECONDS, EPLB_SECONDS = 1.3e-6, 2.0e-6
 DRAWS = 64  # of the scatter of ranks
 DIGITS = 5  # of the predictions that are written

@@ -3,8 +3,9 @@
 With spare slots, some experts have copies on several ranks, and each batch may choose among them. One copy of an expert
 serves all tokens of a batch, since each copy that serves must be read. What counts depends on the batch:
 
+    one token                  nothing: choosing takes longer than it saves. Each expert has a fixed copy.
     up to SMALL_BATCH tokens   active experts: ranks get equally many
-    up to LARGE_BATCH          nothing: all experts are active, and most have one tile of rows. Each has a fixed copy.
+    up to LARGE_BATCH          nothing: all experts are active, and most have one tile of rows
     more                       the time of each expert, which follows its tiles of rows (`time_model`)
 
 The choice is greedy, in rounds:
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 # expert in batches of eight tokens, which is less than it takes.
 SWEEPS = 2
 FIXED_SWEEPS = 8  # of a choice that is made once; with two, a rank often has one expert more than the others
-# Tokens. In between, the choice would take longer than it saves: R1's layers on eight H200, by the time model.
+# Tokens. One, and those in between, would choose for longer than it saves: R1's layers on eight H200, measured for one
+# token, by the time model for the others.
 SMALL_BATCH, LARGE_BATCH = 128, 1024
 MAX_ROUNDS = 47  # on a GPU the choices of a rank are the bits of an integer
 
@@ -201,24 +203,34 @@ def fixed_slots(prepared: Schedule) -> Tensor:
     return choose_copies(torch.ones(1, len(prepared.round_E), dtype=torch.int32), prepared, FIXED_SWEEPS)[0]
 
 
+def chosen_by(tokens: int, *, same_tokens: bool) -> Weight | None:
+    """What a batch chooses copies by; None if it uses the fixed ones.
+
+    Parameters:
+        tokens: in a batch, padding included
+        same_tokens: whether all ranks route the same tokens. If not, a batch is what one rank routes: it must use the
+            same copies as the others' unless it is large, and then it makes its own pairs even
+    """
+    if tokens > LARGE_BATCH:
+        return BY_TIME if same_tokens else BY_PAIRS
+    return BY_ACTIVE if same_tokens and 1 < tokens <= SMALL_BATCH else None
+
+
 def serving_slots(count_BE: Tensor, prepared: Schedule, tokens: int, *, same_tokens: bool = True) -> Tensor:
     """The copy of each expert that serves batches of `tokens` tokens.
 
     Parameters:
         count_BE: tokens that chose each logical expert, in each batch
         prepared: the placement
-        tokens: in a batch
-        same_tokens: whether all ranks route the same tokens. If not, a batch is what one rank routes: it must use the
-            same copies as the others' unless it is large, and then it makes its own pairs even
+        tokens, same_tokens: as in `chosen_by`
 
     Returns:
         slot_BE: as `choose_copies` does
     """
-    if tokens > LARGE_BATCH:
-        return choose_copies((BY_TIME if same_tokens else BY_PAIRS).of(count_BE), prepared)
-    if same_tokens and tokens <= SMALL_BATCH:
-        return choose_copies(BY_ACTIVE.of(count_BE), prepared)
-    return fixed_slots(prepared).expand_as(count_BE)
+    weight = chosen_by(tokens, same_tokens=same_tokens)
+    if weight is None:
+        return fixed_slots(prepared).expand_as(count_BE)
+    return choose_copies(weight.of(count_BE), prepared)
 
 
 def _weights(weight_BE: Tensor, expert_N: Tensor) -> Tensor:

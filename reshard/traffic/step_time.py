@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..model.sizes import ModelSizes
-from ..placement.copy_choice import LARGE_BATCH, SMALL_BATCH, schedule, serving_slots
+from ..placement.copy_choice import BY_ACTIVE, chosen_by, schedule, serving_slots
 from ..placement.permutations import Placement, rank_of_each
 from ..placement.steps import Phase, Step, count_experts
 from ..placement.time_model import GpuProfile, flops, rank_times
@@ -29,7 +29,7 @@ ALL_REDUCE_SECONDS = 12e-6
 ALL_REDUCES, PASSES = 2, 10
 CONTEXT = 1024  # tokens that each decoded token attends to
 # What maps ids to copies takes per layer beyond the router, and how much of it each token adds: by active experts, by a
-# table, and by weight. Measured on an H200 (docs/gpu/copies-time-h200.json).
+# table, and by weight. Measured on an H200 (docs/gpu/copies-time.json).
 CHOICE_SECONDS, CHOICE_TOKEN_SECONDS = 4.0e-6, 5.0e-9
 MAP_SECONDS = 1.7e-6
 WEIGHT_SECONDS, WEIGHT_TOKEN_SECONDS = 28.9e-6, 0.22e-9
@@ -121,11 +121,12 @@ def choice_time(tokens: int, *, same_tokens: bool = True) -> float:
 
     `tokens` are those that a rank routes, and `same_tokens` says whether all ranks route the same.
     """
-    if tokens > LARGE_BATCH:
-        return WEIGHT_SECONDS + WEIGHT_TOKEN_SECONDS * tokens
-    if same_tokens and tokens <= SMALL_BATCH:
+    weight = chosen_by(tokens, same_tokens=same_tokens)
+    if weight is None:
+        return MAP_SECONDS
+    if weight is BY_ACTIVE:
         return CHOICE_SECONDS + CHOICE_TOKEN_SECONDS * tokens
-    return MAP_SECONDS
+    return WEIGHT_SECONDS + WEIGHT_TOKEN_SECONDS * tokens
 
 
 def rest_time(step: Step, ep_size: int, sizes: ModelSizes, gpu: GpuProfile) -> float:

@@ -3,6 +3,7 @@
 vLLM's EPLB knows which slots hold copies of an expert, and picks one by a token's position. We replace that step of its
 routers, `_apply_eplb_mapping`, and leave the rest to vLLM. Each batch gets one copy of each expert:
 
+    one token                  always the same copy: choosing takes longer than it saves
     up to SMALL_BATCH tokens   so that the busiest rank has the fewest active experts (`choose_copies`)
     up to LARGE_BATCH tokens   always the same copy: all experts are active
     more tokens                so that the busiest rank takes the least time (`choose_by_weight`)
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UnsupportedError
-from ..placement.copy_choice import BY_PAIRS, BY_TIME, LARGE_BATCH, MAX_ROUNDS, SMALL_BATCH, fixed_slots, schedule
+from ..placement.copy_choice import BY_ACTIVE, MAX_ROUNDS, chosen_by, fixed_slots, schedule
 from .fused import Fused, fused_in_place_of, understood
 from .placed import router_fault
 from .runners import RoutesItself
@@ -101,13 +102,13 @@ class CopyMaps:
         from .choose_by_weight import choose_by_weight, map_and_count
         from .choose_copies import choose_copies
 
-        if len(ids_TK) > LARGE_BATCH:
-            weight = BY_TIME if self.same_tokens else BY_PAIRS
-            # where ranks gather rows before they route, `tokens` is this rank's own number, and they must choose alike
-            return choose_by_weight(ids_TK, self.tables, weight, tokens, record, all_rows=not self.same_tokens)
-        if self.same_tokens and len(ids_TK) <= SMALL_BATCH:
+        weight = chosen_by(len(ids_TK), same_tokens=self.same_tokens)
+        if weight is None:
+            return map_and_count(ids_TK, self.fixed_E, tokens, record)
+        if weight is BY_ACTIVE:
             return choose_copies(ids_TK, self.tables, tokens, record)
-        return map_and_count(ids_TK, self.fixed_E, tokens, record)
+        # where ranks gather rows before they route, `tokens` is this rank's own number, and they must choose alike
+        return choose_by_weight(ids_TK, self.tables, weight, tokens, record, all_rows=not self.same_tokens)
 
 
 def room_for(placements: Sequence[Sequence[int]], num_experts: int, ep_size: int, *, rearranges: bool) -> Room:

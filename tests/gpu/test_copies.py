@@ -24,7 +24,7 @@ from copies_oracle import random_copies
 from harness import EXPERT_PARALLEL, GRAPHS, PROMPTS, Answer, Gpu, together
 from test_gpu import agreeing, assert_by_the_kernel, assert_identical, same_first_tokens, v3
 
-from reshard.placement.copy_choice import LARGE_BATCH, SMALL_BATCH, schedule, serving_slots
+from reshard.placement.copy_choice import BY_ACTIVE, chosen_by, schedule, serving_slots
 
 EXPERTS, RANKS, SPARE = 256, 2, 8
 ZIGZAG = {"RESHARD_PLACEMENT": "zigzag"}
@@ -144,7 +144,8 @@ def test_every_pair_is_computed_once_and_ranks_choose_alike(gpu: Gpu, tmp_path: 
         assert physical == [[chosen[expert] for expert in row] for row in logical], "as the pure function chooses"
         for expert in {expert for row in logical for expert in row}:
             used.setdefault((layer, expert), set()).add(chosen[expert])
-        sizes["small" if len(logical) <= SMALL_BATCH else "large" if len(logical) > LARGE_BATCH else "between"] += 1
+        chooses = chosen_by(len(logical), same_tokens=True)
+        sizes["fixed" if chooses is None else "small" if chooses is BY_ACTIVE else "large"] += 1
     several = sum(len(slots) > 1 for slots in used.values())
     print(f"batches: {dict(sizes)}; of {len(used)} experts {several} were served by several copies")
     assert sizes["small"] > len(PROMPTS)

@@ -106,15 +106,17 @@ def test_ranks_that_route_their_own_tokens_choose_in_large_batches_only_and_by_p
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_in_between_each_expert_has_a_fixed_copy_and_ranks_equally_many(seed: int) -> None:
+def test_for_one_token_and_in_between_each_expert_has_a_fixed_copy_and_ranks_equally_many(seed: int) -> None:
     experts, ranks, spare = 256, 8, 8
     placement = random_placement(seed, experts, ranks, spare, most=2)
     prepared = schedule(placement, experts, ranks)
     count_BE = torch.randint(0, 50, (8, experts), generator=torch.Generator().manual_seed(seed))
-    for tokens in (SMALL_BATCH + 1, LARGE_BATCH):
+    for tokens in (1, SMALL_BATCH + 1, LARGE_BATCH):
         slot_BE = serving_slots(count_BE, prepared, tokens)
         assert all(torch.equal(slot_E, fixed_slots(prepared)) for slot_E in slot_BE)
         assert (slot_BE[0] // (len(placement) // ranks)).bincount().tolist() == [experts // ranks] * ranks
+    for tokens in (2, SMALL_BATCH, LARGE_BATCH + 1):
+        assert not torch.equal(serving_slots(count_BE, prepared, tokens)[0], fixed_slots(prepared)), "a control"
 
 
 @pytest.mark.parametrize(("count", "time", "pairs"), [(0, 0, 0), (1, 8, 1), (64, 8, 64), (65, 13, 65), (192, 18, 192)])

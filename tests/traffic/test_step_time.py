@@ -11,7 +11,7 @@ import pytest
 from reshard.placement.copy_choice import LARGE_BATCH, SMALL_BATCH
 from reshard.traffic.step_time import choice_time
 
-MEASURED = Path(__file__).parents[2] / "docs" / "gpu" / "copies-time-h200.json"
+MEASURED = Path(__file__).parents[2] / "docs" / "gpu" / "copies-time.json"
 
 
 @pytest.mark.parametrize("row", json.loads(MEASURED.read_text()), ids=lambda row: str(row["tokens"]))
@@ -24,5 +24,6 @@ def test_choosing_copies_takes_what_was_measured_beyond_the_router(row: dict[str
 
 def test_ranks_that_route_their_own_tokens_only_map_them_unless_they_have_many() -> None:
     fixed = choice_time(LARGE_BATCH)
+    assert choice_time(1) == fixed < choice_time(2)
     assert {choice_time(tokens, same_tokens=False) for tokens in (1, SMALL_BATCH, LARGE_BATCH)} == {fixed}
     assert choice_time(LARGE_BATCH + 1, same_tokens=False) == choice_time(LARGE_BATCH + 1) > fixed
