@@ -3,15 +3,17 @@
     python benchmarks/fit_time_model.py docs/gpu/what-zigzag-buys.json [--write]
 
 The record has the time of each rank, by batch, placement and way (`what_zigzag_buys.py`). Constants are fitted on the
-routings in FITTED, by least squares of relative errors, and judged on the others. `--write` writes them to
-`reshard/placement/gpus.json`. The record has no rows per expert: a rank's tiles are taken as pairs / tile, and half a
-tile for each active expert, and at least one.
+routings in FITTED, by least squares of relative errors, and judged on the others. `few` is taken as it is, and the
+errors that other values would give are printed. `--write` writes the constants to `reshard/placement/gpus.json`. The
+record has no rows per expert: a rank's tiles are taken as pairs / tile, and half a tile for each active expert, and at
+least one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -31,8 +33,8 @@ FITTED = ("random", "decode")  # routings; `prefill` and `mixed` judge
 TERMS = ("launch", "row", "active", "tile")
 
 
-def points(record: dict[str, Any], tile: int) -> tuple[list[tuple[str, int, str]], Tensor, Tensor]:
-    """Every measured rank that had an expert to compute.
+def points(record: dict[str, Any], tile: int, few: float) -> tuple[list[tuple[str, int, str]], Tensor, Tensor]:
+    """Every measured rank that had an expert to compute; `few` are the experts of the slow start.
 
     Returns:
         what: (routing, tokens of the batch, way) of each of N points
@@ -51,7 +53,8 @@ def points(record: dict[str, Any], tile: int) -> tuple[list[tuple[str, int, str]
                         continue
                     tiles = max(active, pairs / tile + active / 2)
                     what.append((batch["case"], batch["tokens"], way))
-                    terms.append((1.0, own if way == "own" else batch["tokens"], active, tiles - active))
+                    rows = own if way == "own" else batch["tokens"]
+                    terms.append((1.0, rows, math.hypot(active, few), tiles - active))
                     times.append(us * 1e-6)
     return what, torch.tensor(terms, dtype=torch.double), torch.tensor(times, dtype=torch.double)
 
@@ -110,9 +113,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = json.loads(options.record.read_text())
     if GPU not in record["machine"]["device"]:
         sys.exit(f"{options.record}: measured on {record['machine']['device']}, expected {GPU}")
-    what, terms_NF, time_N = points(record, gpu.kernels.tile)
+    what, terms_NF, time_N = points(record, gpu.kernels.tile, gpu.kernels.few)
     mine = torch.tensor([case in FITTED for case, _, _ in what])
     seconds_F = fit(terms_NF[mine], time_N[mine])
+    for few in range(9):
+        _, others_NF, _ = points(record, gpu.kernels.tile, few)
+        found_F = fit(others_NF[mine], time_N[mine])
+        off_N = (others_NF @ found_F) / time_N - 1
+        errs = [float(off_N[chosen].square().mean().sqrt()) for chosen in (mine, ~mine)]
+        print(f"few {few}: launch {1e6 * float(found_F[0]):.1f} µs; fitted {errs[0]:.1%}, others {errs[1]:.1%}")
     kernels = kernels_of(seconds_F, gpu)
     of_each = ", ".join(f"{name} {1e6 * value:.3f} µs" for name, value in zip(TERMS, seconds_F.tolist(), strict=True))
     print(f"{int(mine.sum())} points of {', '.join(FITTED)} fitted, {int((~mine).sum())} others judge: {of_each}")

@@ -5,10 +5,15 @@ computes an expert's rows in tiles; the first tile is computed while the weights
 its own time. Beside that, a layer costs the launch of its kernels and a pass over the rows of its tokens:
 
     time of an expert = max(bytes / bandwidth, tile) + (tiles - 1) * tile        0 without a token
-    time of a rank    = launch + tokens * row + the sum over its experts
+    time of a rank    = launch + tokens * row + the sum over its experts + slow start
+    slow start        = (sqrt(n^2 + few^2) - n) * max(bytes / bandwidth, tile)   of n active experts, 0 without one
+
+A few experts do not keep the whole GPU busy, so the first ones are read more slowly: n of them take as long as
+sqrt(n^2 + few^2) would at full speed.
 
 So decoding waits for the rank with the most active experts, and prefill for the rank with the most tiles. A layer ends
-when its slowest rank does. Since a rank's time is a sum over experts, a search for placements can use it.
+when its slowest rank does. But for the slow start, a rank's time is a sum over experts, so that a search for placements
+can use it.
 
 What a GPU can do comes from its datasheet, and how much of that MoE kernels reach was fitted to measured kernels:
 `gpus.json` has both, each with its source. Times are in seconds. Tensors carry their shape in their name: B batches,
@@ -35,15 +40,16 @@ _PROFILES = Path(__file__).with_name("gpus.json")
 class Kernels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How MoE kernels use a GPU.
 
-    `launch` is the time of a layer that has nothing to do. The shares are fractions of the GPU's own figures:
-    `read_share` of the bandwidth when experts are read, `flops_share` of the FLOP/s in tiles, and `rows_share` of the
-    bandwidth when the activations of all tokens are passed over. `tile` is the rows of a tile. `fitted` says whether
-    these were fitted to measured times, and `source` to which.
+    `launch` is the time of a layer that has nothing to do, and `few` the experts of the slow start. The shares are
+    fractions of the GPU's own figures: `read_share` of the bandwidth when experts are read, `flops_share` of the FLOP/s
+    in tiles, and `rows_share` of the bandwidth when the activations of all tokens are passed over. `tile` is the rows
+    of a tile. `fitted` says whether these were fitted to measured times, and `source` to which.
     """
 
     source: str
     fitted: bool = False
     launch: float
+    few: float = 0
     read_share: float
     flops_share: float
     rows_share: float
@@ -125,7 +131,7 @@ def read_gpu(name: str) -> GpuProfile:
     kernels = profile.kernels
     shares = (kernels.tile, kernels.read_share, kernels.flops_share, kernels.rows_share)
     figures = (profile.bandwidth, profile.link, *profile.flops.values(), *shares)
-    if "bf16" not in profile.flops or min(figures) <= 0 or min(kernels.launch, profile.memory) < 0:
+    if "bf16" not in profile.flops or min(figures) <= 0 or min(kernels.launch, kernels.few, profile.memory) < 0:
         raise OutputError(f"{path}: expected figures above 0, and bf16 among flops; found {given!r:.200}")
     return profile
 
@@ -150,9 +156,7 @@ def expert_times(count_BE: Tensor, expert: ExpertShape, gpu: GpuProfile) -> Tens
         time_BE: as `count_BE`, float64
     """
     tiles_BE = (count_BE / gpu.kernels.tile).ceil().double()
-    read = expert.size / (gpu.bandwidth * gpu.kernels.read_share)
-    tile = gpu.kernels.tile * expert.flops / (flops(gpu, expert.dtype) * gpu.kernels.flops_share)
-    return (max(read, tile) + (tiles_BE - 1) * tile) * (tiles_BE > 0)
+    return (_first_tile(expert, gpu) + (tiles_BE - 1) * _tile(expert, gpu)) * (tiles_BE > 0)
 
 
 def rank_times(
@@ -172,10 +176,25 @@ def rank_times(
     Returns:
         time_BR
     """
+    import torch
+
     time_BE = expert_times(count_BE, expert, gpu)
     time_BR = time_BE.new_zeros(len(time_BE), ep_size).index_add_(1, rank_E, time_BE)
+    active_BR = torch.zeros_like(time_BR).index_add_(1, rank_E, (count_BE > 0).double())
+    slow_BR = (active_BR.square() + gpu.kernels.few**2).sqrt() - active_BR
+    time_BR += slow_BR * (active_BR > 0) * _first_tile(expert, gpu)
     tokens_BR = tokens_B if tokens_B.dim() == 2 else tokens_B.unsqueeze(1)
     return time_BR + row_time(expert, gpu) * tokens_BR.double() + gpu.kernels.launch
+
+
+def _first_tile(expert: ExpertShape, gpu: GpuProfile) -> float:
+    """Seconds to read an expert, and to compute its first tile meanwhile."""
+    return max(expert.size / (gpu.bandwidth * gpu.kernels.read_share), _tile(expert, gpu))
+
+
+def _tile(expert: ExpertShape, gpu: GpuProfile) -> float:
+    """Seconds to compute a tile of an expert's rows."""
+    return gpu.kernels.tile * expert.flops / (flops(gpu, expert.dtype) * gpu.kernels.flops_share)
 
 
 def row_time(expert: ExpertShape, gpu: GpuProfile) -> float:

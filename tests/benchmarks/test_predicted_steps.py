@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from itertools import product
-from math import ceil
+from math import ceil, hypot
 from typing import Any
 
 import pytest
@@ -40,7 +40,9 @@ def slowest(ids: list[int], layer_VK: torch.Tensor, order: list[int]) -> float:
     took = []
     for rank in range(RANKS):
         own = [tokens_of[expert] for expert in order[4 * rank : 4 * rank + 4]]
-        took.append(sum(max(read, tile) + (ceil(count / kernels.tile) - 1) * tile for count in own if count))
+        slow = hypot(sum(map(bool, own)), kernels.few) - sum(map(bool, own)) if any(own) else 0
+        further = sum((ceil(count / kernels.tile) - 1) * tile for count in own if count)
+        took.append((sum(map(bool, own)) + slow) * max(read, tile) + further)
     rows = len(ids) * R1_EXPERT.row_bytes / (GPU.bandwidth * kernels.rows_share)
     return 1000 * (max(took) + rows + kernels.launch)
 

@@ -7,7 +7,6 @@ choice may take a little longer, and never less. No code is shared with the pack
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 from command_line import run, run_well
 from copies_oracle import least
 from oracle import zigzag
-from step_oracle import R1, RANKS, Busiest, Ids, Times, build, fixed, seconds
+from step_oracle import R1, RANKS, Busiest, Ids, Slow, TimeOf, build, fixed, seconds
 from traces import write_trace
 
 EXPERTS, TOP_K, TOKENS, SPARE = 256, 8, 8192, 8
@@ -44,22 +43,26 @@ def copied(order: list[int], size: int) -> Busiest:
     slots = len(order) // RANKS
     ranks_of = [[slot // slots for slot, other in enumerate(order) if other == expert] for expert in range(EXPERTS)]
 
-    def chosen(rows: Ids, time_of: Callable[[Ids], Times]) -> float:
+    def chosen(rows: Ids, time_of: TimeOf, slow: Slow) -> float:
         assert rows.max() <= 64, "one tile, so all active experts take as long"
-        return least([int(count > 0) for count in rows], order, RANKS) * float(time_of(np.array([1]))[0])
+        active = least([int(count > 0) for count in rows], order, RANKS)
+        return active * float(time_of(np.array([1]))[0]) + slow(active)
 
-    def by_time(rows: Ids, time_of: Callable[[Ids], Times]) -> float:
-        seconds_of, time_E = np.zeros(RANKS), time_of(rows)  # noqa: N806
+    def by_time(rows: Ids, time_of: TimeOf, slow: Slow) -> float:
+        seconds_of, active_of, time_E = np.zeros(RANKS), [0] * RANKS, time_of(rows)  # noqa: N806
         for expert in sorted(range(EXPERTS), key=lambda expert: (len(ranks_of[expert]) > 1, -rows[expert])):
-            seconds_of[min(ranks_of[expert], key=lambda rank: seconds_of[rank])] += time_E[expert]
-        return float(seconds_of.max())
+            rank = min(ranks_of[expert], key=lambda rank: seconds_of[rank])
+            seconds_of[rank] += time_E[expert]
+            active_of[rank] += bool(rows[expert])
+        return float(max(seconds + slow(active) for seconds, active in zip(seconds_of, active_of, strict=True)))
 
     return chosen if size <= 128 else by_time
 
 
 def choosing(size: int) -> float:
     """Seconds of a layer in which copies are chosen: the table in docs/copies.md."""
-    return float(np.interp(size, [8, 64, 128], [4.06e-6, 4.28e-6, 4.64e-6])) + 1.2e-6 * (size > 128)
+    sizes, microseconds = [8, 32, 64, 128, 2048, 8192], [4.00, 4.03, 4.25, 4.64, 29.32, 30.67]
+    return 1e-6 * float(np.interp(size, sizes, microseconds))
 
 
 @pytest.fixture(scope="module")

@@ -18,18 +18,24 @@ MEASURED = Path(__file__).parents[2] / "docs/gpu/what-zigzag-buys.json"
 
 
 def microseconds(counts: list[int], gpu: GpuProfile) -> float:
-    """A rank's experts by hand: each is read and its first tile computed meanwhile; further tiles follow."""
+    """A rank's experts by hand: each is read and its first tile computed meanwhile; further tiles follow.
+
+    The first experts are slow: n of them take as long as the hypotenuse over n and `few`.
+    """
     read = 44_050_944 / gpu.kernels.read_share / gpu.bandwidth
     tile = 64 * 6 * 7168 * 2048 / gpu.kernels.flops_share / gpu.flops["fp8"]
     total = 0.0
     for rows in counts:
         for number in range(math.ceil(rows / 64)):
             total += tile if number else max(read, tile)
+    active = sum(rows > 0 for rows in counts)
+    if active:
+        total += (math.hypot(active, gpu.kernels.few) - active) * max(read, tile)
     return 1e6 * total
 
 
 @pytest.mark.parametrize("name", ["H200", "H20", "B200"])
-def test_a_ranks_time_is_the_sum_over_its_experts(name: str) -> None:
+def test_a_ranks_time_is_the_sum_over_its_experts_and_a_slow_start(name: str) -> None:
     gpu, generator = read_gpu(name), random.Random(3)
     counts = [[generator.choice([0, 0, 1, 3, 63, 64, 65, 700]) for _ in range(12)] for _ in range(20)]
     rank_of = [generator.randrange(3) for _ in range(12)]
@@ -85,7 +91,7 @@ def test_measured_times_on_an_h200_are_met_on_routings_that_were_not_fitted(way:
                     off[name].append(float(found) * 1e6 / of[f"{way}_us"][rank] - 1)
     errors = {name: math.sqrt(sum(value**2 for value in values) / len(values)) for name, values in off.items()}
     assert len(off["H200"]) > 700
-    assert errors["H200"] < 0.07
+    assert errors["H200"] < 0.05
     assert errors["A100"] > 0.5
 
 

@@ -23,8 +23,11 @@ FACTS = json.loads((Path(__file__).parents[1] / "facts" / "deepseek-r1-layout.js
 GPUS = json.loads(Path(reshard.placement.__file__).with_name("gpus.json").read_text())
 R1, SMALL = (7168, 2048), (256, 128)  # hidden size and an expert's
 BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
-Busiest = Callable[[Ids, Callable[[Ids], Times]], float]
-"""Seconds of the busiest rank, from each expert's tokens and a function from tokens to the seconds that they take."""
+TimeOf, Slow = Callable[[Ids], Times], Callable[[int], float]
+Busiest = Callable[[Ids, TimeOf, Slow], float]
+"""Seconds of the busiest rank, from each expert's tokens, a function from tokens to the seconds that they take, and one
+from a rank's active experts to the seconds by which they start slowly.
+"""
 
 
 def build(directory: Path, experts: int, top_k: int, size: tuple[int, int]) -> Path:
@@ -71,9 +74,9 @@ def fixed(order: Ids) -> Busiest:
     rank_of = np.empty(len(order), dtype=np.int64)
     rank_of[order] = np.arange(len(order)) // (len(order) // RANKS)
 
-    def busiest(rows: Ids, time_of: Callable[[Ids], Times]) -> float:
-        each = time_of(rows)
-        return float(max(each[rank_of == rank].sum() for rank in range(RANKS)))
+    def busiest(rows: Ids, time_of: TimeOf, slow: Slow) -> float:
+        own = [rows[rank_of == rank] for rank in range(RANKS)]
+        return float(max(time_of(mine).sum() + slow(int((mine > 0).sum())) for mine in own))
 
     return busiest
 
@@ -91,10 +94,13 @@ def seconds(ids: Ids, busiest: Busiest, phase: str, size: int, model: tuple[int,
     def time_of(rows: Ids) -> Times:
         return np.where(rows == 0, 0, max(read, tile) + (np.ceil(rows / kernels["tile"]) - 1) * tile)
 
+    def slow(active: int) -> float:
+        return (math.sqrt(active**2 + kernels["few"] ** 2) - active) * max(read, tile) if active else 0.0
+
     layer = []
     for batch in batches(ids, phase, size):
         rows = np.bincount(batch.ravel(), minlength=experts)
-        layer.append(kernels["launch"] + size * row + busiest(rows, time_of))
+        layer.append(kernels["launch"] + size * row + busiest(rows, time_of, slow))
     rest_weights = 2 * hidden * hidden, 1024 * hidden + experts * hidden  # in FP8, in BF16
     rest_read = (rest_weights[0] + 2 * rest_weights[1]) / RANKS / (gpu["bandwidth"] * kernels["read_share"])
     rest_flops = 2 * size * sum(rest_weights) / RANKS / (gpu["flops"]["fp8"] * kernels["flops_share"])
