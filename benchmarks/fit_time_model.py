@@ -65,6 +65,16 @@ def fit(terms_NF: Tensor, time_N: Tensor) -> Tensor:
     return found.squeeze(1)
 
 
+def off(terms_NF: Tensor, time_N: Tensor, seconds_F: Tensor) -> Tensor:
+    """Relative errors of the predicted times, [N]."""
+    return (terms_NF @ seconds_F) / time_N - 1
+
+
+def rms(off_N: Tensor) -> float:
+    """Root mean square."""
+    return float(off_N.square().mean().sqrt())
+
+
 def kernels_of(seconds_F: Tensor, gpu: GpuProfile) -> dict[str, float]:
     """The model's constants: what share of the datasheet's figures those times are."""
     launch, row, active, tile = seconds_F.tolist()
@@ -78,15 +88,15 @@ def kernels_of(seconds_F: Tensor, gpu: GpuProfile) -> dict[str, float]:
 
 def errors(what: Sequence[tuple[str, int, str]], terms_NF: Tensor, time_N: Tensor, seconds_F: Tensor) -> list[str]:
     """A row of Markdown for each batch size: relative errors on fitted and on other routings, root mean square."""
-    off_N = (terms_NF @ seconds_F) / time_N - 1
+    off_N = off(terms_NF, time_N, seconds_F)
     lines = [
         "| tokens | fitted routings | other routings | other, all | other, own |",
         "| --- | --- | --- | --- | --- |",
     ]
 
     def spread(chosen: Sequence[bool]) -> str:
-        off = off_N[torch.tensor(chosen)]
-        return f"{float(off.square().mean().sqrt()):.1%} ({float(off.mean()):+.1%})"
+        of_chosen = off_N[torch.tensor(chosen)]
+        return f"{rms(of_chosen):.1%} ({float(of_chosen.mean()):+.1%})"
 
     for size in (*sorted({tokens for _, tokens, _ in what}), None):
         of_size = [size in (None, tokens) for _, tokens, _ in what]
@@ -119,9 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for few in range(9):
         _, others_NF, _ = points(record, gpu.kernels.tile, few)
         found_F = fit(others_NF[mine], time_N[mine])
-        off_N = (others_NF @ found_F) / time_N - 1
-        errs = [float(off_N[chosen].square().mean().sqrt()) for chosen in (mine, ~mine)]
-        print(f"few {few}: launch {1e6 * float(found_F[0]):.1f} µs; fitted {errs[0]:.1%}, others {errs[1]:.1%}")
+        off_N = off(others_NF, time_N, found_F)
+        launch = 1e6 * float(found_F[0])
+        print(f"few {few}: launch {launch:.1f} µs; fitted {rms(off_N[mine]):.1%}, others {rms(off_N[~mine]):.1%}")
     kernels = kernels_of(seconds_F, gpu)
     of_each = ", ".join(f"{name} {1e6 * value:.3f} µs" for name, value in zip(TERMS, seconds_F.tolist(), strict=True))
     print(f"{int(mine.sum())} points of {', '.join(FITTED)} fitted, {int((~mine).sum())} others judge: {of_each}")

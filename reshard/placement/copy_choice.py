@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 # expert in batches of eight tokens, which is less than it takes.
 SWEEPS = 2
 FIXED_SWEEPS = 8  # of a choice that is made once; with two, a rank often has one expert more than the others
-# Tokens. One, and those in between, would choose for longer than it saves: R1's layers on eight H200, measured for one
-# token, by the time model for the others.
+# Tokens. A single token, and batches in between, would take longer to choose than they save: R1's layers on eight H200,
+# measured for one token, and by the time model for the others.
 SMALL_BATCH, LARGE_BATCH = 128, 1024
 MAX_ROUNDS = 47  # on a GPU the choices of a rank are the bits of an integer
 

@@ -12,8 +12,8 @@ A few experts do not keep the whole GPU busy, so the first ones are read more sl
 sqrt(n^2 + few^2) would at full speed.
 
 So decoding waits for the rank with the most active experts, and prefill for the rank with the most tiles. A layer ends
-when its slowest rank does. But for the slow start, a rank's time is a sum over experts, so that a search for placements
-can use it.
+when its slowest rank does. Apart from the slow start, a rank's time is a sum over its experts, and a search for
+placements uses that sum.
 
 What a GPU can do comes from its datasheet, and how much of that MoE kernels reach was fitted to measured kernels:
 `gpus.json` has both, each with its source. Times are in seconds. Tensors carry their shape in their name: B batches,

@@ -62,7 +62,6 @@ def by_rank(
         ep_size: R
         max_shard_size: most bytes of tensors in a file; a larger tensor gets a file of its own
         block_size: bytes; cut and order the files so that blocks of this size can be shared. None: make few files
-
     """
     of_experts = {tensor.name for layer in model.layers for tensors in layer.experts for tensor in tensors}
     shared = [tensor for name, tensor in checkpoint.tensors.items() if name not in of_experts]
@@ -131,9 +130,10 @@ def output_files(
 
 
 def headers_fit(checkpoint: Checkpoint) -> bool:
-    """Whether a header of tensors of `checkpoint` surely is as short as safetensors wants it, whichever they are.
+    """Whether every output of `checkpoint` surely has headers that are short enough for safetensors.
 
-    It is, if the headers of all files together are; `build_header` refuses one that is too long.
+    No header of an output is longer than all headers of the source together, with room for what is added. If this says
+    no, `build_header` decides.
     """
     most = sum(len(header.raw) + MAX_GROWTH * len(header.tensors) for header in checkpoint.shards.values())
     return most + MAX_ADDED <= MAX_HEADER_SIZE
