@@ -434,6 +434,8 @@ def arguments(options: argparse.Namespace) -> dict[str, Any]:
     if spare:
         redundant = {"num_redundant_experts": options.ranks * spare, "communicator": "torch_gloo", "use_async": False}
         parallel |= {"enable_eplb": True, "eplb_config": redundant}
+    if options.exchange:
+        parallel |= {"all2all_backend": options.exchange}
     common = {
         **{"load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False, "seed": 0},
         **{"enable_expert_parallel": True, "distributed_executor_backend": "external_launcher", **parallel},
@@ -733,6 +735,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="also serve these as vLLM's EPLB picks copies (default: those with the most copies)",
     )
     measuring.add_argument("--backend", default="triton", help="vLLM's --moe-backend (default triton)")
+    measuring.add_argument("--exchange", help="vLLM's --all2all-backend, for --mode dp (default: vLLM's own)")
     measuring.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     measuring.add_argument("--began", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

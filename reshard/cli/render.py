@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import click
 
@@ -26,9 +24,8 @@ from ..record.manifest import FileSummary, Source
 from ..traffic.analysis import Analysis
 from ..traffic.report import describe_memory
 from .reports import Report, print_json
-from .terminal import ERROR, Whole, echo
+from .terminal import Whole, echo, one_line
 
-MAX_LINE = 1600  # characters of an error message
 QUICKLY_CHECKED = "its sizes, headers, index and configs are right, and no tensor was read; --restart writes it anew"
 
 
@@ -55,24 +52,12 @@ def _command_name(ctx: click.Context) -> str:
     return str(ctx.info_name) if above is None or above.parent is None else f"{_command_name(above)} {ctx.info_name}"
 
 
-def fail(message: str, status: int) -> NoReturn:
-    """Print `message` as one printable line of bounded length, whatever names it quotes, and exit."""
-    echo([f"{ERROR} {one_line(message)}"], err=True)
-    sys.exit(status)
-
-
 def describe_files(files: Iterable[FileSummary]) -> list[str]:
     """A line for each file."""
     return [
         f"{bytes_text(file.size):>10}  {'' if file.rank is None else f'rank {file.rank}':8}  {one_line(file.name)}"
         for file in files
     ]
-
-
-def one_line(message: str) -> str:
-    """`message` as one printable line of at most about MAX_LINE characters."""
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(message.split()))
-    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} […] {line[-MAX_LINE // 2 :]}"
 
 
 def describe_serving(analysis: Analysis) -> list[str]:

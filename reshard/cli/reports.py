@@ -10,22 +10,23 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..commands.export import Export
-from ..commands.inspect import Inspection
-from ..commands.resharding import Resharding
-from ..commands.stage import Staging
-from ..commands.trace_info import TraceInfo
-from ..commands.upload import Upload, Uploaded
-from ..commands.verify import Verification
-from ..execute.ready import Room
-from ..execute.run import Outcome
-from ..record.manifest import FileSummary
-from ..record.manifest import Source as SourceRecord
-from ..traffic.analysis import Analysis
+if TYPE_CHECKING:
+    from ..commands.export import Export
+    from ..commands.inspect import Inspection
+    from ..commands.resharding import Resharding
+    from ..commands.stage import Staging
+    from ..commands.trace_info import TraceInfo
+    from ..commands.upload import Upload, Uploaded
+    from ..commands.verify import Verification
+    from ..execute.ready import Room
+    from ..execute.run import Outcome
+    from ..record.manifest import FileSummary
+    from ..record.manifest import Source as SourceRecord
+    from ..traffic.analysis import Analysis
 
 SCHEMA_VERSION = 1  # raised when a key changes its meaning or goes away, not when one is added
 Report = dict[str, Any]
@@ -47,17 +48,12 @@ def plan_report(resharding: Resharding, out: Path, shareable: int, room: Room) -
         **_resharding(resharding),
         "out": str(out),
         "dry_run": True,
-        "files": _files(planned_files(resharding)),
+        "files": _files(resharding.files),
         "output_size": resharding.plan.size,
         "shareable_size": shareable,
         "space_needed": room.needed,
         "space_free": room.free,
     }
-
-
-def planned_files(resharding: Resharding) -> list[FileSummary]:
-    """The files of a plan, without those that are written last."""
-    return [FileSummary(file.name, file.size, file.rank, file.tensors) for file in resharding.plan.files]
 
 
 def writing_report(resharding: Resharding, outcome: Outcome, serve: str) -> Report:

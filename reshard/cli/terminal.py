@@ -11,11 +11,12 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 ERROR = "reshard: error:"
+MAX_LINE = 1600  # characters of an error message
 DEFAULT_WIDTH = 80  # of a terminal that does not say how wide it is
 _COLOURS: dict[str, dict[str, Any]] = {
     ERROR: {"fg": "red", "bold": True},
@@ -44,6 +45,18 @@ def echo(lines: Iterable[str], *, err: bool = False) -> None:
     for line in lines:
         parts = [line] if width is None else break_line(line, width)
         click.echo("\n".join([_colour(parts[0]), *parts[1:]]), err=err)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Print `message` as one printable line of bounded length, whatever names it quotes, and exit."""
+    echo([f"{ERROR} {one_line(message)}"], err=True)
+    sys.exit(status)
+
+
+def one_line(message: str) -> str:
+    """`message` as one printable line of at most about MAX_LINE characters."""
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(message.split()))
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} […] {line[-MAX_LINE // 2 :]}"
 
 
 def break_line(line: str, width: int) -> list[str]:

@@ -31,6 +31,7 @@ from ..record.manifest import (
     MANIFEST,
     MANIFEST_VERSION,
     FileRecord,
+    FileSummary,
     LayerRecord,
     Layout,
     Manifest,
@@ -77,6 +78,11 @@ class Resharding:
     def read_first(self) -> int:
         """Bytes of the source files that are compared with their checksums before anything is written."""
         return sum(self.checkpoint.files[name].size for name in self.plan.checksums)
+
+    @property
+    def files(self) -> list[FileSummary]:
+        """The files of the plan, without those that are written last."""
+        return [FileSummary(file.name, file.size, file.rank, file.tensors) for file in self.plan.files]
 
     @property
     def work(self) -> int:

@@ -21,7 +21,7 @@ from command_line import run, run_well
 from safetensors.torch import save_file
 from scratch import checkpoint
 
-from reshard.cli.main import main
+from reshard.cli.main import COMMANDS
 
 RESHARD = Path(sys.executable).with_name("reshard")
 
@@ -40,11 +40,27 @@ def test_help_and_inspect_import_nothing_heavy(source: Path) -> None:
     # inspect asks the safetensors library about each header, and that imports numpy
     for arguments, found in (
         (["--help"], "[]"),
+        (["inspect", "--help"], "[]"),
         (["inspect", str(source), "--ep", "2"], "['numpy', 'safetensors']"),
     ):
         command = [sys.executable, "-c", script, *arguments]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert output.splitlines()[-1] == found
+
+
+def test_help_imports_no_command_and_the_package_nothing_at_all() -> None:
+    count = "print(*sorted(name for name in sys.modules if name.startswith('reshard.')), sep='\\n')"
+    for script, found in (
+        ("import sys, reshard", ["reshard._version"]),
+        (
+            "import sys; from reshard.cli.main import main; main(['--help'], standalone_mode=False)",
+            ["_version", "cli", "cli.group", "cli.main", "cli.reports", "cli.terminal", "errors"],
+        ),
+    ):
+        command = [sys.executable, "-c", f"{script}; {count}"]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        imported = [line for line in output.splitlines() if line.startswith("reshard.")]
+        assert imported == [name if name.startswith("reshard.") else f"reshard.{name}" for name in found]
 
 
 def test_a_bar_in_bytes_with_a_rate_appears_on_a_terminal(source: Path, tmp_path: Path) -> None:
@@ -168,7 +184,7 @@ FAILING: dict[str, list[object]] = {
 }
 
 
-@pytest.mark.parametrize("command", main.commands)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_an_error_under_json_is_an_object_on_stdout_too(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,10 @@ RESHARD = Path(sys.executable).with_name("reshard")
 def commands(group: click.Group = main, name: str = "") -> Iterator[tuple[str, click.Command]]:
     """Every command with its full name, the groups too."""
     yield name.strip(), group
-    for word, command in group.commands.items():
+    ctx = click.Context(group)
+    for word in group.list_commands(ctx):
+        command = group.get_command(ctx, word)
+        assert command is not None, word
         if isinstance(command, click.Group):
             yield from commands(command, f"{name} {word}")
         else:
@@ -34,6 +37,13 @@ def commands(group: click.Group = main, name: str = "") -> Iterator[tuple[str, c
 
 
 COMMANDS = dict(commands())
+
+
+def test_the_first_help_lists_each_command_with_the_first_line_of_its_own() -> None:
+    listed = dict(re.findall(r"^  (\w+) +(.+)$", run_well("--help").partition("Commands:\n")[2], re.MULTILINE))
+    first_lines = {name: str(command.help).splitlines()[0] for name, command in COMMANDS.items() if name}
+    assert len(listed) == 10
+    assert listed == {name: line for name, line in first_lines.items() if " " not in name}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

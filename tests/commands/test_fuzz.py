@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from oracle import assert_identical_trees
 from scratch import memory_disk
 
-import reshard.cli.main
+import reshard.cli.outputs
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -643,16 +643,16 @@ def test_a_traceback_a_touched_file_and_a_lost_byte_would_be_noticed(
     """The controls of the tests above: each plants a fault, and sees it found."""
     replace = [Edit("replace", (0,), (0,), False, "0")]
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="no user should see"):
-        patch.setattr("reshard.cli.main.plan_placement", shout)
+        patch.setattr("reshard.cli.outputs.plan_placement", shout)
         damage_source_file(sound, "qwen3_moe", CONFIG, replace)
-    plan_placement = reshard.cli.main.plan_placement
+    plan_placement = reshard.cli.outputs.plan_placement
 
     def careless(src: str, *arguments: Any, **options: Any) -> Any:
         (Path(src) / "litter").touch()
         return plan_placement(src, *arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match=r"touched .*litter"):
-        patch.setattr("reshard.cli.main.plan_placement", careless)
+        patch.setattr("reshard.cli.outputs.plan_placement", careless)
         damage_source_file(sound, "qwen3_moe", CONFIG, replace)
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="damage was not found"):
         patch.setattr(sys.modules["reshard.commands.verify"], "_check_file", lambda *arguments: iter(()))

@@ -145,7 +145,7 @@ def out(src: Path, work: Path) -> Path:
 
 def test_a_command_that_hangs_is_not_taken_for_one_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of `invoke`: what ends it is no error that the command line turns into a line."""
-    monkeypatch.setattr("reshard.cli.main.plan_placement", lambda *arguments, **options: time.sleep(60))
+    monkeypatch.setattr("reshard.cli.outputs.plan_placement", lambda *arguments, **options: time.sleep(60))
     with pytest.raises(Endless), time_limit(1):
         command_line.run("zigzag", "--src", "here", "--ep", 2, "--out", "there")
 
