@@ -39,7 +39,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -429,6 +429,7 @@ def arguments(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of vLLM's `LLM`."""
     share = options.ranks if options.mode == "dp" else 1
     sizes = [tokens // share for tokens in options.decode if tokens % share == 0]
+    prompts = [tokens // share for tokens in options.prefill]
     parallel = {"data_parallel_size": options.ranks} if share > 1 else {"tensor_parallel_size": options.ranks}
     start, spare = starts_with(options)
     if spare:
@@ -439,7 +440,7 @@ def arguments(options: argparse.Namespace) -> dict[str, Any]:
     common = {
         **{"load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False, "seed": 0},
         **{"enable_expert_parallel": True, "distributed_executor_backend": "external_launcher", **parallel},
-        "max_num_seqs": max(sizes),
+        "max_num_seqs": max([*sizes, *(tokens // WINDOW for tokens in prompts), 1]),
         "additional_config": {"reshard": {"placement": str((options.placements / f"{start}.json").resolve())}},
     }
     if not torch.cuda.is_available():  # a rehearsal
@@ -451,10 +452,10 @@ def arguments(options: argparse.Namespace) -> dict[str, Any]:
         **common,
         **{"moe_backend": options.backend, "enable_flashinfer_autotune": False},
         "max_model_len": 2 * CONTEXT,
-        "max_num_batched_tokens": max(WINDOW, *(tokens // share for tokens in options.prefill)),
+        "max_num_batched_tokens": max([WINDOW, *prompts]),
         "kv_cache_memory_bytes": 2 << 30,
         "gpu_memory_utilization": 0.85,
-        "compilation_config": graphs,
+        **({"compilation_config": graphs} if sizes else {"enforce_eager": True}),
     }
 
 
@@ -554,11 +555,11 @@ def routing_of(config: Mapping[str, Any]) -> Any:
 
 
 def slowest_placement(own: Rank, options: argparse.Namespace) -> float:
-    """The time of a decoding step with all experts on one rank, over that with the linear placement."""
-    tokens = min((tokens for tokens in options.decode if tokens >= 8 and tokens % own.parts == 0), default=None)
-    if tokens is None or own.ranks == 1:
+    """The time of a step with all experts on one rank, over that with the linear placement."""
+    fit = [case for case in cases(options.decode, options.prefill, own.parts) if case.tokens >= 8]
+    if not fit or own.ranks == 1:
         return 0.0
-    case, took = Case("decode", "mixed", tokens, 8), []
+    case, took = replace(fit[0], batches=8), []
     own.swaps.swap(BASE)
     took.append(statistics.median(own.steps(case, batches(case, 0, options.vocabulary))[0]))
     num_experts = num_experts_of(own.swaps.logical(BASE))
