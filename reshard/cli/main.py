@@ -12,7 +12,7 @@ from .group import Commands
 # GC threshold. Reading R1 creates a million long-lived objects; the default would cost 12 % of the run time.
 GC_THRESHOLD = 20_000
 COMMANDS = {  # the module of each, and the first line of its help: `reshard --help` imports none of them
-    "analyze": ("look", "Compare placements by load and time, and recommend one."),
+    "analyze": ("analyze", "Compare placements by load and time, and recommend one."),
     "export": ("look", "Write a placement as a file for another engine."),
     "inspect": ("look", "Describe a checkpoint or an output of reshard."),
     "place": ("outputs", "Write SRC to OUT with its experts placed by a strategy."),

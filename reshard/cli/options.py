@@ -24,6 +24,7 @@ from ..record.manifest import LAYOUTS
 from .progress import layer_bar
 from .render import Printing
 
+STDOUT = Path("-")
 EMPTY = "is empty; for the current directory, write ."
 
 

@@ -7,9 +7,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from ..execute.fill import Progress
+if TYPE_CHECKING:
+    from ..execute.fill import Progress
 
 LOG_INTERVAL = 30.0  # seconds
 _LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}"

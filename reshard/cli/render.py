@@ -6,25 +6,28 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ..checkpoint.location import Location
-from ..commands.export import Export
-from ..commands.resharding import Resharding
 from ..commands.serving import serve_command
-from ..commands.stage import Staging
-from ..commands.verify import Verification
-from ..execute.ready import Room
-from ..execute.run import Outcome
 from ..model.routing import why_plugin
 from ..placement.permutations import describe_ranks
 from ..placement.strategies import Linear
-from ..record.manifest import FileSummary, Source
-from ..traffic.analysis import Analysis
 from ..traffic.report import describe_memory
 from .reports import Report, print_json
 from .terminal import Whole, echo, one_line
+
+if TYPE_CHECKING:
+    from ..checkpoint.location import Location
+    from ..commands.export import Export
+    from ..commands.resharding import Resharding
+    from ..commands.stage import Staging
+    from ..commands.verify import Verification
+    from ..execute.ready import Room
+    from ..execute.run import Outcome
+    from ..record.manifest import FileSummary, Source
+    from ..traffic.analysis import Analysis
 
 QUICKLY_CHECKED = "its sizes, headers, index and configs are right, and no tensor was read; --restart writes it anew"
 

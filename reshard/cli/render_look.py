@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from ..commands.inspect import Inspection
+from typing import TYPE_CHECKING
+
 from ..commands.serving import serve_command
-from ..commands.trace_info import TraceInfo
-from ..commands.upload import Upload, Uploaded
 from ..placement.permutations import describe_ranks
 from .render import bytes_text, time_text
 from .terminal import Whole
+
+if TYPE_CHECKING:
+    from ..commands.inspect import Inspection
+    from ..commands.trace_info import TraceInfo
+    from ..commands.upload import Upload, Uploaded
 
 
 def describe_inspection(inspection: Inspection) -> list[str]:
