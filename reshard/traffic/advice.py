@@ -80,6 +80,8 @@ def advise(
             why += f" Copies save {_percent(by_copies)}, and take {gigabytes(copies.taken)} of each GPU."
     if nodes > 1:
         why += " Sending tokens between nodes is not in these times: see the nodes that a token reaches."
+    elif strategy != base:
+        why += " All-to-all kernels such as DeepEP's send tokens, which is not in these times: measure there first."
     return Advice(strategy, why, described, saved, tuple(commands[strategy]))
 
 
