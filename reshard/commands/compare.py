@@ -244,8 +244,9 @@ def compare_routers(source: Original, out: Path, manifest: Manifest) -> RouterCo
             found: torch.Tensor = file.get_tensor(name)
             return found
 
+    placement = manifest.placement
     for number, layer in enumerate(model.layers):
-        to_logical = torch.tensor(manifest.placement[layer.name])
+        to_logical = torch.tensor(placement[layer.name])
         generator = torch.Generator().manual_seed(number)
         routers = (read_routers(layer, load, torch.float64) for load in (before_it, after_it))
         for before, after in zip(*routers, strict=True):

@@ -211,8 +211,9 @@ def _is_deep(contract: Any) -> bool:
 
 def _inconsistency(manifest: Manifest) -> str | None:
     """What is inconsistent in a manifest that reshard did not write, in words; None if nothing is."""
+    placement = manifest.placement if manifest.moe_layers else {}  # parsed once: the property parses all layers
     for layer in manifest.moe_layers:
-        placed = len(manifest.placement[layer.name])
+        placed = len(placement[layer.name])
         if placed != layer.num_experts:
             return f"{layer.name} has {layer.num_experts} experts, but its placement has {placed}"
         if manifest.ep_size > layer.num_experts:
