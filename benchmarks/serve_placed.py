@@ -32,6 +32,7 @@ from serve_ep import PLUGINS, RATIOS, Start, Workload, bench, machine, served, s
 VARIANTS = ("stock", "placed")
 PLACED = re.compile(r"\d+ MoE layers are placed: [^\n]*")
 BY_KERNEL = re.compile(r"routers: [^\n]*")
+FOLDERS = re.compile(r"(?<= )/\S*/")  # of a placement file; records name the file alone
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 
 
@@ -113,7 +114,8 @@ def said(log: str, variant: str) -> list[str]:
     wanted = variant == "placed"
     if bool(PLACED.search(log)) != wanted:
         raise RuntimeError(f"{variant}: its log {'does not say' if wanted else 'says'} that it is placed")
-    return sorted({found[0] for pattern in (PLACED, BY_KERNEL) for found in pattern.finditer(log)})
+    found = sorted({line[0] for pattern in (PLACED, BY_KERNEL) for line in pattern.finditer(log)})
+    return [FOLDERS.sub("", line) for line in found]
 
 
 # Report

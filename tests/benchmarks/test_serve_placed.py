@@ -22,6 +22,9 @@ def test_variants_take_turns_and_the_other_begins_in_the_next_repeat() -> None:
 
 def test_a_server_must_serve_what_it_was_started_for() -> None:
     assert said(PLACED, "placed")[0].startswith("12 MoE layers are placed: zigzag")
+    assert said("INFO 8 MoE layers are placed: /some/folder/b.json, digest 515c\n", "placed") == [
+        "8 MoE layers are placed: b.json, digest 515c"
+    ]
     assert said("INFO nothing\n", "stock") == []
     with pytest.raises(RuntimeError, match="placed: its log does not say that it is placed"):
         said("INFO nothing\n", "placed")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 from checkpoints import FAMILIES, Spec, build
 from command_line import run, run_well
 
-from reshard import zigzag
+from reshard import read_manifest, zigzag
+from reshard.placement.contract import placement_from_json
+from reshard.placement.permutations import Placement
 from reshard.record.manifest import manifest_schema
 
 SCHEMA = json.loads((files("reshard.record") / "manifest.schema.json").read_text())
@@ -30,6 +33,20 @@ def test_every_manifest_obeys_the_published_schema(family: str, tmp_path: Path) 
     manifest["files"][0]["digest"] = "not a digest"
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(manifest, SCHEMA)
+
+
+def test_a_placement_is_parsed_once_however_many_layers_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(Spec("deepseek_v3", experts=8), tmp_path / "source")
+    zigzag(tmp_path / "source", tmp_path / "out", 2)
+    parsed = []
+
+    def parse(value: Any, layers: list[str], where: str) -> Placement:
+        parsed.append(layers)
+        return placement_from_json(value, layers, where)
+
+    monkeypatch.setattr("reshard.record.manifest.placement_from_json", parse)
+    assert len(read_manifest(tmp_path / "out").moe_layers) > 1
+    assert len(parsed) == 1
 
 
 def test_a_snapshot_in_the_hub_cache_is_found_by_its_repository_and_recorded(

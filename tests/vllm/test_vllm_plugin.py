@@ -49,13 +49,17 @@ def contract(placement: dict[str, tuple[int, ...]] | None = None) -> Contract:
     return Contract("zigzag", 2, 4, 2, placement, locked_values(CONFIG))
 
 
-def test_importing_and_registering_the_plugin_imports_nothing_of_vllm_or_torch(tmp_path: Path) -> None:
-    """Empty packages with these names show whether one is imported. The control imports one."""
+def test_importing_and_registering_the_plugin_imports_no_command_and_nothing_of_vllm_or_torch(tmp_path: Path) -> None:
+    """Empty packages with these names show whether one is imported. The controls import one."""
     for name in ("vllm", "torch", "transformers"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("")
-    seen = "print(sorted({'vllm', 'torch', 'transformers'} & sys.modules.keys()))"
-    for then, found in (("reshard.vllm.register()", "[]"), ("import torch", "['torch']")):
+    seen = "print(sorted({'vllm', 'torch', 'transformers', 'reshard.commands'} & sys.modules.keys()))"
+    for then, found in (
+        ("reshard.vllm.register()", "[]"),
+        ("import torch", "['torch']"),
+        ("from reshard import zigzag", "['reshard.commands']"),
+    ):
         script = f"import sys, reshard.vllm; {then}; {seen}"
         environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
         ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
